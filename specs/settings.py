@@ -1,0 +1,178 @@
+"""Settings of every process, read once in each ``main()`` and passed in.
+
+Sources, the first that has a value wins: environment (``TUNEYARD_`` + the field's name in upper
+case), the YAML or JSON file that ``TUNEYARD_SETTINGS`` names, the default here. Secrets may come
+by file: ``TUNEYARD_DATABASE_URL_FILE=/run/secrets/db`` fills ``database_url``.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from tuneyard.specs.errors import InputError
+
+PREFIX = "TUNEYARD_"
+
+
+class Settings(BaseModel):
+    """Every setting, with its unit, default and a sentence; docs/reference/settings.md shows it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    home: Path = Field(
+        default_factory=lambda: Path.home() / ".tuneyard",
+        description="Folder of this machine's state: profile, logs, node cache, work folders.",
+    )
+    database_url: SecretStr = Field(
+        default=SecretStr("postgresql://127.0.0.1:5432/tuneyard"),
+        description="PostgreSQL as this process sees it; each process has a role of its own.",
+    )
+    broker_url: SecretStr = Field(
+        default=SecretStr("redis://127.0.0.1:6379/0"),
+        description="Valkey or Redis that carries the hints; it holds no truth.",
+    )
+    store_url: str = Field(
+        default="",
+        description="Root of files and artifacts: a folder. Empty: HOME/store.",
+    )
+    api_role_password: SecretStr | None = Field(
+        default=None, description="`migrate` gives the role tuneyard_api this password."
+    )
+    worker_role_password: SecretStr | None = Field(
+        default=None, description="`migrate` gives the role tuneyard_worker this password."
+    )
+    scheduler_role_password: SecretStr | None = Field(
+        default=None, description="`migrate` gives the role tuneyard_scheduler this password."
+    )
+    first_api_key: SecretStr | None = Field(
+        default=None,
+        description="`migrate` makes sure that this key exists, for a team named `default`.",
+    )
+
+    api_host: str = Field(default="127.0.0.1", description="Address that the API listens on.")
+    api_port: int = Field(default=8800, ge=0, le=65535, description="Port of the API; 0: any free.")
+    api_threads: int = Field(
+        default=10, ge=1, le=200, description="Requests that may use the database at one time."
+    )
+    max_body_bytes: int = Field(
+        default=2 * 1024**2, ge=1024, description="Largest body of a request that is not a file."
+    )
+    max_file_bytes: int = Field(
+        default=8 * 1024**3, ge=1024, description="Largest file that may be uploaded, in bytes."
+    )
+    flower_url: str = Field(default="", description="Where Flower listens; shown to people.")
+
+    lease_s: float = Field(
+        default=60.0, ge=2.0, le=3600.0, description="Seconds that a node holds an attempt for."
+    )
+    stop_grace_s: float = Field(
+        default=60.0, ge=0.0, description="Seconds from SIGTERM to SIGKILL when a person cancels."
+    )
+    tick_s: float = Field(
+        default=0.5, gt=0.0, le=60.0, description="Longest pause of the scheduler between looks."
+    )
+    poll_s: float = Field(
+        default=2.0, gt=0.0, le=60.0, description="Longest pause of a worker between looks."
+    )
+    retry_backoff_s: float = Field(
+        default=5.0, ge=0.0, description="Pause before a charged retry; doubles each time."
+    )
+
+    node_name: str = Field(default="", description="This node's name. Empty: the host's name.")
+    cpu_slots: int = Field(
+        default=1, ge=0, le=1024, description="CPU slots of this node; they split its cores."
+    )
+    fake_gpus: int = Field(
+        default=0, ge=0, le=64, description="GPUs to pretend, for tests and benchmarks only."
+    )
+    runner_python: str = Field(
+        default="", description="Interpreter with torch that runs jobs. Empty: this one."
+    )
+    disk_floor_bytes: int = Field(
+        default=1024**3, ge=0, description="A node claims nothing while less is free, in bytes."
+    )
+    keep_runners: bool = Field(
+        default=False, description="On SIGTERM leave runners to the next worker (systemd)."
+    )
+    log_level: str = Field(default="INFO", description="Least severe level that is logged.")
+
+    @property
+    def store_root(self) -> Path:
+        """The store's folder on this machine."""
+        return (
+            Path(self.store_url.removeprefix("file://")) if self.store_url else self.home / "store"
+        )
+
+    @property
+    def renew_every_s(self) -> float:
+        """Seconds between two renewals of a lease."""
+        return self.lease_s / 6
+
+    @property
+    def lease_margin_s(self) -> float:
+        """Seconds before the lease's end at which the guard has killed everything."""
+        return max(self.lease_s / 6, 0.3)
+
+    @property
+    def lease_grace_s(self) -> float:
+        """Seconds between SIGTERM and SIGKILL when a lease runs out."""
+        return min(30.0, self.lease_s / 3)
+
+    @model_validator(mode="after")
+    def _home_is_absolute(self) -> "Settings":
+        if not self.home.is_absolute():
+            raise ValueError(f"home must be an absolute path, not {str(self.home)!r}")
+        return self
+
+
+def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+    """Read the settings. Raises: InputError that names the setting and what it should be."""
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    if settings_file := environ.get(PREFIX + "SETTINGS"):
+        values |= _from_file(Path(settings_file))
+    for name in Settings.model_fields:
+        variable = PREFIX + name.upper()
+        if secret_file := environ.get(variable + "_FILE"):
+            values[name] = _read(Path(secret_file), variable + "_FILE").strip()
+        elif (value := environ.get(variable)) not in (None, ""):
+            values[name] = value
+    values |= {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        raise InputError(
+            f"Setting {name}: {first['msg']}.",
+            code="bad_setting",
+            field=name,
+            hint=f"set {PREFIX}{name.upper()}; `tuneyard worker --help` lists the settings",
+        ) from None
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    text = _read(path, PREFIX + "SETTINGS")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{path} cannot be read as settings: {error}", code="bad_setting"
+        ) from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no settings: name: value lines are expected.")
+    return values
+
+
+def _read(path: Path, variable: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{variable} names {path}, which cannot be read: {error}.", code="bad_setting"
+        ) from None
