@@ -101,12 +101,21 @@ _UNASKED_STOPS = {ExitCode.STOPPED_AT_CHECKPOINT, ExitCode.STOPPED_WITHOUT}
 
 def judge(end: RunnerEnd, stop_reason: StopReason | None) -> Verdict:
     """Say what an end means. The first rule that matches decides; their order is the contract."""
-    if end.code == ExitCode.DONE:
-        return Verdict(Outcome.SUCCEEDED)
+    return after_stop(_judge_end(end), stop_reason)
+
+
+def after_stop(verdict: Verdict, stop_reason: StopReason | None) -> Verdict:
+    """What an end means once it is known whether, and why, the attempt was asked to stop."""
+    if stop_reason is None or verdict.outcome is Outcome.SUCCEEDED:
+        return verdict
     if stop_reason is StopReason.MAX_RUNTIME:
         return Verdict(Outcome.FAILED, Cause.MAX_RUNTIME, charged=True, retry=False)
-    if stop_reason is not None:
-        return Verdict(Outcome.STOPPED)
+    return Verdict(Outcome.STOPPED)
+
+
+def _judge_end(end: RunnerEnd) -> Verdict:
+    if end.code == ExitCode.DONE:
+        return Verdict(Outcome.SUCCEEDED)
     if end.code in _FINAL:
         return Verdict(Outcome.FAILED, _FINAL[ExitCode(end.code)], charged=True, retry=False)
     if end.code == ExitCode.OUT_OF_MEMORY or (end.signal is not None and end.oom_killed):

@@ -1,0 +1,19 @@
+"""${message}
+
+Revision ID: ${up_revision}
+"""
+
+from alembic import op
+
+revision = ${repr(up_revision)}
+down_revision = ${repr(down_revision)}
+branch_labels = ${repr(branch_labels)}
+depends_on = ${repr(depends_on)}
+
+
+def upgrade() -> None:
+    """"""
+
+
+def downgrade() -> None:
+    """"""

@@ -1,0 +1,186 @@
+"""Whole folders in the store, recorded by the attempt that made them: recorded = complete."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from tuneyard.models.attempts import AttemptRef, check_token
+from tuneyard.models.events import lock_job, record_event
+from tuneyard.models.tables import ArtifactRow, AttemptRow, BaseModelRow, JobRow, ModelRow
+from tuneyard.specs.ids import new_id, show_id
+
+KEPT_CHECKPOINTS = 2
+"""So many newest checkpoints are kept, besides the best one."""
+
+
+@dataclass(frozen=True)
+class StoredFolder:
+    """A folder that stands whole in the store under its id."""
+
+    id: UUID
+    kind: str
+    manifest: Mapping[str, Any]
+    digest: str  # sha256 of the manifest
+    bytes: int
+    step: int | None = None
+
+
+def record_checkpoint(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> None:
+    """Record a stored checkpoint and let older ones go. Raises: StaleToken."""
+    lock_job(tx, ref.job_id)
+    check_token(tx, ref)
+    if not _insert(tx, ref, folder):
+        return
+    data = {"step": folder.step, "artifact": show_id("artifact", folder.id)}
+    record_event(tx, ref.job_id, "checkpoint", attempt_id=ref.id, data=data)
+    _prune_checkpoints(tx, ref.job_id)
+
+
+def _insert(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> bool:
+    """Record a folder; False when it is recorded already."""
+    row = upsert(ArtifactRow).values(
+        id=folder.id,
+        team_id=ref.team_id,
+        job_id=ref.job_id,
+        attempt_id=ref.id,
+        token=ref.token,
+        kind=folder.kind,
+        step=folder.step,
+        bytes=folder.bytes,
+        digest=folder.digest,
+        manifest=dict(folder.manifest),
+    )
+    new = row.on_conflict_do_nothing(index_elements=["id"]).returning(ArtifactRow.id)
+    return tx.execute(new).one_or_none() is not None
+
+
+def _prune_checkpoints(tx: Connection, job_id: UUID) -> None:
+    """Mark all checkpoints but the newest two and the best; their files are swept afterwards."""
+    rows = tx.execute(
+        select(ArtifactRow.id, ArtifactRow.manifest["eval_loss"].as_float().label("eval_loss"))
+        .where(ArtifactRow.job_id == job_id, ArtifactRow.kind == "checkpoint")
+        .where(ArtifactRow.pruned_at.is_(None))
+        .order_by(ArtifactRow.step.desc(), ArtifactRow.id.desc())
+    ).all()
+    kept = {row.id for row in rows[:KEPT_CHECKPOINTS]}
+    measured = [row for row in rows if row.eval_loss is not None]
+    if measured:
+        kept.add(min(measured, key=lambda row: row.eval_loss).id)
+    pruned = [row.id for row in rows if row.id not in kept]
+    if pruned:
+        tx.execute(
+            update(ArtifactRow)
+            .where(ArtifactRow.id.in_(pruned))
+            .values(pruned_at=func.clock_timestamp())
+        )
+
+
+@dataclass(frozen=True)
+class KeptCheckpoint:
+    """A recorded checkpoint that an attempt may go on from."""
+
+    id: UUID
+    step: int
+    digest: str
+
+
+def checkpoints_to_resume(tx: Connection, job_id: UUID) -> list[KeptCheckpoint]:
+    """A job's recorded checkpoints, newest first; a retry's follow with those of its origin."""
+    origin = select(JobRow.retry_of).where(JobRow.id == job_id)
+    from_scratch = select(JobRow.spec["from_scratch"].as_boolean()).where(JobRow.id == job_id)
+    jobs = [job_id]
+    older = tx.execute(origin).scalar_one_or_none()
+    if older is not None and not tx.execute(from_scratch).scalar_one_or_none():
+        jobs.append(older)
+    rows = tx.execute(
+        select(ArtifactRow.id, ArtifactRow.step, ArtifactRow.digest)
+        .where(ArtifactRow.job_id.in_(jobs), ArtifactRow.kind == "checkpoint")
+        .where(ArtifactRow.pruned_at.is_(None))
+        .order_by(
+            (ArtifactRow.job_id == job_id).desc(), ArtifactRow.step.desc(), ArtifactRow.id.desc()
+        )
+    )
+    return [KeptCheckpoint(row.id, row.step, row.digest) for row in rows]
+
+
+def publish_outputs(tx: Connection, ref: AttemptRef, folders: list[StoredFolder]) -> None:
+    """Record what a successful attempt brought forth, in the transaction that ends it.
+
+    The attempt's row is held and live: the caller ends it next.
+    """
+    for folder in folders:
+        _insert(tx, ref, folder)
+        if folder.kind == "adapter":
+            _insert_model(tx, ref, folder)
+
+
+def _insert_model(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> None:
+    job = tx.execute(select(JobRow.name, JobRow.inputs).where(JobRow.id == ref.job_id)).one()
+    taken = tx.execute(
+        select(ModelRow.id).where(ModelRow.team_id == ref.team_id, ModelRow.name == job.name)
+    ).one_or_none()
+    name = job.name if taken is None else f"{job.name}-{ref.job_id.hex[-12:]}"
+    tx.execute(
+        insert(ModelRow).values(
+            id=new_id(),
+            team_id=ref.team_id,
+            name=name,
+            job_id=ref.job_id,
+            artifact_id=folder.id,
+            base_model_id=UUID(job.inputs["model"]["base_model"]),
+        )
+    )
+
+
+def publish_base_model(tx: Connection, name: str, folder: StoredFolder) -> None:
+    """Record a downloaded model; the same bytes under the same name are recorded once."""
+    manifest = dict(folder.manifest)
+    row = upsert(BaseModelRow).values(
+        id=folder.id,
+        name=name,
+        source=str(manifest.get("source", "")),
+        revision=str(manifest.get("revision", "")),
+        digest=folder.digest,
+        bytes=folder.bytes,
+        manifest=manifest,
+    )
+    tx.execute(
+        row.on_conflict_do_update(
+            index_elements=["name", "digest"], set_={"published_at": func.clock_timestamp()}
+        )
+    )
+
+
+def artifacts_to_sweep(tx: Connection, *, limit: int = 50) -> list[UUID]:
+    """Artifacts that are marked and whose files are still there, but none that is being read.
+
+    While an attempt of the job is staging, it may just be copying a checkpoint.
+    """
+    rows = tx.execute(
+        select(ArtifactRow.id)
+        .where(
+            ArtifactRow.pruned_at < func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 1)
+        )
+        .where(ArtifactRow.swept_at.is_(None))
+        .where(
+            ~select(AttemptRow.id)
+            .where(AttemptRow.job_id == ArtifactRow.job_id)
+            .where(AttemptRow.ended_at.is_(None), AttemptRow.phase == "staging")
+            .exists()
+        )
+        .limit(limit)
+    )
+    return list(rows.scalars())
+
+
+def mark_swept(tx: Connection, artifact_ids: list[UUID]) -> None:
+    """The files of these artifacts are gone from the store."""
+    tx.execute(
+        update(ArtifactRow)
+        .where(ArtifactRow.id.in_(artifact_ids))
+        .values(swept_at=func.clock_timestamp())
+    )

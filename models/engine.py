@@ -1,0 +1,148 @@
+"""Connections to PostgreSQL: two bounded pools a process, transactions, and what may be retried."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+from uuid import UUID
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.exc import DBAPIError, TimeoutError
+from sqlalchemy.pool import QueuePool
+
+from tuneyard.specs.errors import Unavailable
+
+Result = TypeVar("Result")
+
+RETRYABLE = ("08", "25P", "40001", "40P01", "53", "55P03", "57014", "57P0")
+"""SQLSTATEs (or their class) after which the whole unit may be run again."""
+
+CONNECT_ARGS: dict[str, Any] = {
+    "connect_timeout": 3,
+    "keepalives": 1,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 8000,
+}
+
+
+class Database:
+    """A process's way to PostgreSQL.
+
+    ``begin`` opens a transaction from the ordinary pool; ``begin_reserved`` from one connection
+    kept apart, so that renewals and cancels get through when the pool is full.
+    """
+
+    def __init__(self, url: str, name: str, *, pool_size: int = 5) -> None:
+        self.url = url
+        self.name = name
+        self._engine = _engine(url, name, size=pool_size, overflow=5)
+        self._reserved = _engine(url, name + "-reserved", size=1, overflow=0)
+
+    @contextmanager
+    def begin(self, *, team: UUID | None = None) -> Iterator[Connection]:
+        """A transaction; with ``team`` row level security shows that team's rows alone.
+
+        Raises: Unavailable when PostgreSQL cannot be reached, is busy or went away: nothing was
+        kept, or (at the commit) whether it was is unknown and must be asked by key or token.
+        """
+        with _translated(), self._engine.begin() as tx:
+            if team is not None:
+                # SET LOCAL takes no parameter.
+                tx.execute(
+                    text("SELECT set_config('tuneyard.team', :team, true)"), {"team": str(team)}
+                )
+            yield tx
+
+    @contextmanager
+    def begin_reserved(self) -> Iterator[Connection]:
+        """A transaction on the reserved connection. Raises: Unavailable."""
+        with _translated(), self._reserved.begin() as tx:
+            yield tx
+
+    def retry(self, unit: Callable[[Connection], Result], *, tries: int = 5) -> Result:
+        """Run a whole unit in a transaction, again when PostgreSQL says that this may help."""
+        for attempt in range(tries - 1):
+            try:
+                with self.begin() as tx:
+                    return unit(tx)
+            except Unavailable:
+                time.sleep(random.uniform(0.02, 0.1) * 2**attempt)  # noqa: S311 - jitter
+        with self.begin() as tx:
+            return unit(tx)
+
+    def listener(self) -> psycopg.Connection[Any]:
+        """A connection of its own, in autocommit, for LISTEN."""
+        url = libpq_url(self.url)
+        try:
+            return psycopg.connect(
+                url, autocommit=True, application_name=self.name + "-listen", **CONNECT_ARGS
+            )
+        except psycopg.OperationalError as error:
+            raise _unavailable(error) from error
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+        self._reserved.dispose()
+
+
+def libpq_url(url: str) -> str:
+    """The URL without SQLAlchemy's driver name."""
+    return url.replace("postgresql+psycopg://", "postgresql://", 1)
+
+
+def where(url: str) -> str:
+    """Host, port and name of a database, without its secrets, for messages."""
+    parts = conninfo_to_dict(libpq_url(url))
+    return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
+
+
+def _engine(url: str, name: str, *, size: int, overflow: int) -> Engine:
+    return create_engine(
+        libpq_url(url).replace("postgresql://", "postgresql+psycopg://", 1),
+        poolclass=QueuePool,
+        pool_pre_ping=True,
+        pool_size=size,
+        max_overflow=overflow,
+        pool_timeout=3,
+        pool_recycle=1800,
+        pool_use_lifo=True,
+        hide_parameters=True,
+        connect_args=CONNECT_ARGS | {"application_name": name[:63]},
+    )
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError as error:
+        message = "All of this process's database connections are busy."
+        raise Unavailable(message, code="db_busy") from error
+    except DBAPIError as error:
+        if is_retryable(error):
+            raise _unavailable(error.orig) from error
+        raise
+
+
+def is_retryable(error: DBAPIError) -> bool:
+    """Whether the whole unit may be run again after this error."""
+    state = getattr(error.orig, "sqlstate", None)
+    if error.connection_invalidated or (state is None and _is_connection_error(error)):
+        return True
+    return state is not None and state.startswith(RETRYABLE)
+
+
+def _is_connection_error(error: DBAPIError) -> bool:
+    return isinstance(error.orig, psycopg.OperationalError | psycopg.InterfaceError)
+
+
+def _unavailable(error: BaseException | None) -> Unavailable:
+    state = getattr(error, "sqlstate", None)
+    code = "storage_full" if state == "53100" else "db_unavailable"
+    return Unavailable("The database cannot be reached right now.", code=code)

@@ -1,0 +1,223 @@
+"""Submitting, cancelling and retrying jobs, and what an end means for jobs that need it."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from tuneyard.models.attempts import ask_to_stop, nodes_of
+from tuneyard.models.events import (
+    apply_event,
+    lock_job,
+    node_channel,
+    notify,
+    record_submission,
+)
+from tuneyard.models.inputs import Resolved, resolve
+from tuneyard.models.tables import (
+    DeviceRow,
+    IdempotencyKeyRow,
+    JobEdgeRow,
+    JobRow,
+)
+from tuneyard.specs.errors import Conflict, InputError
+from tuneyard.specs.exits import Cause, StopReason
+from tuneyard.specs.ids import new_id, show_id
+from tuneyard.specs.jobs import JobSpec, Note, read_spec
+from tuneyard.specs.states import TERMINAL, JobEvent, JobState, next_state
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a person asked for, checked as far as it can be without the database."""
+
+    spec: JobSpec
+    notes: tuple[Note, ...] = ()
+    key: str | None = None  # Idempotency-Key
+    body_sha256: str = ""
+    retry_of: UUID | None = None
+
+
+def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> tuple[UUID, bool]:
+    """Write a job with all that belongs to it. Returns its id and whether it was there already.
+
+    Raises: Conflict (the key was used with another body), InputError (a reference leads nowhere).
+    """
+    job_id = new_id()
+    if submission.key is not None:
+        earlier = _take_key(tx, team_id, job_id, submission)
+        if earlier is not None:
+            return earlier, True
+    spec = submission.spec
+    resolved = resolve(tx, spec.references())
+    state = JobState.QUEUED if resolved.ready else JobState.BLOCKED
+    tx.execute(
+        insert(JobRow).values(
+            id=job_id,
+            team_id=team_id,
+            kind=spec.kind,
+            name=spec.name or f"{spec.kind}-{job_id.hex[-6:]}",
+            spec=spec.document(),
+            notes=[note.model_dump() for note in submission.notes],
+            state=state.value,
+            priority=spec.priority,
+            demand=_demand(tx, spec),
+            inputs=dict(resolved.inputs) if resolved.ready else None,
+            retry_of=submission.retry_of,
+        )
+    )
+    _write_edges(tx, team_id, job_id, resolved)
+    record_submission(tx, job_id, team_id, state)
+    return job_id, False
+
+
+def body_hash(body: bytes) -> str:
+    """What tells two bodies under one Idempotency-Key apart."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def _take_key(tx: Connection, team_id: UUID, job_id: UUID, submission: Submission) -> UUID | None:
+    """Write the key with the job; the earlier job where the key stands already.
+
+    Two at once: the second waits in the insert until the first has committed or rolled back.
+    """
+    row = upsert(IdempotencyKeyRow).values(
+        team_id=team_id, key=submission.key, body_sha256=submission.body_sha256, job_id=job_id
+    )
+    if tx.execute(row.on_conflict_do_nothing().returning(IdempotencyKeyRow.key)).one_or_none():
+        return None
+    earlier = tx.execute(
+        select(IdempotencyKeyRow.job_id, IdempotencyKeyRow.body_sha256).where(
+            IdempotencyKeyRow.team_id == team_id, IdempotencyKeyRow.key == submission.key
+        )
+    ).one()
+    if earlier.body_sha256 != submission.body_sha256:
+        raise Conflict(
+            "This Idempotency-Key was used with another body.",
+            code="idempotency_conflict",
+            field="Idempotency-Key",
+            hint="use a new key for a new job",
+        )
+    return earlier.job_id
+
+
+def _demand(tx: Connection, spec: JobSpec) -> dict[str, Any]:
+    """What the job needs; ``auto`` is a GPU where the cluster has any, else a CPU."""
+    kind = spec.device
+    if kind == "auto" and not spec.wants_gpu:
+        kind = "cpu"
+    if kind == "auto":
+        gpus = select(func.count()).where(DeviceRow.kind == "gpu", DeviceRow.state != "lost")
+        kind = "gpu" if tx.execute(gpus).scalar_one() else "cpu"
+    devices_each = spec.gpus if kind == "gpu" else 1
+    return {
+        "nodes": 1,
+        "devices_each": devices_each,
+        "kind": kind,
+        "bytes_each": 0,
+        "labels": {},
+        "share": None,
+    }
+
+
+def _write_edges(tx: Connection, team_id: UUID, job_id: UUID, resolved: Resolved) -> None:
+    edges = [
+        {"team_id": team_id, "child": job_id, "parent": parent, "output": output}
+        for parent, output in dict.fromkeys(resolved.parents)
+    ]
+    if edges:
+        tx.execute(insert(JobEdgeRow), edges)
+
+
+def cancel_job(tx: Connection, job_id: UUID) -> JobState:
+    """Cancel a job, at once or through its live attempt. Raises: NotFound, Conflict."""
+    job = lock_job(tx, job_id)
+    if job.state in (JobState.CANCELLING, JobState.CANCELLED):
+        return job.state
+    if next_state(job.state, JobEvent.CANCEL) is None:
+        raise Conflict(
+            f"Job {show_id('job', job_id)} {job.state} already.",
+            code="already_ended",
+            hint="a job that has ended cannot be cancelled",
+        )
+    state = apply_event(tx, job_id, JobEvent.CANCEL)
+    attempt = ask_to_stop(tx, job_id, StopReason.CANCEL)
+    if attempt is not None:
+        for node in nodes_of(tx, attempt):
+            notify(tx, node_channel(node))
+    if state in TERMINAL:
+        settle_children(tx, job_id, state)
+    return state
+
+
+def settle_children(tx: Connection, job_id: UUID, state: JobState) -> None:
+    """A job ended: free those that waited for it, or end them too, through the whole graph."""
+    children = tx.execute(
+        select(JobEdgeRow.child).where(JobEdgeRow.parent == job_id).distinct()
+    ).scalars()
+    for child in children.all():
+        if state is JobState.SUCCEEDED:
+            reconsider(tx, child)
+        else:
+            _end_child(tx, child, job_id, state)
+
+
+def _end_child(tx: Connection, child: UUID, parent: UUID, state: JobState) -> None:
+    failed = state is JobState.FAILED
+    event = JobEvent.INPUT_FAILED if failed else JobEvent.INPUT_CANCELLED
+    if next_state(lock_job(tx, child).state, event) is None:
+        return
+    error = None
+    if failed:
+        message = f"{show_id('job', parent)}, which this job needs, failed."
+        error = {"code": Cause.DEPENDENCY_FAILED.value, "message": message}
+    ended = apply_event(tx, child, event, data={"parent": show_id("job", parent)}, error=error)
+    settle_children(tx, child, ended)
+
+
+def reconsider(tx: Connection, job_id: UUID) -> None:
+    """Look whether a blocked job's inputs are there by now, or can never be."""
+    if lock_job(tx, job_id).state is not JobState.BLOCKED:
+        return
+    spec = tx.execute(select(JobRow.spec).where(JobRow.id == job_id)).scalar_one()
+    try:
+        resolved = resolve(tx, spec_of(spec).references())
+    except InputError as problem:
+        state = apply_event(tx, job_id, JobEvent.INPUT_FAILED, error=problem.as_dict())
+        settle_children(tx, job_id, state)
+        return
+    if resolved.ready:
+        inputs = dict(resolved.inputs)
+        tx.execute(update(JobRow).where(JobRow.id == job_id).values(inputs=inputs))
+        apply_event(tx, job_id, JobEvent.INPUTS_READY)
+
+
+def reconsider_blocked(tx: Connection) -> None:
+    """Look at every blocked job that this transaction may see."""
+    blocked = select(JobRow.id).where(JobRow.state == JobState.BLOCKED.value).order_by(JobRow.id)
+    for job_id in tx.execute(blocked).scalars().all():
+        reconsider(tx, job_id)
+
+
+def retry_job(tx: Connection, job_id: UUID, patch: Mapping[str, Any]) -> Submission:
+    """The submission that tries an ended job again. Raises: NotFound, Conflict, SpecRejected."""
+    job = lock_job(tx, job_id)
+    if job.state not in TERMINAL:
+        raise Conflict(
+            f"Job {show_id('job', job_id)} is {job.state}.",
+            code="not_ended",
+            hint="wait for its end, or cancel it first",
+        )
+    old = tx.execute(select(JobRow.spec).where(JobRow.id == job_id)).scalar_one()
+    spec, notes = read_spec(old | dict(patch))
+    return Submission(spec, tuple(notes), retry_of=job_id)
+
+
+def spec_of(document: Mapping[str, Any]) -> JobSpec:
+    """The spec that ``jobs.spec`` holds."""
+    spec, _ = read_spec(document)
+    return spec

@@ -1,0 +1,95 @@
+"""Bringing a database to the newest schema, its roles to their passwords, and the first key in."""
+
+import hashlib
+import logging
+
+from alembic import command
+from alembic.config import Config
+from psycopg import sql
+from pydantic import SecretStr
+from sqlalchemy import Connection, NullPool, create_engine, text
+
+from tuneyard.models.engine import CONNECT_ARGS, libpq_url
+from tuneyard.specs.ids import new_id
+from tuneyard.specs.settings import Settings
+from tuneyard.specs.states import moves
+
+log = logging.getLogger(__name__)
+
+DEFAULT_TEAM = "default"
+
+
+def migrate(settings: Settings) -> None:
+    """Migrate as the owner, in one transaction; running it again changes nothing."""
+    url = libpq_url(settings.database_url.get_secret_value())
+    engine = create_engine(
+        url.replace("postgresql://", "postgresql+psycopg://", 1),
+        poolclass=NullPool,
+        connect_args=CONNECT_ARGS | {"application_name": "ty-migrate"},
+    )
+    with engine.begin() as tx:
+        tx.execute(text("SET LOCAL lock_timeout = '2s'"))
+        upgrade(tx)
+        load_transitions(tx)
+        for role in ("api", "worker", "scheduler"):
+            set_password(tx, f"tuneyard_{role}", getattr(settings, f"{role}_role_password"))
+        if settings.first_api_key is not None:
+            add_key(tx, DEFAULT_TEAM, settings.first_api_key.get_secret_value())
+    log.info("database migrated", extra={"event": "database_migrated"})
+
+
+def upgrade(tx: Connection, revision: str = "head") -> None:
+    """Run the migrations up to a revision."""
+    command.upgrade(_alembic(tx), revision)
+
+
+def downgrade(tx: Connection, revision: str) -> None:
+    """Undo migrations down to a revision; ``base`` leaves an empty database."""
+    command.downgrade(_alembic(tx), revision)
+
+
+def _alembic(tx: Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", "tuneyard:migrations")
+    config.attributes["connection"] = tx
+    return config
+
+
+def load_transitions(tx: Connection) -> None:
+    """Make the database's table of legal moves equal to specs/states.py."""
+    tx.execute(text("DELETE FROM transitions"))
+    tx.execute(
+        text("INSERT INTO transitions (from_state, event, to_state) VALUES (:f, :e, :t)"),
+        [{"f": f.value, "e": e.value, "t": t.value} for f, e, t in sorted(moves())],
+    )
+
+
+def set_password(tx: Connection, role: str, password: SecretStr | None) -> None:
+    """Give a role its password, where one is set."""
+    if password is not None:
+        # ALTER ROLE takes no parameters: the literal is quoted by psycopg.
+        statement = sql.SQL("ALTER ROLE {} PASSWORD {}").format(
+            sql.Identifier(role), sql.Literal(password.get_secret_value())
+        )
+        tx.exec_driver_sql(statement.as_string())
+
+
+def hash_key(key: str) -> bytes:
+    """What is kept of an API key: its SHA-256. Keys are random, so no salt or stretching."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def add_key(tx: Connection, team: str, key: str, *, role: str = "admin") -> None:
+    """Make sure that a key exists, and its team."""
+    tx.execute(
+        text("INSERT INTO teams (id, name) VALUES (:id, :name) ON CONFLICT (name) DO NOTHING"),
+        {"id": new_id(), "name": team},
+    )
+    tx.execute(
+        text(
+            "INSERT INTO api_keys (id, team_id, name, hash, role)"
+            " SELECT :id, id, 'first', :hash, :role FROM teams WHERE name = :team"
+            " ON CONFLICT ON CONSTRAINT api_keys_hash_once DO NOTHING"
+        ),
+        {"id": new_id(), "hash": hash_key(key), "role": role, "team": team},
+    )

@@ -1,0 +1,81 @@
+"""One real PostgreSQL and one Valkey a session; a fresh database a test, cloned from a template."""
+
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from support.databases import PASSWORD, TestDatabase, migration_settings, run_statement
+
+from tuneyard.local.postgres import RunningPostgres, start_postgres
+from tuneyard.local.valkey import RunningValkey, start_valkey
+from tuneyard.models.engine import Database
+from tuneyard.models.migration import migrate
+from tuneyard.models.nodes import OfferedDevice, register_node
+
+TEMPLATE = "template_tuneyard"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[RunningPostgres]:
+    """A server for the whole session; without fsync, as nothing here outlives it."""
+    with tempfile.TemporaryDirectory(prefix="ty-pg-") as folder:
+        Path(folder).chmod(0o755)
+        server = start_postgres(Path(folder) / "postgres", fsync=False, die_with_parent=True)
+        run_statement(server.url, f"CREATE DATABASE {TEMPLATE}")
+        migrate(migration_settings(server.plan.url(database=TEMPLATE)))
+        yield server
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[RunningValkey]:
+    """A Valkey for the whole session."""
+    with tempfile.TemporaryDirectory(prefix="ty-valkey-") as folder:
+        server = start_valkey(Path(folder) / "valkey", die_with_parent=True)
+        yield server
+        server.stop()
+
+
+@pytest.fixture
+def db(postgres: RunningPostgres) -> Iterator[TestDatabase]:
+    """A fresh, migrated database."""
+    name = f"test_{secrets.token_hex(6)}"
+    run_statement(postgres.url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    # Role settings belong to a database, and a clone does not inherit them; they are not needed.
+    plan = postgres.plan
+    roles = {
+        role: Database(plan.url(f"tuneyard_{role}", PASSWORD, name), f"test-{role}")
+        for role in ("api", "worker", "scheduler")
+    }
+    database = TestDatabase(
+        postgres, name, Database(plan.url(database=name), "test-owner"), **roles
+    )
+    yield database
+    for each in (database.owner, *roles.values()):
+        each.close()
+    run_statement(postgres.url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def a_team(db: TestDatabase) -> Callable[..., UUID]:
+    """Make a team."""
+    return db.a_team
+
+
+@pytest.fixture
+def a_node(db: TestDatabase) -> Callable[..., UUID]:
+    """Register a node with some GPUs and one CPU slot."""
+
+    def make(name: str = "n1", *, gpus: int = 2, cpu_slots: int = 1) -> UUID:
+        devices = [
+            OfferedDevice("gpu", f"GPU-{name}-{i}", "test", 2**34, [[0]]) for i in range(gpus)
+        ]
+        if cpu_slots:
+            devices.append(OfferedDevice("cpu", "cpu", "cores", 2**34, [[0]] * cpu_slots))
+        with db.worker.begin() as tx:
+            return register_node(tx, name, boot_id="boot", capabilities={}, devices=devices)
+
+    return make

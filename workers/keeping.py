@@ -1,0 +1,306 @@
+"""Keeping one attempt: stage it, start its runner behind a guard, ship what it says, end it.
+
+A keeper is a thread of the supervisor's. Whatever it writes is fenced by the attempt's token; once
+a write is refused it kills the runner and leaves no trace but a line that says so.
+"""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from tuneyard.models import attempts
+from tuneyard.models.attempts import AttemptRef, End
+from tuneyard.models.engine import Database
+from tuneyard.specs.errors import StaleToken, TuneyardError, Unavailable
+from tuneyard.specs.exits import Cause, Outcome, RunnerEnd, StopReason, Verdict, judge
+from tuneyard.specs.ids import show_id
+from tuneyard.specs.runner import GUARD_FILE
+from tuneyard.specs.settings import Settings
+from tuneyard.store.remote import Store
+from tuneyard.workers.guarding import GuardGone, GuardLink, adopt_guard, kill_marked, start_guard
+from tuneyard.workers.publishing import publish
+from tuneyard.workers.reading import read_last_words
+from tuneyard.workers.shipping import ship_new
+from tuneyard.workers.staging import InputGone, read_errand, runner_command, stage
+
+log = logging.getLogger(__name__)
+
+SHIP_EVERY_S = 1.0
+LOOK_EVERY_S = 0.1
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Node:
+    """What all keepers of a worker share."""
+
+    id: UUID
+    db: Database
+    store: Store
+    settings: Settings
+
+    def workdir(self, ref: AttemptRef) -> Path:
+        """The attempt's own folder on this node."""
+        return self.settings.home / "work" / show_id("attempt", ref.id)
+
+
+class Keeper:
+    """One attempt on this node, from its claim to its end."""
+
+    def __init__(self, node: Node, assignment: attempts.Assignment, *, renewed_at: float) -> None:
+        self.ref = assignment.ref
+        self.kind = assignment.kind
+        self.name = assignment.name
+        self.done = threading.Event()
+        self.verdict: Verdict | None = None
+        self._node = node
+        self._workdir = node.workdir(self.ref)
+        self._adopting = assignment.claimed
+        self._control = Control(node.settings, renewed_at)
+        self._thread = threading.Thread(target=self._run, name=f"keep-{self.ref.id.hex[-6:]}")
+        self._thread.daemon = True
+
+    def start(self) -> None:
+        """Begin to keep."""
+        self._thread.start()
+
+    def renewed(self, requested_at: float) -> None:
+        """The lease was renewed by a request that was sent at this boottime."""
+        self._control.renewed(requested_at)
+
+    def fence(self) -> None:
+        """The lease is not ours any more: nothing of this attempt may go on."""
+        self._control.fence()
+
+    def stop(self, reason: StopReason) -> None:
+        """Stop the runner at a checkpoint; SIGKILL follows after the grace."""
+        self._control.stop(reason)
+
+    def _run(self) -> None:
+        try:
+            end = self._run_to_end()
+            if end is not None:
+                self._conclude(end)
+        except StaleToken:
+            self._abandon()
+        except Exception as error:
+            # A bug of ours must not leave an attempt that lives for ever in silence.
+            log.exception("keeper failed", extra={"event": "keeper_failed", **self._fields()})
+            self._give_up(f"the worker met an internal error: {error!r}")
+        finally:
+            self.done.set()
+
+    # From the claim to the runner's end -------------------------------------------------------
+
+    def _run_to_end(self) -> RunnerEnd | None:
+        """None when the attempt ended before a runner was needed."""
+        link = adopt_guard(self._workdir) if self._adopting else None
+        if link is not None:
+            log.info("attempt re-adopted", extra={"event": "attempt_adopted", **self._fields()})
+        elif self._adopting and (self._workdir / GUARD_FILE).exists():
+            return self._end_of_a_lost_guard()
+        else:
+            link = self._launch()
+        if link is None:
+            return None
+        self._control.attach(link)
+        return self._watch(link)
+
+    def _launch(self) -> GuardLink | None:
+        kill_marked({show_id("attempt", self.ref.id)})
+        if self._control.stop_reason is not None:
+            self._finish(End(Verdict(Outcome.STOPPED), "stopped before its runner started"))
+            return None
+        settings = self._node.settings
+        errand = self._until_answered(lambda tx: read_errand(tx, self.ref))
+        try:
+            rejected = stage(errand, self._workdir, self._node.store, cache=settings.home / "cache")
+        except InputGone as gone:
+            verdict = Verdict(Outcome.FAILED, Cause.INPUT_GONE, charged=True, retry=False)
+            self._finish(End(verdict, gone.message))
+            return None
+        except OSError as error:
+            self._finish(End(Verdict(Outcome.LOST, Cause.DISK_FULL), f"staging failed: {error}"))
+            return None
+        for sentence in rejected:
+            self._note("checkpoint_rejected", sentence)
+        argv, environment = runner_command(errand, self._workdir, settings)
+        return start_guard(
+            self._workdir,
+            argv,
+            environment,
+            deadline=self._control.deadline,
+            grace_s=settings.lease_grace_s,
+            cores=errand.cores or None,
+        )
+
+    def _watch(self, link: GuardLink) -> RunnerEnd:
+        """Ship each second until the guard has seen the runner's end."""
+        started, shipped_at = False, time.monotonic()
+        while (end := link.exit()) is None:
+            if not link.alive():
+                return link.exit() or self._end_of_a_lost_guard()
+            if not started and link.runner_pid() is not None:
+                started = self._try(lambda tx: attempts.report_started(tx, self.ref))
+            if time.monotonic() - shipped_at >= SHIP_EVERY_S:
+                shipped_at = time.monotonic()
+                self._ship()
+            time.sleep(LOOK_EVERY_S)
+        if not started:
+            self._try(lambda tx: attempts.report_started(tx, self.ref))
+        return end
+
+    def _end_of_a_lost_guard(self) -> RunnerEnd:
+        """No guard: its exit.json says how it ended, or what is left is killed by its mark."""
+        kill_marked({show_id("attempt", self.ref.id)})
+        return GuardLink.read_exit(self._workdir) or RunnerEnd()
+
+    # From the runner's end to the attempt's ----------------------------------------------------
+
+    def _conclude(self, end: RunnerEnd) -> None:
+        """All processes are gone: ship the rest, free the devices, publish, end the attempt."""
+        while self._ship():
+            pass
+        self._until_answered(lambda tx: attempts.release_devices(tx, self.ref))
+        verdict = judge(end, None)
+        words = read_last_words(self._workdir)
+        if verdict.outcome is Outcome.SUCCEEDED:
+            self._publish(end)
+        else:
+            evidence, patch = words.evidence(end)
+            self._finish(End(verdict, evidence, patch, exit=vars(end)))
+
+    def _publish(self, end: RunnerEnd) -> None:
+        try:
+            record = publish(self._node.store, self.ref, self.kind, self._workdir)
+        except (OSError, TuneyardError) as error:
+            verdict = Verdict(Outcome.LOST, Cause.STORE_UNREACHABLE)
+            self._finish(End(verdict, f"the result could not be stored: {error}", exit=vars(end)))
+            return
+        self._finish(End(Verdict(Outcome.SUCCEEDED), exit=vars(end)), record)
+
+    def _finish(self, end: End, record: Callable[[Connection], None] | None = None) -> None:
+        """End the attempt, with what it brought forth, in one transaction."""
+
+        def unit(tx: Connection) -> Verdict:
+            return attempts.finish_attempt(
+                tx, self.ref, end, record=record, backoff_s=self._node.settings.retry_backoff_s
+            )
+
+        self.verdict = self._until_answered(unit)
+        fields = {"event": "attempt_ended", "outcome": self.verdict.outcome, **self._fields()}
+        log.info("attempt ended", extra=fields)
+        if self.verdict.outcome is not Outcome.FAILED:
+            shutil.rmtree(self._workdir, ignore_errors=True)
+
+    def _give_up(self, evidence: str) -> None:
+        """End as lost; if even that fails the lease runs out and the reaper ends it."""
+        self._control.fence()
+        kill_marked({show_id("attempt", self.ref.id)})
+        try:
+            self._finish(End(Verdict(Outcome.LOST, Cause.KILLED), evidence))
+        except (TuneyardError, OSError):
+            log.exception("giving up failed", extra={"event": "keeper_failed", **self._fields()})
+
+    def _abandon(self) -> None:
+        """The token opens nothing any more: kill, remove, and say that a write was refused."""
+        self._control.fence()
+        kill_marked({show_id("attempt", self.ref.id)})
+        self._try(lambda tx: attempts.refuse_write(tx, self.ref, "the attempt is over"))
+        shutil.rmtree(self._workdir, ignore_errors=True)
+        log.warning("attempt abandoned", extra={"event": "attempt_abandoned", **self._fields()})
+
+    # Writing --------------------------------------------------------------------------------------
+
+    def _ship(self) -> bool:
+        """Ship what is new; whether there may be more. A database that is away is asked again."""
+        try:
+            return ship_new(self._node.db, self._node.store, self.ref, self._workdir)
+        except Unavailable:
+            return False
+
+    def _note(self, type_: str, message: str) -> None:
+        self._try(lambda tx: attempts.note(tx, self.ref, type_, {"message": message}))
+
+    def _try(self, unit: Callable[[Connection], object]) -> bool:
+        try:
+            with self._node.db.begin() as tx:
+                unit(tx)
+        except Unavailable:
+            return False
+        return True
+
+    def _until_answered(self, unit: Callable[[Connection], Answer]) -> Answer:
+        """Run a transaction, again while the database is away. Raises: StaleToken when fenced."""
+        while True:
+            try:
+                with self._node.db.begin() as tx:
+                    return unit(tx)
+            except Unavailable:
+                if self._control.fenced.wait(0.5):
+                    raise StaleToken() from None
+
+    def _fields(self) -> dict[str, object]:
+        return {
+            "job": show_id("job", self.ref.job_id),
+            "attempt": self.ref.number,
+            "token": self.ref.token,
+        }
+
+
+class Control:
+    """What the supervisor's threads say to a keeper's runner: extend, stop, kill."""
+
+    def __init__(self, settings: Settings, renewed_at: float) -> None:
+        self.fenced = threading.Event()
+        self.stop_reason: StopReason | None = None
+        self.deadline = 0.0
+        self._settings = settings
+        self._link: GuardLink | None = None
+        self._lock = threading.Lock()
+        self.renewed(renewed_at)
+
+    def attach(self, link: GuardLink) -> None:
+        """There is a guard now: tell it all that was said before."""
+        with self._lock:
+            self._link = link
+            self._tell(lambda link: link.extend(self.deadline))
+            if self.fenced.is_set():
+                self._tell(lambda link: link.stop(0.0))
+            elif self.stop_reason is not None:
+                self._tell(lambda link: link.stop(self._settings.stop_grace_s))
+
+    def renewed(self, requested_at: float) -> None:
+        """Trust the lease from the moment the request was sent, however late the answer came."""
+        with self._lock:
+            self.deadline = requested_at + self._settings.lease_s - self._settings.lease_margin_s
+            self._tell(lambda link: link.extend(self.deadline))
+
+    def fence(self) -> None:
+        """Kill at once."""
+        with self._lock:
+            self.fenced.set()
+            self._tell(lambda link: link.stop(0.0))
+
+    def stop(self, reason: StopReason) -> None:
+        """Ask for a checkpoint and the end; the first asking counts."""
+        with self._lock:
+            if self.stop_reason is None:
+                self.stop_reason = reason
+                self._tell(lambda link: link.stop(self._settings.stop_grace_s))
+
+    def _tell(self, message: Callable[[GuardLink], object]) -> None:
+        if self._link is not None:
+            try:
+                message(self._link)
+            except GuardGone:
+                pass  # the keeper's own look finds out what became of it

@@ -1,0 +1,105 @@
+"""The worker's process: the supervisor first, then Celery in the main thread."""
+
+import fcntl
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+from celery import Celery
+
+from tuneyard.specs.errors import InputError, Unavailable
+from tuneyard.specs.settings import Settings
+from tuneyard.workers.observing import Observers, celery_app
+from tuneyard.workers.supervisor import Supervisor, register
+
+log = logging.getLogger(__name__)
+
+RECONNECT_S = 1.0
+
+
+def run(settings: Settings) -> None:
+    """Serve this node until SIGTERM. Raises: InputError when another worker serves this home."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    with _alone(settings.home):
+        supervisor = _register(settings, stop)
+        if supervisor is None:
+            return
+        supervisor.start()
+        log.info("worker ready", extra={"event": "worker_ready", "node": str(supervisor.node.id)})
+        _consume(settings, supervisor)
+        supervisor.shut_down(keep_runners=settings.keep_runners)
+        supervisor.node.db.close()
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Hold the home's lock: two workers on one home would take each other's attempts for dead."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "worker.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"Another worker serves {home}.",
+                code="already_running",
+                hint="one worker serves a node; set TUNEYARD_HOME for a second node",
+            ) from None
+        yield
+
+
+def _register(settings: Settings, stop: threading.Event) -> Supervisor | None:
+    """Register with the database, waiting for it as long as it takes; None when asked to stop."""
+    said = False
+    while not stop.is_set():
+        try:
+            return register(settings, {"tuneyard": version("tuneyard")})
+        except Unavailable as error:
+            if not said:
+                log.warning(error.message, extra={"event": "database_away", "code": error.code})
+            said = True
+            stop.wait(RECONNECT_S)
+    return None
+
+
+def _consume(settings: Settings, supervisor: Supervisor) -> None:
+    """Run Celery until SIGTERM; a consumer that breaks is made anew, the supervisor goes on."""
+    app = celery_app(settings.broker_url.get_secret_value(), supervisor.node.id)
+    Observers(app, supervisor)
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        supervisor.stopping.set()
+        raise SystemExit(0)
+
+    while not supervisor.stopping.is_set():
+        # Celery sets handlers of its own while it runs; these hold before and between.
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        try:
+            _work(app, supervisor, settings)
+        except SystemExit:
+            continue
+        except Exception as error:
+            log.warning("consumer broke", extra={"event": "consumer_broke", "error": str(error)})
+            supervisor.stopping.wait(RECONNECT_S)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+
+
+def _work(app: Celery, supervisor: Supervisor, settings: Settings) -> None:
+    threads = settings.cpu_slots + len(supervisor.inventory.gpus()) + 4
+    worker = app.Worker(
+        concurrency=threads,
+        hostname=f"worker@{supervisor.name}",
+        loglevel=settings.log_level,
+        pool="threads",
+        without_gossip=True,
+        without_mingle=True,
+    )
+    worker.start()

@@ -1,0 +1,241 @@
+"""Making an attempt's work folder ready: inputs from the store by way of the node's cache."""
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import Connection, select
+
+from tuneyard.models.artifacts import KeptCheckpoint, checkpoints_to_resume
+from tuneyard.models.attempts import AttemptRef
+from tuneyard.models.jobs import spec_of
+from tuneyard.models.tables import (
+    AllocationRow,
+    ArtifactRow,
+    BaseModelRow,
+    DeviceRow,
+    FileRow,
+    JobRow,
+    SlotRow,
+)
+from tuneyard.specs.errors import TuneyardError
+from tuneyard.specs.ids import show_id
+from tuneyard.specs.runner import (
+    ATTEMPT_MARK,
+    CHECKPOINTS,
+    INPUTS,
+    OUTPUT,
+    SPEC_FILE,
+    RunnerSpec,
+)
+from tuneyard.specs.settings import Settings
+from tuneyard.store.folder import copy_folder
+from tuneyard.store.remote import Shelf, Store
+from tuneyard.workers.inventory import FAKE_FOLDER
+
+log = logging.getLogger(__name__)
+
+
+class InputGone(TuneyardError):
+    """An input of the job is not in the store any more."""
+
+    code = "input_gone"
+
+
+@dataclass(frozen=True)
+class StoredInput:
+    """An input as the store has it: a folder on a shelf, or a file."""
+
+    name: str
+    shelf: Shelf | None
+    id: UUID
+    digest: str
+    shown: str  # what manifests and configurations call it
+
+
+@dataclass(frozen=True)
+class Errand:
+    """All that the rows say about an attempt's work, read in one transaction."""
+
+    ref: AttemptRef
+    kind: str
+    name: str
+    seed: int
+    arguments: Mapping[str, Any]
+    device_kind: str
+    device_uuids: tuple[str, ...]
+    cores: tuple[int, ...]
+    inputs: tuple[StoredInput, ...]
+    checkpoints: tuple[KeptCheckpoint, ...]
+
+
+def read_errand(tx: Connection, ref: AttemptRef) -> Errand:
+    """Read what an attempt is to do, with which devices, from which checkpoint."""
+    job = tx.execute(
+        select(JobRow.kind, JobRow.name, JobRow.spec, JobRow.inputs, JobRow.device_kind).where(
+            JobRow.id == ref.job_id
+        )
+    ).one()
+    spec = spec_of(job.spec)
+    devices = tx.execute(
+        select(DeviceRow.uuid, SlotRow.cores)
+        .join(SlotRow, SlotRow.device_id == DeviceRow.id)
+        .join(AllocationRow, AllocationRow.slot_id == SlotRow.id)
+        .where(AllocationRow.attempt_id == ref.id)
+        .order_by(DeviceRow.uuid)
+    ).all()
+    return Errand(
+        ref=ref,
+        kind=job.kind,
+        name=job.name,
+        seed=int(spec.arguments().get("seed") or 42),
+        arguments=spec.arguments(),
+        device_kind=job.device_kind,
+        device_uuids=tuple(d.uuid for d in devices),
+        cores=tuple(sorted({core for d in devices for core in d.cores})),
+        inputs=tuple(_stored(tx, name, value) for name, value in (job.inputs or {}).items()),
+        checkpoints=tuple(checkpoints_to_resume(tx, ref.job_id)),
+    )
+
+
+def _stored(tx: Connection, name: str, value: Mapping[str, str]) -> StoredInput:
+    ((kind, text),) = value.items()
+    found = UUID(text)
+    if kind == "base_model":
+        row = tx.execute(
+            select(BaseModelRow.name, BaseModelRow.digest).where(BaseModelRow.id == found)
+        ).one()
+        return StoredInput(name, "models", found, row.digest, row.name)
+    if kind == "artifact":
+        digest = tx.execute(select(ArtifactRow.digest).where(ArtifactRow.id == found)).scalar_one()
+        return StoredInput(name, "artifacts", found, digest, show_id("artifact", found))
+    sha256 = tx.execute(select(FileRow.sha256).where(FileRow.id == found)).scalar_one()
+    return StoredInput(name, None, found, sha256, show_id("file", found))
+
+
+def stage(errand: Errand, workdir: Path, store: Store, *, cache: Path) -> list[str]:
+    """Fill a work folder: inputs, checkpoint to resume from, spec.json.
+
+    Returns a sentence for each checkpoint that was rejected. Raises: InputGone.
+    """
+    for folder in (INPUTS, CHECKPOINTS, OUTPUT, "cwd"):
+        (workdir / folder).mkdir(parents=True, exist_ok=True)
+    # The runner makes output/ visible by a rename: it must not be there before.
+    (workdir / OUTPUT).rmdir()
+    paths = {each.name: _link(each, workdir, store, cache) for each in errand.inputs}
+    resume, rejected = _fetch_checkpoint(errand, workdir, store)
+    spec = RunnerSpec(
+        job=show_id("job", errand.ref.job_id),
+        attempt=errand.ref.number,
+        kind=errand.kind,
+        seed=errand.seed,
+        device="gpu" if errand.device_kind == "gpu" else "cpu",
+        resume=str(resume) if resume else None,
+        inputs={name: str(path) for name, path in paths.items()},
+        input_ids={each.name: each.shown for each in errand.inputs},
+        arguments=dict(errand.arguments),
+    )
+    (workdir / SPEC_FILE).write_text(spec.model_dump_json(indent=1), encoding="utf-8")
+    return rejected
+
+
+def _link(stored: StoredInput, workdir: Path, store: Store, cache: Path) -> Path:
+    """Put an input into the cache, if it is not there, and link it into the work folder."""
+    entry = cache / f"{stored.digest}"
+    link = workdir / INPUTS / stored.name
+    try:
+        with _locked(cache, stored.digest):
+            if not entry.exists():
+                _fetch(stored, entry, store, cache)
+            os.utime(entry)
+    except FileNotFoundError:
+        raise InputGone(f"{stored.name} {stored.shown} is not in the store any more.") from None
+    link.unlink(missing_ok=True)
+    link.symlink_to(entry)
+    return link
+
+
+def _fetch(stored: StoredInput, entry: Path, store: Store, cache: Path) -> None:
+    aside = cache / f".aside-{uuid4().hex}"
+    if stored.shelf is not None:
+        copy_folder(store.folder(stored.shelf, stored.id), entry, aside=aside)
+        return
+    shutil.copyfile(store.file(stored.id), aside)
+    with aside.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != stored.digest:
+        aside.unlink()
+        raise InputGone(f"{stored.name} {stored.shown} has changed in the store.")
+    os.rename(aside, entry)
+
+
+@contextmanager
+def _locked(cache: Path, digest: str) -> Iterator[None]:
+    """One fetch at a time of one thing; the lock goes with the process that holds it."""
+    locks = cache / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with (locks / digest).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_checkpoint(errand: Errand, workdir: Path, store: Store) -> tuple[Path | None, list[str]]:
+    """Copy the newest recorded checkpoint whose hashes agree; older ones stand in for it."""
+    rejected: list[str] = []
+    for checkpoint in errand.checkpoints:
+        target = workdir / "resume" / f"step-{checkpoint.step}"
+        if target.exists():
+            return target, rejected
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            source = store.folder("artifacts", checkpoint.id)
+            copy_folder(source, target, aside=workdir / f".aside-{uuid4().hex}")
+        except (OSError, TuneyardError) as error:
+            rejected.append(f"checkpoint of step {checkpoint.step} rejected: {error}")
+            continue
+        return target, rejected
+    return None, rejected
+
+
+RUNNER_MODULES = {
+    "finetune": "tuneyard.runners.finetune",
+    "inference": "tuneyard.runners.infer",
+    "download": "tuneyard.runners.download",
+}
+
+PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "TMPDIR")
+"""What a runner keeps of the worker's environment; nothing of it is a secret."""
+
+
+def runner_command(
+    errand: Errand, workdir: Path, settings: Settings
+) -> tuple[list[str], dict[str, str]]:
+    """The runner's command line and its whole environment."""
+    python = settings.runner_python or sys.executable
+    module = RUNNER_MODULES[errand.kind]
+    argv = [python, "-P", "-m", module, str(workdir / SPEC_FILE), str(workdir)]
+    gpus = errand.device_uuids if errand.device_kind == "gpu" else ()
+    threads = 1 if settings.fake_gpus else max(1, len(errand.cores))
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment |= {
+        ATTEMPT_MARK: show_id("attempt", errand.ref.id),
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(workdir),
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if settings.fake_gpus:
+        environment["TUNEYARD_FAKE_GPUS"] = str(settings.home / FAKE_FOLDER)
+    return argv, environment
