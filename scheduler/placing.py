@@ -54,12 +54,10 @@ def place(job: QueuedJob, free: Sequence[FreeSlot]) -> Placement | None:
     for slot in free:
         if slot.kind == job.device_kind:
             by_node.setdefault((slot.node_name, slot.node_id), []).append(slot)
-    fitting = [
-        (len(slots), node) for node, slots in by_node.items() if len(slots) >= job.devices_each
-    ]
+    fitting = {node: slots for node, slots in by_node.items() if len(slots) >= job.devices_each}
     if not fitting:
         return None
-    _, node = min(fitting)
+    node = min(fitting, key=lambda node: (len(fitting[node]), node))
     slots = sorted(fitting[node], key=lambda s: (s.index, s.device_uuid))[: job.devices_each]
     name, node_id = node
     return Placement(node_id, name, tuple(s.id for s in slots), tuple(s.device_uuid for s in slots))

@@ -1,0 +1,92 @@
+"""Placing: gangs whole or not at all, on one node, in order; properties without a database."""
+
+from uuid import UUID
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuneyard.models.placements import FreeSlot, QueuedJob
+from tuneyard.scheduler.placing import place, plan
+from tuneyard.specs.ids import new_id
+
+
+def a_job(devices: int = 1, kind: str = "gpu") -> QueuedJob:
+    return QueuedJob(new_id(), "finetune", "j", devices, kind)
+
+
+def slots_of(node: str, count: int, kind: str = "gpu") -> list[FreeSlot]:
+    node_id = UUID(int=hash(node) & (1 << 100) - 1)
+    return [FreeSlot(new_id(), node_id, node, f"{node}-{i}", kind, 0) for i in range(count)]
+
+
+def capacity_of(slots: list[FreeSlot]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for slot in slots:
+        nodes = found.setdefault(slot.kind, {})
+        nodes[slot.node_name] = nodes.get(slot.node_name, 0) + 1
+    return found
+
+
+def test_the_fullest_node_that_fits_is_chosen() -> None:
+    free = slots_of("a", 4) + slots_of("b", 2)
+    chosen = place(a_job(2), free)
+    assert chosen is not None
+    assert chosen.node_name == "b"
+
+
+def test_a_gang_is_never_split_over_nodes() -> None:
+    assert place(a_job(3), slots_of("a", 2) + slots_of("b", 2)) is None
+
+
+def test_a_gpu_job_does_not_take_a_cpu_slot() -> None:
+    assert place(a_job(), slots_of("a", 3, kind="cpu")) is None
+
+
+def test_a_waiting_gang_keeps_its_node_from_smaller_jobs_behind_it() -> None:
+    free = slots_of("a", 1)
+    gang, small = a_job(2), a_job(1)
+    decided = plan([gang, small], free, {"gpu": {"a": 2}})
+    assert decided.placements == []
+    assert set(decided.wait_reasons) == {gang.id, small.id}
+
+
+def test_jobs_behind_a_waiting_gang_use_the_other_nodes() -> None:
+    gang, small = a_job(2), a_job(1)
+    free = slots_of("a", 1) + slots_of("b", 1)
+    decided = plan([gang, small], free, {"gpu": {"a": 2, "b": 1}})
+    assert [(job.id, chosen.node_name) for job, chosen in decided.placements] == [(small.id, "b")]
+
+
+def test_a_job_larger_than_every_node_holds_nothing_back() -> None:
+    giant, small = a_job(9), a_job(1)
+    decided = plan([giant, small], slots_of("a", 1), {"gpu": {"a": 1}})
+    assert [job.id for job, _ in decided.placements] == [small.id]
+    assert decided.wait_reasons[giant.id] == "waits for 9 GPUs: the largest node has 1"
+
+
+def test_the_wait_reason_counts_what_is_busy() -> None:
+    third = a_job()
+    decided = plan([third], [], {"gpu": {"a": 2}})
+    assert decided.wait_reasons[third.id] == "waits for 1 GPU: 2 of 2 busy"
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.sampled_from(["gpu", "cpu"])), max_size=12),
+    st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["gpu", "cpu"])), max_size=5),
+)
+def test_no_slot_is_given_twice_and_every_gang_is_whole_on_one_node(
+    wanted: list[tuple[int, str]], nodes: list[tuple[int, str]]
+) -> None:
+    jobs = [a_job(devices, kind) for devices, kind in wanted]
+    free = [s for i, (count, kind) in enumerate(nodes) for s in slots_of(f"n{i}", count, kind)]
+    decided = plan(jobs, free, capacity_of(free))
+    given_away = [slot for _, chosen in decided.placements for slot in chosen.slot_ids]
+    by_id = {slot.id: slot for slot in free}
+    assert len(given_away) == len(set(given_away))
+    for job, chosen in decided.placements:
+        slots = [by_id[slot] for slot in chosen.slot_ids]
+        assert len(slots) == job.devices_each
+        assert {s.node_id for s in slots} == {chosen.node_id}
+        assert {s.kind for s in slots} == {job.device_kind}
+    placed = {job.id for job, _ in decided.placements}
+    assert placed | set(decided.wait_reasons) == {job.id for job in jobs}
