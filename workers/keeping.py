@@ -25,7 +25,14 @@ from tuneyard.specs.ids import show_id
 from tuneyard.specs.runner import GUARD_FILE
 from tuneyard.specs.settings import Settings
 from tuneyard.store.remote import Store
-from tuneyard.workers.guarding import GuardGone, GuardLink, adopt_guard, kill_marked, start_guard
+from tuneyard.workers.guarding import (
+    GuardGone,
+    GuardLink,
+    GuardSilent,
+    adopt_guard,
+    kill_marked,
+    start_guard,
+)
 from tuneyard.workers.publishing import publish
 from tuneyard.workers.reading import read_last_words
 from tuneyard.workers.shipping import ship_new
@@ -302,5 +309,5 @@ class Control:
         if self._link is not None:
             try:
                 message(self._link)
-            except GuardGone:
-                pass  # the keeper's own look finds out what became of it
+            except (GuardGone, GuardSilent):
+                pass  # one that is gone the keeper finds out; a silent one ends at its deadline

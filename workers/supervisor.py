@@ -243,7 +243,7 @@ class Supervisor:
             except BadId:
                 continue
         with self.node.db.begin() as tx:
-            ended = attempts.ended_among(tx, list(marked))
+            ended = nodes.ended_among(tx, list(marked))
         kill_marked({marked[each] for each in ended})
 
     # Housekeeping --------------------------------------------------------------------------------
