@@ -28,7 +28,7 @@ def states_page() -> str:
     lines += ["```", "", "| state | kind | a person may |", "| --- | --- | --- |"]
     lines += [f"| {s} | {_kind(s)} | {', '.join(allowed_actions(s)) or '-'} |" for s in JobState]
     lines += ["", "## What a runner's end means", ""]
-    lines += ["| exit | outcome | cause | charged | tried again |", "| --- | --- | --- | --- | --- |"]
+    lines += ["| exit | outcome | cause | charged | tried again |", "| --- " * 5 + "|"]
     ends = [(f"{code.value} {code.name.lower()}", RunnerEnd(code=code)) for code in ExitCode]
     ends += [("any other code", RunnerEnd(code=1)), ("a signal", RunnerEnd(signal=9))]
     ends += [("a signal, out of memory", RunnerEnd(signal=9, oom_killed=True))]
