@@ -34,7 +34,7 @@ def any_free(host: str = "127.0.0.1") -> int:
 
 def remembered(file: Path, *, preferred: int | None = None) -> int:
     """The port that ``file`` remembers, if still free; else a new one, remembered from now on."""
-    for port in (_read(file), preferred):
+    for port in (read(file), preferred):
         if port and is_free(port):
             break
     else:
@@ -43,7 +43,8 @@ def remembered(file: Path, *, preferred: int | None = None) -> int:
     return port
 
 
-def _read(file: Path) -> int | None:
+def read(file: Path) -> int | None:
+    """The port that a file remembers, free or not."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):

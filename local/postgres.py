@@ -88,15 +88,19 @@ def prepare_postgres(
     folder: Path,
     *,
     port: int | None = None,
+    database: str = "",
     fsync: bool = True,
     die_with_parent: bool = False,
 ) -> PostgresPlan:
-    """Make the cluster of a folder where it is missing, and say how to start its server."""
+    """Make the cluster of a folder where it is missing, and say how to start its server.
+
+    database: one that a new cluster holds beside ``postgres``.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     password = secret(folder / "password")
     data = folder / "data"
     if not data.exists():
-        _make_cluster(folder, fsync=fsync)
+        _make_cluster(folder, database=database, fsync=fsync)
     _forget_dead_server(folder)
     port = port or ports.remembered(folder / "port")
     settings = {
@@ -125,15 +129,15 @@ def binary(name: str) -> Path:
     return Path(package.origin).parent / "pginstall" / "bin" / name
 
 
-def _make_cluster(folder: Path, *, fsync: bool) -> None:
-    """initdb aside, then rename: a cluster that exists is whole."""
+def _make_cluster(folder: Path, *, database: str, fsync: bool) -> None:
+    """Make a cluster aside, then rename: one that exists is whole."""
     aside = folder / "data.new"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(mode=0o700)
     if os.geteuid() == 0:
         nobody = pwd.getpwnam("nobody")
         os.chown(aside, nobody.pw_uid, nobody.pw_gid)
-    command = [
+    initdb = [
         str(binary("initdb")),
         f"--pgdata={aside}",
         f"--username={SUPERUSER}",
@@ -145,23 +149,32 @@ def _make_cluster(folder: Path, *, fsync: bool) -> None:
         "--locale=C",
         *([] if fsync else ["--no-sync"]),
     ]
-    made = subprocess.run(
-        _through_setpriv(_identity(aside), command),
+    _run_as_owner(initdb, aside)
+    if database:
+        single = [str(binary("postgres")), "--single", "-D", str(aside), "-c", "exit_on_error=on"]
+        _run_as_owner([*single, "postgres"], aside, statement=f'CREATE DATABASE "{database}"\n')
+    aside.rename(folder / "data")
+
+
+def _run_as_owner(command: list[str], data: Path, *, statement: str = "") -> None:
+    """Run a program on a cluster that is being made; it is removed where that fails."""
+    ended = subprocess.run(
+        _through_setpriv(_identity(data), command),
         env=processes.plain_environment(),
+        input=statement,
         capture_output=True,
         text=True,
         errors="replace",
         check=False,
         start_new_session=True,
     )
-    if made.returncode != 0:
-        shutil.rmtree(aside, ignore_errors=True)
+    if ended.returncode != 0:
+        shutil.rmtree(data, ignore_errors=True)
         raise InputError(
-            f"PostgreSQL could not make its cluster in {folder}: {_reason(made.stderr)}",
+            f"PostgreSQL could not make its cluster in {data.parent}: {_reason(ended.stderr)}",
             code="postgres_failed",
             hint="look at the free space and the permissions of that folder",
         )
-    aside.rename(folder / "data")
 
 
 def _reason(stderr: str) -> str:

@@ -16,7 +16,7 @@ POLL_S = 0.02
 
 
 class ProcessId(NamedTuple):
-    """One process of this boot."""
+    """One process of this boot (see ``boot_id``)."""
 
     pid: int
     start_time: int  # clock ticks since boot: /proc/PID/stat, field 22
@@ -37,21 +37,29 @@ def process_id(pid: int) -> ProcessId | None:
     return None if state in "ZX" else ProcessId(pid, int(fields[18]))
 
 
-def start(argv: Sequence[str], *, env: Mapping[str, str], log: Path) -> ProcessId:
-    """Start a command in a session of its own; both outputs are appended to ``log``.
+def boot_id() -> str:
+    """This boot of the machine: start times mean something within it only."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
+
+def start(
+    argv: Sequence[str], *, env: Mapping[str, str], log: Path, stdout: int | None = None
+) -> ProcessId:
+    """Start a command in a session of its own; its outputs are appended to ``log``.
+
+    stdout: a descriptor that takes the standard output instead.
     posix_spawn, not Popen: the child outlives its starter by design, and it must not inherit the
     signals that a supervisor blocks.
     """
-    append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    mode = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     pid = os.posix_spawn(
         argv[0],
         list(argv),
         dict(env),
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, str(log), append, 0o600),
-            (os.POSIX_SPAWN_DUP2, 1, 2),
+            (os.POSIX_SPAWN_OPEN, 2, str(log), mode, 0o600),
+            (os.POSIX_SPAWN_DUP2, 2 if stdout is None else stdout, 1),
         ],
         setsid=True,
         setsigmask=(),
@@ -114,3 +122,34 @@ def last_lines(log: Path, count: int = 12) -> str:
             return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-count:])
     except OSError:
         return ""
+
+
+def marked(variable: str) -> dict[str, ProcessId]:
+    """Value of an environment variable -> the process that bears it and whose parent does not."""
+    values = {pid: value for pid in _pids() if (value := _variable(pid, variable))}
+    found: dict[str, ProcessId] = {}
+    for pid, value in values.items():
+        if values.get(_parent(pid)) != value and (process := process_id(pid)):
+            found.setdefault(value, process)
+    return found
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _variable(pid: int, name: str) -> str:
+    try:
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return ""
+    entries = (os.fsdecode(entry).partition("=") for entry in environ.split(b"\0"))
+    return next((value for key, _, value in entries if key == name), "")
+
+
+def _parent(pid: int) -> int:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(stat[stat.rindex(")") + 2 :].split()[1])
