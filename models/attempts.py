@@ -10,6 +10,7 @@ from uuid import UUID
 
 from sqlalchemy import Connection, func, select, text, update
 
+from tuneyard.models.dependencies import settle_children
 from tuneyard.models.events import apply_event, lock_job, record_event
 from tuneyard.models.tables import AttemptRow, MemberRow
 from tuneyard.specs.errors import StaleToken
@@ -23,7 +24,10 @@ from tuneyard.specs.exits import (
     Verdict,
     after_stop,
 )
-from tuneyard.specs.states import JobEvent, JobState
+from tuneyard.specs.states import TERMINAL, JobEvent, JobState
+
+
+MAX_PAUSE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,8 @@ def end_attempt(
 
 
 def _move_job(tx: Connection, ref: AttemptRef, end: End, backoff_s: float) -> JobState:
-    event, cause = next_event(end.verdict, past_ends(tx, ref.job_id))
+    past = past_ends(tx, ref.job_id)
+    event, cause = next_event(end.verdict, past)
     data: dict[str, Any] = {"attempt": ref.number, "cause": end.verdict.cause}
     if end.evidence:
         data["evidence"] = end.evidence[:2000]
@@ -250,17 +255,19 @@ def _move_job(tx: Connection, ref: AttemptRef, end: End, backoff_s: float) -> Jo
         error = {"code": cause, "message": end.evidence[:2000] or f"The job ended: {cause}."}
         if end.patch:
             error["patch"] = end.patch
-    if event is JobEvent.RETRY and backoff_s > 0:
-        tx.execute(NOT_BEFORE, {"job": ref.job_id, "backoff_s": backoff_s})
-    return apply_event(tx, ref.job_id, event, attempt_id=ref.id, data=data, error=error)
+    pause = pause_s(event, past, backoff_s=backoff_s)
+    if pause > 0:
+        tx.execute(NOT_BEFORE, {"job": ref.job_id, "pause_s": pause})
+    state = apply_event(tx, ref.job_id, event, attempt_id=ref.id, data=data, error=error)
+    if state in TERMINAL:
+        settle_children(tx, ref.job_id, state)
+    return state
 
 
 NOT_BEFORE = text("""
-    UPDATE jobs SET not_before = clock_timestamp() + make_interval(secs => :backoff_s * power(2,
-        (SELECT count(*) FROM attempts WHERE job_id = :job AND charged) - 1))
+    UPDATE jobs SET not_before = clock_timestamp() + make_interval(secs => :pause_s)
     WHERE id = :job
 """)
-"""A charged retry waits, twice as long each time."""
 
 
 @dataclass(frozen=True)
@@ -302,6 +309,18 @@ def next_event(verdict: Verdict, past: PastEnds) -> tuple[JobEvent, Cause | None
     if past.uncharged >= MAX_UNCHARGED:
         return JobEvent.FAIL, verdict.cause
     return JobEvent.LOSE, None
+
+
+def pause_s(event: JobEvent, past: PastEnds, *, backoff_s: float) -> float:
+    """How long a job waits before its next try, in seconds.
+
+    A charged retry waits twice as long each time; a first loss waits for nothing, later ones do.
+    """
+    if event is JobEvent.RETRY:
+        return min(MAX_PAUSE_S, backoff_s * 2.0 ** (past.charged - 1))
+    if event is JobEvent.LOSE and past.uncharged > 1:
+        return min(MAX_PAUSE_S, backoff_s * 2.0 ** (past.uncharged - 2))
+    return 0.0
 
 
 def ask_to_stop(tx: Connection, job_id: UUID, reason: StopReason) -> UUID | None:

@@ -1,4 +1,4 @@
-"""Submitting, cancelling and retrying jobs, and what an end means for jobs that need it."""
+"""Submitting, cancelling and retrying jobs: what a person asks for."""
 
 import hashlib
 from collections.abc import Mapping
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, func, insert, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from tuneyard.models.attempts import ask_to_stop, nodes_of
+from tuneyard.models.dependencies import settle_children
 from tuneyard.models.events import (
     apply_event,
     lock_job,
@@ -24,8 +25,8 @@ from tuneyard.models.tables import (
     JobEdgeRow,
     JobRow,
 )
-from tuneyard.specs.errors import Conflict, InputError
-from tuneyard.specs.exits import Cause, StopReason
+from tuneyard.specs.errors import Conflict
+from tuneyard.specs.exits import StopReason
 from tuneyard.specs.ids import new_id, show_id
 from tuneyard.specs.jobs import JobSpec, Note, read_spec
 from tuneyard.specs.states import TERMINAL, JobEvent, JobState, next_state
@@ -154,55 +155,6 @@ def cancel_job(tx: Connection, job_id: UUID) -> JobState:
     return state
 
 
-def settle_children(tx: Connection, job_id: UUID, state: JobState) -> None:
-    """A job ended: free those that waited for it, or end them too, through the whole graph."""
-    children = tx.execute(
-        select(JobEdgeRow.child).where(JobEdgeRow.parent == job_id).distinct()
-    ).scalars()
-    for child in children.all():
-        if state is JobState.SUCCEEDED:
-            reconsider(tx, child)
-        else:
-            _end_child(tx, child, job_id, state)
-
-
-def _end_child(tx: Connection, child: UUID, parent: UUID, state: JobState) -> None:
-    failed = state is JobState.FAILED
-    event = JobEvent.INPUT_FAILED if failed else JobEvent.INPUT_CANCELLED
-    if next_state(lock_job(tx, child).state, event) is None:
-        return
-    error = None
-    if failed:
-        message = f"{show_id('job', parent)}, which this job needs, failed."
-        error = {"code": Cause.DEPENDENCY_FAILED.value, "message": message}
-    ended = apply_event(tx, child, event, data={"parent": show_id("job", parent)}, error=error)
-    settle_children(tx, child, ended)
-
-
-def reconsider(tx: Connection, job_id: UUID) -> None:
-    """Look whether a blocked job's inputs are there by now, or can never be."""
-    if lock_job(tx, job_id).state is not JobState.BLOCKED:
-        return
-    spec = tx.execute(select(JobRow.spec).where(JobRow.id == job_id)).scalar_one()
-    try:
-        resolved = resolve(tx, spec_of(spec).references())
-    except InputError as problem:
-        state = apply_event(tx, job_id, JobEvent.INPUT_FAILED, error=problem.as_dict())
-        settle_children(tx, job_id, state)
-        return
-    if resolved.ready:
-        inputs = dict(resolved.inputs)
-        tx.execute(update(JobRow).where(JobRow.id == job_id).values(inputs=inputs))
-        apply_event(tx, job_id, JobEvent.INPUTS_READY)
-
-
-def reconsider_blocked(tx: Connection) -> None:
-    """Look at every blocked job that this transaction may see."""
-    blocked = select(JobRow.id).where(JobRow.state == JobState.BLOCKED.value).order_by(JobRow.id)
-    for job_id in tx.execute(blocked).scalars().all():
-        reconsider(tx, job_id)
-
-
 def retry_job(tx: Connection, job_id: UUID, patch: Mapping[str, Any]) -> Submission:
     """The submission that tries an ended job again. Raises: NotFound, Conflict, SpecRejected."""
     job = lock_job(tx, job_id)
@@ -215,9 +167,3 @@ def retry_job(tx: Connection, job_id: UUID, patch: Mapping[str, Any]) -> Submiss
     old = tx.execute(select(JobRow.spec).where(JobRow.id == job_id)).scalar_one()
     spec, notes = read_spec(old | dict(patch))
     return Submission(spec, tuple(notes), retry_of=job_id)
-
-
-def spec_of(document: Mapping[str, Any]) -> JobSpec:
-    """The spec that ``jobs.spec`` holds."""
-    spec, _ = read_spec(document)
-    return spec

@@ -1,6 +1,5 @@
 """Bringing a database to the newest schema, its roles to their passwords, and the first key in."""
 
-import hashlib
 import logging
 
 from alembic import command
@@ -10,6 +9,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, NullPool, create_engine, text
 
 from tuneyard.models.engine import CONNECT_ARGS, libpq_url
+from tuneyard.models.keys import hash_key
 from tuneyard.specs.ids import new_id
 from tuneyard.specs.settings import Settings
 from tuneyard.specs.states import moves
@@ -72,11 +72,6 @@ def set_password(tx: Connection, role: str, password: SecretStr | None) -> None:
             sql.Identifier(role), sql.Literal(password.get_secret_value())
         )
         tx.exec_driver_sql(statement.as_string())
-
-
-def hash_key(key: str) -> bytes:
-    """What is kept of an API key: its SHA-256. Keys are random, so no salt or stretching."""
-    return hashlib.sha256(key.encode()).digest()
 
 
 def add_key(tx: Connection, team: str, key: str, *, role: str = "admin") -> None:

@@ -81,7 +81,7 @@ def _copy_metrics(
         text(
             "INSERT INTO metrics (attempt_id, team_id, name, step, value)"
             " SELECT :attempt, :team, name, step, value FROM new_metrics"
-            " ON CONFLICT (attempt_id, name, step) DO UPDATE SET value = excluded.value"
+            " ON CONFLICT DO NOTHING"
         ),
         {"attempt": ref.id, "team": ref.team_id},
     )

@@ -75,19 +75,19 @@ def _consume(settings: Settings, supervisor: Supervisor) -> None:
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         supervisor.stopping.set()
-        raise SystemExit(0)
 
     while not supervisor.stopping.is_set():
-        # Celery sets handlers of its own while it runs; these hold before and between.
+        # Celery sets handlers of its own while it consumes; these hold before and between.
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
         try:
             _work(app, supervisor, settings)
         except SystemExit:
-            continue
+            pass
         except Exception as error:
-            log.warning("consumer broke", extra={"event": "consumer_broke", "error": str(error)})
-            supervisor.stopping.wait(RECONNECT_S)
+            fields = {"event": "consumer_broke", "error": repr(error)}
+            log.warning("consumer broke: %r", error, extra=fields)
+        supervisor.stopping.wait(RECONNECT_S)
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
 

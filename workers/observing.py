@@ -13,7 +13,7 @@ from uuid import UUID
 from celery import Celery
 from celery.exceptions import Ignore
 from celery.signals import worker_shutting_down
-from kombu import Queue
+from kombu.entity import Queue
 
 from tuneyard.specs.errors import BadId
 from tuneyard.specs.exits import Outcome
@@ -77,7 +77,7 @@ class Observers:
         self._watched: set[UUID] = set()
         self._lock = threading.Lock()
         for name in TASK_NAMES.values():
-            app.task(name=name)(self.observe)
+            app.task(name=name, throws=(AttemptFailed,))(self.observe)
         app.task(name=PING_TASK)(lambda: None)
         worker_shutting_down.connect(self._on_shutdown, weak=False)
 

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, select
 
 from tuneyard.models.artifacts import KeptCheckpoint, checkpoints_to_resume
 from tuneyard.models.attempts import AttemptRef
-from tuneyard.models.jobs import spec_of
+from tuneyard.models.dependencies import spec_of
 from tuneyard.models.tables import (
     AllocationRow,
     ArtifactRow,

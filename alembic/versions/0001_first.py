@@ -58,7 +58,8 @@ GRANTS = {
             "base_models, nodes, devices, slots, events, metrics, log_chunks, artifacts, models"
         ),
         "UPDATE": (
-            "nodes, devices, slots, members, allocations, jobs, attempts, artifacts, log_chunks"
+            "base_models, nodes, devices, slots, members, allocations, jobs, attempts, artifacts,"
+            " log_chunks"
         ),
         "DELETE": "log_chunks",
     },

