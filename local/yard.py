@@ -197,15 +197,13 @@ def _own_child(
 
 
 def _passed_on(settings: Settings) -> dict[str, Any]:
-    """The settings that ``up`` was given, as a settings file holds them."""
-    given = settings.model_dump(include=settings.model_fields_set)
-    return {name: _plain(value) for name, value in given.items()}
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, SecretStr):
-        return value.get_secret_value()
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
+    """The settings that ``up`` was given, as a file holds them; secrets it makes itself."""
+    given = settings.model_dump(mode="json", include=settings.model_fields_set)
+    return {
+        name: value
+        for name, value in given.items()
+        if not isinstance(getattr(settings, name), SecretStr)
+    }
 
 
 def _flower_port(home: Home) -> int:
