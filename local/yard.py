@@ -84,27 +84,31 @@ def lay_out(home: Home, settings: Settings) -> Yard:
 
 
 def choose_api_port(home: Home, settings: Settings) -> tuple[int, tuple[str, ...]]:
-    """The API's port, and what to say about the choice. Raises: InputError when it is taken."""
-    file, host = home.run("api.port"), settings.api_host
-    before, given = ports.read(file), "api_port" in settings.model_fields_set
-    wanted = settings.api_port if given else before or settings.api_port
-    notices: tuple[str, ...] = ()
+    """The API's port, and what to say about the choice: the one asked for, the last one, a free one.
+
+    Raises: InputError when the one asked for is taken by another program.
+    """
+    file, host, asked = home.run("api.port"), settings.api_host, settings.api_port
+    before = ports.read(file)
+    strict = asked != 0 and "api_port" in settings.model_fields_set
+    wanted = asked if strict or before is None else before
     ours = wanted == before and find_running(home, "api") is not None
-    if wanted == 0:
-        wanted = ports.any_free(host)
-    elif not ours and not ports.is_free(wanted, host):
-        if given:
-            raise InputError(
-                f"Port {wanted} of {host} is taken by another program.",
-                code="port_taken",
-                field="port",
-                hint="--port picks another, --port 0 any free one",
-            )
-        free = ports.any_free(host)
-        notices = (f"Port {wanted} is taken by another program; the API listens on {free}.",)
-        wanted = free
-    file.write_text(f"{wanted}\n")
-    return wanted, notices
+    notices: tuple[str, ...] = ()
+    if wanted and (ours or ports.is_free(wanted, host)):
+        port = wanted
+    elif strict:
+        raise InputError(
+            f"Port {wanted} of {host} is taken by another program.",
+            code="port_taken",
+            field="port",
+            hint="--port picks another, --port 0 any free one",
+        )
+    else:
+        port = ports.any_free(host)
+        if wanted:
+            notices = (f"Port {wanted} is taken by another program; the API listens on {port}.",)
+    file.write_text(f"{port}\n")
+    return port, notices
 
 
 def answers(url: str) -> Callable[[ProcessId], bool]:

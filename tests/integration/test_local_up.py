@@ -145,8 +145,7 @@ def test_one_home_from_up_to_down(
     assert supervisor is not None
     os.kill(supervisor.pid, signal.SIGKILL)
     processes.wait_gone(supervisor, within_s=WITHIN_S)
-    port = str(api.api_port)
-    up(home.root, detach=True, environ=environ | {"TUNEYARD_API_PORT": port}, program=program)
+    up(home.root, port=0, detach=True, environ=environ, program=program)
     assert pids(home) == after
     assert json.loads(home.profile.read_text()) == profile
 

@@ -138,6 +138,14 @@ def test_a_taken_port_that_nobody_asked_for_is_replaced_and_said(
     assert choose_api_port(home, load_settings({}, home=home.root)) == (chosen, ())
 
 
+def test_port_0_is_any_free_one_and_stays_the_same(home: Home) -> None:
+    settings = load_settings({}, home=home.root, api_port=0)
+    port, notices = choose_api_port(home, settings)
+    assert port != 0
+    assert notices == ()
+    assert choose_api_port(home, settings) == (port, ())
+
+
 def test_an_address_that_is_not_of_this_machine_is_a_sentence() -> None:
     with pytest.raises(InputError, match=r"192\.0\.2\.1"):
         ports.is_free(8800, "192.0.2.1")
