@@ -84,7 +84,7 @@ def lay_out(home: Home, settings: Settings) -> Yard:
 
 
 def choose_api_port(home: Home, settings: Settings) -> tuple[int, tuple[str, ...]]:
-    """The API's port, and what to say about the choice: the one asked for, the last one, a free one.
+    """The API's port and what to say of it: the one asked for, the last one, or a free one.
 
     Raises: InputError when the one asked for is taken by another program.
     """
