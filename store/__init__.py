@@ -1,0 +1,1 @@
+"""Files and folders that are whole or not there at all. Knows no database, no jobs, no network."""
