@@ -13,16 +13,9 @@ from urllib.parse import urlsplit
 from celery import Celery
 
 from tuneyard.specs.errors import InputError
+from tuneyard.specs.messages import TRANSPORT
 from tuneyard.specs.settings import Settings, load_settings
 
-TRANSPORT_OPTIONS = {
-    "visibility_timeout": 60,
-    "socket_timeout": 5,
-    "socket_connect_timeout": 5,
-    "socket_keepalive": True,
-    "health_check_interval": 10,
-    "global_keyprefix": "ty:",
-}
 MAX_TASKS = 10_000
 PURGE_WORKERS_AFTER_S = 3600
 
@@ -41,7 +34,7 @@ def main() -> int:
         accept_content=["json"],
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_transport_options=TRANSPORT_OPTIONS,
+        broker_transport_options=TRANSPORT,
     )
     app.start(["--quiet", "flower", *flower_options(settings)])
     return 0

@@ -26,7 +26,6 @@ from tuneyard.specs.exits import (
 )
 from tuneyard.specs.states import TERMINAL, JobEvent, JobState
 
-
 MAX_PAUSE_S = 300.0
 
 

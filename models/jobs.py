@@ -103,7 +103,8 @@ def _take_key(tx: Connection, team_id: UUID, job_id: UUID, submission: Submissio
             field="Idempotency-Key",
             hint="use a new key for a new job",
         )
-    return earlier.job_id
+    found: UUID = earlier.job_id
+    return found
 
 
 def _demand(tx: Connection, spec: JobSpec) -> dict[str, Any]:

@@ -11,23 +11,21 @@ from collections.abc import Callable
 
 from celery import Celery
 
+from tuneyard.models.attempts import AttemptRef
 from tuneyard.models.placements import Placed
 from tuneyard.specs.ids import show_id
-from tuneyard.specs.messages import HINT_EXPIRES_S, TASK_NAMES, Hint, node_queue, task_id
+from tuneyard.specs.messages import (
+    HINT_EXPIRES_S,
+    TASK_NAMES,
+    TRANSPORT,
+    Hint,
+    node_queue,
+    task_id,
+)
 
 log = logging.getLogger(__name__)
 
 PUBLISH_TIMEOUT_S = 1.0
-
-TRANSPORT_OPTIONS = {
-    "visibility_timeout": 60,
-    "socket_timeout": PUBLISH_TIMEOUT_S,
-    "socket_connect_timeout": PUBLISH_TIMEOUT_S,
-    "socket_keepalive": True,
-    "max_connections": 20,
-    "global_keyprefix": "ty:",
-}
-"""visibility_timeout and global_keyprefix must be equal in all applications on one broker."""
 
 
 class HintPublisher:
@@ -36,7 +34,8 @@ class HintPublisher:
     def __init__(self, broker_url: str) -> None:
         self._app = Celery("tuneyard-scheduler", broker=broker_url)
         self._app.conf.update(
-            broker_transport_options=TRANSPORT_OPTIONS,
+            broker_transport_options=TRANSPORT
+            | {"socket_timeout": PUBLISH_TIMEOUT_S, "socket_connect_timeout": PUBLISH_TIMEOUT_S},
             broker_connection_timeout=PUBLISH_TIMEOUT_S,
             task_serializer="json",
             task_ignore_result=True,
@@ -44,15 +43,23 @@ class HintPublisher:
             task_send_sent_event=True,
             task_publish_retry=False,
         )
-        self._waiting: queue.Queue[Placed | None] = queue.Queue(maxsize=1000)
+        self._waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=1000)
         self._thread = threading.Thread(target=self._run, name="hints", daemon=True)
         self._reachable = True
         self._thread.start()
 
     def send(self, placed: Placed) -> None:
-        """Queue a hint; when too many wait already it is dropped, as any hint may be."""
+        """Hint at a placement."""
+        self._put(lambda: self._publish(placed))
+
+    def report_lost(self, ref: AttemptRef) -> None:
+        """Tell Flower of an attempt that ended without its observer."""
+        self._put(lambda: report_lost(self._app, ref))
+
+    def _put(self, publish: Callable[[], None]) -> None:
+        """When too many wait already this one is dropped, as any hint may be."""
         try:
-            self._waiting.put_nowait(placed)
+            self._waiting.put_nowait(publish)
         except queue.Full:
             pass
 
@@ -62,8 +69,8 @@ class HintPublisher:
         self._thread.join(timeout=PUBLISH_TIMEOUT_S)
 
     def _run(self) -> None:
-        while (placed := self._waiting.get()) is not None:
-            self._attempt(lambda placed=placed: self._publish(placed))  # type: ignore[misc]
+        while (publish := self._waiting.get()) is not None:
+            self._attempt(publish)
 
     def _attempt(self, publish: Callable[[], None]) -> None:
         """Publish; say once, not each second, that the broker is away, and once that it is back."""
@@ -94,3 +101,13 @@ class HintPublisher:
             argsrepr=f"({placed.name!r}, team={placed.ref.team_id.hex[-6:]},"
             f" devices={', '.join(placed.device_uuids)})",
         )
+
+
+def report_lost(app: Celery, ref: AttemptRef) -> None:
+    """Send the event that an observer would have sent: it is gone, and Flower would wait."""
+    uuid = task_id(show_id("job", ref.job_id), ref.number)
+    with (
+        app.connection_for_write() as connection,
+        app.events.Dispatcher(connection, hostname="tuneyard") as dispatcher,
+    ):
+        dispatcher.send("task-failed", uuid=uuid, exception="lost: its lease ran out", traceback="")

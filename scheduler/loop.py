@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.exc import IntegrityError
 
-from tuneyard.models import jobs, placements
+from tuneyard.models import dependencies, placements
 from tuneyard.models.engine import Database
 from tuneyard.models.events import SCHEDULER_CHANNEL
 from tuneyard.models.leadership import lead, resign
@@ -60,7 +60,7 @@ class Scheduler:
         self.reap(epoch)
         with self.db.begin() as tx:
             placements.stop_overdue(tx, epoch=epoch)
-            jobs.reconsider_blocked(tx)
+            dependencies.reconsider_blocked(tx)
         placed = self.place(epoch)
         self.hint_again()
         return placed
@@ -83,6 +83,7 @@ class Scheduler:
             if state is not None:
                 fields = {"event": "attempt_lost", "attempt": str(ref.id), "state": state}
                 log.warning("attempt lost", extra=fields)
+                self.hints.report_lost(ref)
 
     def place(self, epoch: int) -> int:
         """Place what fits, in one transaction a job, and say why the rest waits."""

@@ -11,7 +11,19 @@ TASK_NAMES = {
 """Kind of job -> name of the Celery task that observes an attempt of it."""
 
 PING_TASK = "tuneyard.ping"
-"""The watchdog's message: a node that misses two of them restarts its consumer."""
+"""What a worker sends to itself, to see that its consumer still consumes."""
+
+TRANSPORT = {
+    "visibility_timeout": 60,
+    "socket_timeout": 5,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 10,
+    "max_connections": 20,
+    "global_keyprefix": "ty:",
+}
+"""kombu's options for the broker. visibility_timeout and global_keyprefix must be equal in all
+applications on one broker; without the timeouts a stopped broker blocks for ever."""
 
 HINT_EXPIRES_S = 60
 

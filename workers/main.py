@@ -13,9 +13,11 @@ from types import FrameType
 from celery import Celery
 
 from tuneyard.specs.errors import InputError, Unavailable
+from tuneyard.specs.messages import node_queue
 from tuneyard.specs.settings import Settings
 from tuneyard.workers.observing import Observers, celery_app
 from tuneyard.workers.supervisor import Supervisor, register
+from tuneyard.workers.watching import ConsumerWatch
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +35,8 @@ def run(settings: Settings) -> None:
             return
         supervisor.start()
         log.info("worker ready", extra={"event": "worker_ready", "node": str(supervisor.node.id)})
-        _consume(settings, supervisor)
-        supervisor.shut_down(keep_runners=settings.keep_runners)
+        silent = _consume(settings, supervisor)
+        supervisor.shut_down(keep_runners=settings.keep_runners or silent)
         supervisor.node.db.close()
 
 
@@ -68,10 +70,15 @@ def _register(settings: Settings, stop: threading.Event) -> Supervisor | None:
     return None
 
 
-def _consume(settings: Settings, supervisor: Supervisor) -> None:
-    """Run Celery until SIGTERM; a consumer that breaks is made anew, the supervisor goes on."""
+def _consume(settings: Settings, supervisor: Supervisor) -> bool:
+    """Run Celery until SIGTERM; a consumer that breaks is made anew, the supervisor goes on.
+
+    Returns whether it ended because its consumer had fallen silent.
+    """
     app = celery_app(settings.broker_url.get_secret_value(), supervisor.node.id)
     Observers(app, supervisor)
+    watch = ConsumerWatch(app, node_queue(supervisor.node.id))
+    watch.start(supervisor.stopping)
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         supervisor.stopping.set()
@@ -90,6 +97,7 @@ def _consume(settings: Settings, supervisor: Supervisor) -> None:
         supervisor.stopping.wait(RECONNECT_S)
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
+    return watch.silent
 
 
 def _work(app: Celery, supervisor: Supervisor, settings: Settings) -> None:

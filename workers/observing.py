@@ -17,8 +17,8 @@ from kombu.entity import Queue
 
 from tuneyard.specs.errors import BadId
 from tuneyard.specs.exits import Outcome
-from tuneyard.specs.ids import parse_id
-from tuneyard.specs.messages import PING_TASK, TASK_NAMES, node_queue
+from tuneyard.specs.ids import parse_id, show_id
+from tuneyard.specs.messages import TASK_NAMES, TRANSPORT, node_queue, task_id
 from tuneyard.workers.keeping import Keeper
 from tuneyard.workers.supervisor import Supervisor
 
@@ -26,18 +26,6 @@ log = logging.getLogger(__name__)
 
 FIND_WITHIN_S = 10.0
 """A hint may come before this node's look has found the attempt."""
-
-TRANSPORT_OPTIONS = {
-    "visibility_timeout": 60,
-    "socket_timeout": 5,
-    "socket_connect_timeout": 5,
-    "socket_keepalive": True,
-    "health_check_interval": 10,
-    "retry_on_timeout": True,
-    "max_connections": 20,
-    "global_keyprefix": "ty:",
-    "unacked_restore_interval": 5,
-}
 
 
 class AttemptFailed(Exception):
@@ -52,7 +40,8 @@ def celery_app(broker_url: str, node_id: UUID) -> Celery:
         accept_content=["json"],
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
-        broker_transport_options=TRANSPORT_OPTIONS,
+        broker_transport_options=TRANSPORT
+        | {"retry_on_timeout": True, "unacked_restore_interval": 5},
         task_acks_late=False,
         task_default_queue=queue,
         task_ignore_result=True,
@@ -75,10 +64,12 @@ class Observers:
     def __init__(self, app: Celery, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self._watched: set[UUID] = set()
+        self._observed: set[UUID] = set()
         self._lock = threading.Lock()
         for name in TASK_NAMES.values():
             app.task(name=name, throws=(AttemptFailed,))(self.observe)
-        app.task(name=PING_TASK)(lambda: None)
+        self._app = app
+        supervisor.on_end = self.report_unobserved
         worker_shutting_down.connect(self._on_shutdown, weak=False)
 
     def _on_shutdown(self, **_: Any) -> None:
@@ -95,11 +86,39 @@ class Observers:
             if keeper.ref.id in self._watched:
                 raise Ignore()
             self._watched.add(keeper.ref.id)
+            self._observed.add(keeper.ref.id)
         try:
             return self._watch(keeper)
         finally:
             with self._lock:
                 self._watched.discard(keeper.ref.id)
+
+    def report_unobserved(self, keeper: Keeper) -> None:
+        """Tell Flower how an attempt ended that no task here has watched to its end.
+
+        Its observer may have died with an earlier worker, and Flower would show it as running for
+        ever. In a thread of its own, because the broker may be away.
+        """
+        with self._lock:
+            if keeper.ref.id in self._observed:
+                self._observed.discard(keeper.ref.id)
+                return
+        threading.Thread(target=self._send_end, args=(keeper,), daemon=True).start()
+
+    def _send_end(self, keeper: Keeper) -> None:
+        uuid = task_id(show_id("job", keeper.ref.job_id), keeper.ref.number)
+        failure = failure_of(keeper)
+        try:
+            with (
+                self._app.connection_for_write() as connection,
+                self._app.events.Dispatcher(connection, hostname="tuneyard") as dispatcher,
+            ):
+                if failure is None:
+                    dispatcher.send("task-succeeded", uuid=uuid, result="'ended'", runtime=0)
+                else:
+                    dispatcher.send("task-failed", uuid=uuid, exception=failure, traceback="")
+        except Exception as error:  # any transport's: Flower shows what it can
+            log.debug("end not shown", extra={"event": "end_not_shown", "error": str(error)})
 
     def _find(self, attempt: str) -> Keeper | None:
         try:
@@ -119,7 +138,17 @@ class Observers:
         while not keeper.done.wait(0.5):
             if self._supervisor.stopping.is_set():
                 return "the worker stops; the attempt goes on or is stopped by its supervisor"
-        verdict = keeper.verdict
-        if verdict is None or verdict.outcome in (Outcome.FAILED, Outcome.LOST):
-            raise AttemptFailed(f"{verdict.outcome}: {verdict.cause}" if verdict else "lost")
-        return verdict.outcome.value
+        failure = failure_of(keeper)
+        if failure is not None:
+            raise AttemptFailed(failure)
+        return str(keeper.verdict.outcome) if keeper.verdict else ""
+
+
+def failure_of(keeper: Keeper) -> str | None:
+    """What Flower shows as a failure; None for an attempt that succeeded or was asked to stop."""
+    verdict = keeper.verdict
+    if verdict is None:
+        return "lost"
+    if verdict.outcome in (Outcome.FAILED, Outcome.LOST):
+        return f"{verdict.outcome}: {verdict.cause}"
+    return None

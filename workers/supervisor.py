@@ -8,7 +8,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -48,6 +48,7 @@ class Supervisor:
     keepers: dict[UUID, Keeper] = field(default_factory=dict)
     stopping: threading.Event = field(default_factory=threading.Event)
     woken: threading.Event = field(default_factory=threading.Event)
+    on_end: Callable[[Keeper], None] = lambda keeper: None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _empty_looks: dict[UUID, int] = field(default_factory=dict)
     _swept_at: float = 0.0
@@ -121,7 +122,9 @@ class Supervisor:
                     keeper.stop(assignment.stop_reason)
 
     def _forget_the_done(self) -> None:
-        self.keepers = {key: k for key, k in self.keepers.items() if not k.done.is_set()}
+        for keeper in [k for k in self.keepers.values() if k.done.is_set()]:
+            del self.keepers[keeper.ref.id]
+            self.on_end(keeper)
 
     def _take(self, assignment: attempts.Assignment, requested_at: float) -> Keeper | None:
         """Claim a new attempt, or take one up again that an earlier worker had claimed."""
