@@ -1,0 +1,76 @@
+"""What a fine-tune leaves: the adapter in peft's format, and all that it needs to speak."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tuneyard.runners.adapter import WEIGHTS_FILE, save_adapter
+from tuneyard.runners.asked import Asked
+from tuneyard.runners.attempt import Attempt, library_versions
+from tuneyard.runners.base_model import end_ids, read_generation_config, tokenizer_files
+from tuneyard.runners.chat import Chat
+from tuneyard.runners.checkpoint import LOG_FILE, Position, write_log
+from tuneyard.runners.training import Trainer
+from tuneyard.store.folder import manifest_digest, publish_folder, read_manifest
+
+TUNEYARD_FILE = "tuneyard.json"
+
+
+def publish_adapter(asked: Asked, attempt: Attempt, chat: Chat, trainer: Trainer) -> None:
+    """Write output/: the adapter, what it needs to speak, and how it came about."""
+    position = trainer.at
+    aside = attempt.workdir / ".aside-output"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    save_adapter(trainer.running.model, aside, base_id=asked.base_id)
+    copy_tokenizer(asked.model, aside, chat)
+    write_log(aside / LOG_FILE, position.log)
+    about = json.dumps(origin(asked, attempt, chat, position), indent=1, sort_keys=True)
+    (aside / TUNEYARD_FILE).write_text(about + "\n", encoding="utf-8")
+    meta = {"kind": "adapter", "base": asked.base_id, "steps": position.step}
+    manifest = publish_folder(aside, attempt.output, meta)
+    digests = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
+    values = {
+        "loss": position.loss_sum / max(1, position.step),
+        "steps": position.step,
+        "tokens": position.tokens,
+        "adapter_sha256": digests[WEIGHTS_FILE],
+        "eval_loss": position.best_loss,
+        "best_step": position.best_step,
+        "skipped_steps": position.skipped_steps,
+        "last_loss": next(
+            (line["loss"] for line in reversed(position.log) if "loss" in line), None
+        ),
+    }
+    attempt.events.emit("result", values={k: v for k, v in values.items() if v is not None})
+
+
+def copy_tokenizer(model: Path, folder: Path, chat: Chat) -> None:
+    """The base's tokenizer, byte for byte, with the template that trained."""
+    for file in tokenizer_files(model):
+        shutil.copyfile(file, folder / file.name)
+    if chat.name != "tokenizer":
+        (folder / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
+
+
+def origin(asked: Asked, attempt: Attempt, chat: Chat, position: Position) -> dict[str, Any]:
+    """tuneyard.json: what inference, chat and merge of this adapter go by. No times, no paths."""
+    digest = None
+    if (asked.model / "manifest.json").exists():
+        digest = manifest_digest(read_manifest(asked.model))
+    stop_ids = chat.stop_ids(end_ids(read_generation_config(asked.model).get("eos_token_id")))
+    return {
+        "format": 1,
+        "base": {"id": asked.base_id, "digest": digest},
+        "dataset": attempt.spec.input_ids.get("dataset"),
+        "template": chat.template,
+        "template_name": chat.name,
+        "default_system": chat.default_system,
+        "stop_token_ids": stop_ids,
+        "stop_tokens": chat.tokenizer.convert_ids_to_tokens(stop_ids),
+        "arguments": asked.arguments.model_dump(),
+        "seed": asked.seed,
+        "steps": position.step,
+        "versions": dict(library_versions()),
+    }

@@ -1,0 +1,198 @@
+"""Putting a run together: weights, adapter, optimizer, schedule, plan, and where to begin."""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuneyard.runners.adapter import add_adapter, trained_parameters
+from tuneyard.runners.arguments import FinetuneArguments, Strategy
+from tuneyard.runners.asked import Asked
+from tuneyard.runners.attempt import Attempt
+from tuneyard.runners.base_model import load_weights
+from tuneyard.runners.batches import Order, steps_of
+from tuneyard.runners.chat import Chat
+from tuneyard.runners.checkpoint import Position, Running, differences, read_checkpoint
+from tuneyard.runners.examples import Example
+from tuneyard.runners.losses import SFT
+from tuneyard.runners.noise import EmbeddingNoise
+from tuneyard.runners.precision import Precision, choose_precision
+from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
+from tuneyard.runners.seeds import stream_seed
+from tuneyard.runners.training import Data, Plan, Trainer
+
+log = logging.getLogger(__name__)
+
+
+def build_trainer(
+    asked: Asked,
+    attempt: Attempt,
+    chat: Chat,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+) -> Trainer:
+    """Load the base, add the adapter, go to the checkpoint if there is one."""
+    arguments, device = asked.arguments, attempt.device.torch_name
+    precision = pick_precision(asked, attempt)
+    model = load_model(asked, precision, device)
+    plan = plan_of(arguments, len(examples))
+    noise = EmbeddingNoise(model, a) if (a := arguments.neftune_noise_alpha) else None
+    parameters = trained_parameters(model).values()
+    running = Running(model, adamw(parameters, arguments, device), scaler_of(precision), device)
+    torch.manual_seed(stream_seed(asked.seed, "dropout"))
+    run = description(asked, examples, device)
+    return Trainer(
+        running,
+        Data(
+            examples,
+            Order(len(examples), asked.seed, not arguments.disable_shuffling),
+            held_out,
+            chat.tokenizer.pad_token_id,
+        ),
+        plan,
+        objective=SFT,
+        schedule=schedule_of(arguments, plan.steps),
+        noise=noise,
+        position=resume(attempt, running, run),
+        events=attempt.events,
+        stops=attempt.stops,
+        workdir=attempt.workdir,
+        run=run,
+        base_id=asked.base_id,
+    )
+
+
+def pick_precision(asked: Asked, attempt: Attempt) -> Precision:
+    """Choose the number formats, and say so where a person might expect others."""
+    arguments, device = asked.arguments, attempt.device.torch_name
+    precision = choose_precision(
+        precision=arguments.precision,
+        bf16=arguments.bf16,
+        fp16=arguments.fp16,
+        pure_bf16=arguments.pure_bf16,
+        base=asked.config.get("dtype") or asked.config.get("torch_dtype"),
+        device=device,
+        gpu_has_bf16=device == "cpu" or torch.cuda.get_device_capability() >= (8, 0),
+    )
+    if precision.note:
+        attempt.events.warn("precision", precision.note)
+    log.info("weights in %s, adapter in %s, on %s", precision.weights, precision.trained, device)
+    return precision
+
+
+def load_model(asked: Asked, precision: Precision, device: str) -> Any:
+    """The base with a fresh adapter."""
+    dtype = getattr(torch, precision.weights)
+    base = load_weights(asked.model, asked.config, dtype=dtype, device=device)
+    arguments = asked.arguments
+    if arguments.gradient_checkpointing and not arguments.disable_gradient_checkpointing:
+        # Not reentrant: it needs no gradient at the input, so layers below the first adapter
+        # still take no part in the backward pass.
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return add_adapter(base, arguments, seed=asked.seed, precision=precision)
+
+
+def adamw(
+    parameters: Iterable[torch.nn.Parameter], arguments: FinetuneArguments, device: str
+) -> torch.optim.AdamW:
+    """AdamW over the adapter. All of it decays: it has neither norms nor biases."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=arguments.learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        weight_decay=arguments.weight_decay,
+        fused=device == "cuda",
+    )
+
+
+def scaler_of(precision: Precision) -> torch.amp.GradScaler:
+    """Loss scaling, which fp16 alone needs."""
+    return torch.amp.GradScaler("cuda", enabled=precision.autocast)
+
+
+def schedule_of(arguments: FinetuneArguments, steps: int) -> Schedule:
+    """The learning rate of each step."""
+    warmup = warmup_steps(steps, steps=arguments.warmup_steps, ratio=arguments.warmup_ratio)
+    return schedule(
+        arguments.lr_scheduler_type,
+        warmup=warmup,
+        total=steps,
+        learning_rate=arguments.learning_rate,
+        options=arguments.lr_scheduler_kwargs or {},
+    )
+
+
+def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
+    """How many steps, and what happens after which."""
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    epoch, steps = steps_of(
+        examples,
+        rows_per_step=rows,
+        epochs=arguments.num_train_epochs,
+        max_steps=arguments.max_steps,
+    )
+    eval_strategy = arguments.eval_strategy or ("steps" if arguments.eval_steps else "no")
+    eval_steps = arguments.eval_steps or arguments.logging_steps
+    return Plan(
+        steps=steps,
+        steps_per_epoch=epoch,
+        rows_per_batch=arguments.per_device_train_batch_size,
+        batches_per_step=arguments.gradient_accumulation_steps,
+        eval_rows_per_batch=arguments.per_device_eval_batch_size,
+        max_grad_norm=arguments.max_grad_norm,
+        eval_every=every(eval_strategy, eval_steps, epoch=epoch, total=steps),
+        save_every=every(arguments.save_strategy, arguments.save_steps, epoch=epoch, total=steps),
+        log_every=every("steps", arguments.logging_steps, epoch=epoch, total=steps) or 1,
+        keep=arguments.save_total_limit,
+    )
+
+
+def every(strategy: Strategy, steps: float, *, epoch: int, total: int) -> int | None:
+    """How many steps lie between two; ``steps`` below 1 is a share of all.
+
+    >>> every("steps", 0.25, epoch=10, total=30), every("epoch", 5, epoch=10, total=30)
+    (8, 10)
+    """
+    if strategy == "no":
+        return None
+    if strategy == "epoch":
+        return epoch
+    return math.ceil(total * steps) if steps < 1 else int(steps)
+
+
+def description(asked: Asked, examples: Sequence[Example], device: str) -> dict[str, Any]:
+    """What a resumed run must agree with, and what it runs on."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.ids, example.labels]).encode())
+    name = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    threads = torch.get_num_threads()
+    platform = {"torch": str(torch.__version__), "threads": threads, "device": name}
+    return {
+        "examples": len(examples),
+        "data": digest.hexdigest(),
+        "seed": asked.seed,
+        "platform": platform,
+    }
+
+
+def resume(attempt: Attempt, running: Running, run: Mapping[str, Any]) -> Position:
+    """Start at the checkpoint that the spec names, or at the beginning."""
+    if attempt.spec.resume is None:
+        return Position()
+    folder = Path(attempt.spec.resume)
+    position = read_checkpoint(folder, running, run=run)
+    if other := differences(folder, run):
+        attempt.events.warn("not_bit_for_bit", f"The checkpoint ran elsewhere: {'; '.join(other)}.")
+    log.info("resumed at step %d", position.step)
+    return position

@@ -1,0 +1,111 @@
+"""Which examples a step holds, and how they become tensors.
+
+The order depends on the seed and the number of examples consumed, on nothing else: not on the batch
+size, the number of devices or where a run was interrupted.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from tuneyard.runners.examples import IGNORED, Example
+from tuneyard.runners.failures import BadData
+from tuneyard.runners.seeds import stream_seed
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of ``count`` examples, epoch after epoch."""
+
+    count: int
+    seed: int
+    shuffled: bool = True
+
+    def take(self, consumed: int, count: int) -> list[int]:
+        """Indices of the next ``count`` examples, fewer where the epoch ends before."""
+        epoch, start = divmod(consumed, self.count)
+        return self._epoch(epoch)[start : start + count]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        indices = list(range(self.count))
+        if self.shuffled:
+            random.Random(stream_seed(self.seed, "order", epoch)).shuffle(indices)  # noqa: S311
+        return indices
+
+
+def steps_of(count: int, *, rows_per_step: int, epochs: float, max_steps: int) -> tuple[int, int]:
+    """Steps of an epoch and of the run. The last, short step of an epoch is kept.
+
+    >>> steps_of(10, rows_per_step=4, epochs=1.5, max_steps=-1)
+    (3, 5)
+    """
+    each = math.ceil(count / rows_per_step)
+    return each, max_steps if max_steps > 0 else math.ceil(epochs * each)
+
+
+def split(items: Sequence[Item], val_size: float, *, seed: int) -> tuple[list[Item], list[Item]]:
+    """Divide into training and validation; val_size is a count, or below 1 a share.
+
+    Raises: BadData when one side would be empty.
+    """
+    if val_size == 0:
+        return list(items), []
+    held = int(val_size) if val_size >= 1 else int(len(items) * val_size)
+    if not 0 < held < len(items):
+        raise BadData(
+            f"val_size {val_size:g} of {len(items)} rows leaves nothing to "
+            f"{'validate on' if held == 0 else 'train on'}.",
+            field="val_size",
+        )
+    indices = list(range(len(items)))
+    random.Random(stream_seed(seed, "validation")).shuffle(indices)  # noqa: S311
+    chosen = set(indices[:held])
+    kept = [each for i, each in enumerate(items) if i not in chosen]
+    return kept, [each for i, each in enumerate(items) if i in chosen]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A group of rows, padded at the right.
+
+    ids: [rows, length]; positions: [p], the ones that predict a target in any row; targets:
+    [rows, p], IGNORED where this row has none; lengths: [rows], of the rows without their padding.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    lengths: torch.Tensor
+    tokens: int
+
+    def to(self, device: str) -> "Batch":
+        """The same on a device."""
+        if device == "cpu":
+            return self
+        ids, positions = self.ids.to(device), self.positions.to(device)
+        targets, lengths = self.targets.to(device), self.lengths.to(device)
+        return Batch(ids, positions, targets, lengths, self.tokens)
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pad rows to the longest. Nothing attends to padding: it stands right, and masks are causal.
+
+    Logits are wanted only where something is learned, hence ``positions``.
+    """
+    width = max(len(e.ids) for e in examples)
+    ids = torch.tensor([e.ids + [pad_id] * (width - len(e.ids)) for e in examples])
+    labels = torch.tensor([e.labels + [IGNORED] * (width - len(e.ids)) for e in examples])
+    following = labels[:, 1:]
+    positions = (following != IGNORED).any(0).nonzero().flatten()
+    if not len(positions):
+        positions = torch.zeros(1, dtype=torch.long)
+    if width == 1:
+        following = torch.full_like(labels, IGNORED)
+    lengths = torch.tensor([len(e.ids) for e in examples])
+    return Batch(ids, positions, following[:, positions], lengths, int(lengths.sum()))

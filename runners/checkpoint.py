@@ -1,0 +1,186 @@
+"""Checkpoints: everything that a run needs to go on as if nothing had happened. No pickle.
+
+adapter_model.safetensors  adapter_config.json    the adapter, in peft's format
+optimizer.safetensors                             moments and step of each parameter
+random.safetensors                                states of torch's generators
+state.json                                        where the run is, and what it ran on
+trainer_log.jsonl                                 the log up to here
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tuneyard.runners.adapter import restore_adapter, save_adapter, trained_parameters
+from tuneyard.runners.failures import BadSpec
+from tuneyard.specs.runner import CHECKPOINTS
+from tuneyard.store.folder import manifest_digest, publish_folder, verify_folder
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+RANDOM_FILE = "random.safetensors"
+STATE_FILE = "state.json"
+LOG_FILE = "trainer_log.jsonl"
+
+KEPT = 2
+"""How many of the newest stay in the work folder, beside the best."""
+
+
+@dataclass
+class Position:
+    """Where a run is. ``examples`` were consumed, ``tokens`` seen, in ``step`` whole steps."""
+
+    step: int = 0
+    examples: int = 0
+    tokens: int = 0
+    evaluated_step: int = -1
+    best_loss: float | None = None
+    best_step: int | None = None
+    loss_sum: float = 0.0
+    skipped_steps: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Running:
+    """The parts of a run that change with every step."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: str
+
+
+RandomState = Mapping[str, torch.Tensor]
+
+
+def random_state(device: str) -> RandomState:
+    """The states of the generators that dropout and noise draw from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def write_checkpoint(
+    workdir: Path,
+    running: Running,
+    *,
+    position: Position,
+    random: RandomState,
+    run: Mapping[str, Any],
+    base_id: str,
+) -> tuple[str, str]:
+    """Publish checkpoints/step-N; returns its path within WORKDIR and its manifest's digest.
+
+    run: what a resumed run must agree with, and what it ran on.
+    """
+    name = f"{CHECKPOINTS}/step-{position.step}"
+    aside = workdir / CHECKPOINTS / f".aside-{position.step}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        save_adapter(running.model, aside, base_id=base_id)
+        save_file(_optimizer_tensors(running), aside / OPTIMIZER_FILE)
+        save_file(dict(random), aside / RANDOM_FILE)
+        _write_state(aside, running, position, run)
+        manifest = publish_folder(
+            aside, workdir / name, {"kind": "checkpoint", "step": position.step}
+        )
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # gives its space back to a full disk
+        raise
+    return name, manifest_digest(manifest)
+
+
+def _write_state(aside: Path, running: Running, position: Position, run: Mapping[str, Any]) -> None:
+    state = asdict(position)
+    write_log(aside / LOG_FILE, state.pop("log"))
+    state |= {"run": dict(run), "scaler": running.scaler.state_dict()}
+    text = json.dumps(state, indent=1, sort_keys=True)
+    (aside / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def write_log(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write a training log as JSON lines."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def read_checkpoint(folder: Path, running: Running, *, run: Mapping[str, Any]) -> Position:
+    """Bring a run to where a checkpoint was; verified first, file by file.
+
+    Raises: FolderDamaged, BadSpec when the checkpoint belongs to another run.
+    """
+    verify_folder(folder)
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    _compare(state.pop("run"), run)
+    restore_adapter(running.model, folder)
+    _restore_optimizer(running, load_file(folder / OPTIMIZER_FILE))
+    _restore_random(load_file(folder / RANDOM_FILE), running.device)
+    if scaler := state.pop("scaler"):
+        running.scaler.load_state_dict(scaler)
+    log = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
+    return Position(**state, log=[json.loads(line) for line in log])
+
+
+def differences(folder: Path, run: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint ran on that is otherwise here: then equal bits are not promised."""
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    before, now = state["run"]["platform"], run["platform"]
+    return [
+        f"{key}: {before.get(key)} then, {now[key]} now"
+        for key in now
+        if before.get(key) != now[key]
+    ]
+
+
+def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for key in ("examples", "data", "seed"):
+        if before[key] != now[key]:
+            raise BadSpec(
+                f"The checkpoint was made with other data: {key} was {before[key]}, is {now[key]}.",
+                field="resume",
+                hint="keep dataset, template, cutoff_len and seed, or start from scratch",
+            )
+
+
+def _optimizer_tensors(running: Running) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}:{key}": value.detach().cpu().contiguous()
+        for name, parameter in trained_parameters(running.model).items()
+        for key, value in sorted(running.optimizer.state[parameter].items())
+    }
+
+
+def _restore_optimizer(running: Running, tensors: Mapping[str, torch.Tensor]) -> None:
+    numbers = {name: i for i, name in enumerate(trained_parameters(running.model))}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition(":")
+        state.setdefault(numbers[name], {})[part] = tensor
+    groups = running.optimizer.state_dict()["param_groups"]
+    running.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _restore_random(states: Mapping[str, torch.Tensor], device: str) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def drop_old(workdir: Path, *, newest: int, best: int | None, limit: int | None) -> None:
+    """Remove checkpoints beyond the newest ``limit`` and the best; ``newest`` is whole by now."""
+    folder = workdir / CHECKPOINTS
+    steps = sorted(int(p.name.removeprefix("step-")) for p in folder.glob("step-*"))
+    kept = {newest, best, *steps[-(limit or KEPT) :]}
+    for step in steps:
+        if step not in kept:
+            away = folder / f".old-{step}"
+            os.rename(folder / f"step-{step}", away)  # never half a checkpoint under its name
+            shutil.rmtree(away, ignore_errors=True)

@@ -1,0 +1,290 @@
+"""Answer prompts:  python -P -m tuneyard.runners.infer SPEC.json WORKDIR
+
+inputs: model (a folder), adapter (a folder, optional), prompts (a file). arguments: those of
+InferArguments. output: results.jsonl, a line per prompt in the order they were asked.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuneyard.runners.arguments import InferArguments, read_arguments
+from tuneyard.runners.attempt import Attempt, main
+from tuneyard.runners.base_model import (
+    end_ids,
+    load_tokenizer,
+    read_config,
+    read_generation_config,
+)
+from tuneyard.runners.chat import Chat, chat_of
+from tuneyard.runners.devices import make_ready
+from tuneyard.runners.failures import BadSpec, Stopped
+from tuneyard.runners.prompts import Prompt, prompts_of, read_prompts
+from tuneyard.specs.runner import CHECKPOINTS
+from tuneyard.store.folder import manifest_digest, publish_folder, verify_folder
+
+if TYPE_CHECKING:
+    from tuneyard.runners.generation import Settings, Speaker
+
+log = logging.getLogger(__name__)
+
+RESULTS_FILE = "results.jsonl"
+RESUME_POINT_S = 600.0
+TUNEYARD_FILE = "tuneyard.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the spec asks for, read and checked without torch."""
+
+    arguments: InferArguments
+    seed: int
+    model: Path
+    config: Mapping[str, Any]
+    adapter: Path | None
+    origin: Mapping[str, Any]
+    prompts: Sequence[Prompt]
+
+
+Results = dict[int, dict[str, Any]]
+"""A result line for each prompt that is answered, by its place among the prompts."""
+
+
+def infer(attempt: Attempt) -> None:
+    """Check, load, answer, publish."""
+    asked = read_asked(attempt)
+    attempt.events.emit("phase", phase="loading")
+    make_ready(attempt.device)
+    chat = load_chat(asked)
+    settings = settings_of(asked, chat)
+    speaker = load_speaker(asked, attempt, chat, settings)
+    attempt.events.emit("phase", phase="running")
+    results = answer_all(asked, attempt, speaker)
+    publish(asked, attempt, settings, results)
+
+
+def read_asked(attempt: Attempt) -> Asked:
+    """Read arguments, configuration and prompts. Raises: BadSpec, BadData, InputGone."""
+    arguments, unknown = read_arguments(InferArguments, attempt.spec.arguments)
+    if unknown:
+        attempt.events.warn("arguments_ignored", f"Not used here: {', '.join(unknown)}.")
+    model = attempt.input("model")
+    adapter = attempt.input("adapter") if "adapter" in attempt.spec.inputs else None
+    origin = _check_adapter(adapter) if adapter else {}
+    if "prompts" in attempt.spec.inputs:
+        prompts = read_prompts(attempt.input("prompts"), system=arguments.system)
+    else:
+        given = list(enumerate(arguments.prompts or (), start=1))
+        prompts = prompts_of(given, system=arguments.system)
+    seed = attempt.spec.seed if arguments.seed is None else arguments.seed
+    return Asked(arguments, seed, model, read_config(model), adapter, origin, prompts)
+
+
+def _check_adapter(adapter: Path) -> Mapping[str, Any]:
+    """What the adapter's tuneyard.json says. Raises: BadSpec for what could run code."""
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise BadSpec("The adapter has no adapter_model.safetensors.", field="adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    if config.get("auto_mapping") or config.get("megatron_config"):
+        raise BadSpec("adapter_config.json names modules to import.", field="adapter")
+    path = adapter / TUNEYARD_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def load_chat(asked: Asked) -> Chat:
+    """The tokenizer and the template that the adapter was trained with, else the base's own."""
+    tokenizer = load_tokenizer(asked.model)
+    trained = asked.origin.get("template")
+    return chat_of(
+        tokenizer,
+        template=asked.arguments.template or trained,
+        default_system=asked.origin.get("default_system"),
+    )
+
+
+def settings_of(asked: Asked, chat: Chat) -> "Settings":
+    """What applies to this job."""
+    from tuneyard.runners.generation import choose_settings
+
+    says = read_generation_config(asked.model)
+    ends = [*end_ids(says.get("eos_token_id")), *asked.origin.get("stop_token_ids", ())]
+    stop_ids = chat.stop_ids(ends)
+    return choose_settings(asked.arguments, says, stop_ids=stop_ids, seed=asked.seed)
+
+
+def load_speaker(asked: Asked, attempt: Attempt, chat: Chat, settings: "Settings") -> "Speaker":
+    """Load the weights, and the adapter onto them."""
+    import torch
+
+    from tuneyard.runners.base_model import load_weights
+    from tuneyard.runners.generation import Speaker
+    from tuneyard.runners.precision import choose_precision
+
+    device = attempt.device.torch_name
+    precision = choose_precision(
+        precision=asked.arguments.precision,
+        base=asked.config.get("dtype") or asked.config.get("torch_dtype"),
+        device=device,
+        gpu_has_bf16=device == "cpu" or torch.cuda.get_device_capability() >= (8, 0),
+    )
+    dtype = getattr(torch, precision.weights)
+    model = load_weights(asked.model, asked.config, dtype=dtype, device=device)
+    if asked.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(asked.adapter), local_files_only=True)
+    model.eval()
+
+    def give_way() -> None:
+        if attempt.stops.stop_asked:
+            raise _Interrupted
+
+    return Speaker(model, chat, settings, give_way)
+
+
+class _Interrupted(Exception):
+    """SIGTERM came while a batch was being answered."""
+
+
+def answer_all(asked: Asked, attempt: Attempt, speaker: "Speaker") -> Results:
+    """Answer batch by batch, longest prompts first, keeping what is done. Raises: Stopped."""
+    encoded = speaker.chat.encode([_text(p, speaker.chat) for p in asked.prompts])
+    batches = grouped(encoded, asked.arguments.batch_size)
+    key = run_key(asked)
+    results = read_results(attempt, key)
+    progress = Pace(attempt, len(asked.prompts), done=len(results))
+    with attempt.stops.deferred():
+        try:
+            for number, batch in enumerate(batches):
+                if any(i not in results for i in batch):
+                    _answer(asked, speaker, encoded, batch, number, results)
+                progress.report(len(results))
+                if progress.checkpoint_due() and len(results) < len(asked.prompts):
+                    save_results(attempt, results, key)
+        except _Interrupted:
+            if results:
+                save_results(attempt, results, key)
+            raise Stopped(at_checkpoint=bool(results)) from None
+    return results
+
+
+def _text(prompt: Prompt, chat: Chat) -> str:
+    return chat.render(chat.with_system(prompt.messages), generation_prompt=True)
+
+
+def grouped(encoded: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Places of the prompts in batches of like length; the longest first, where memory ends.
+
+    >>> grouped([[1], [1, 2, 3], [1, 2]], 2)
+    [[1, 2], [0]]
+    """
+    places = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
+    return [places[start : start + size] for start in range(0, len(places), size)]
+
+
+def _answer(
+    asked: Asked,
+    speaker: "Speaker",
+    encoded: Sequence[Sequence[int]],
+    batch: Sequence[int],
+    number: int,
+    results: Results,
+) -> None:
+    answers = speaker.answer([encoded[i] for i in batch], batch=number)
+    for i, answer in zip(batch, answers, strict=True):
+        results[i] = {"index": i, **asked.prompts[i].shown, **asdict(answer)}
+
+
+class Pace:
+    """How fast it goes, and when a resume point is due."""
+
+    def __init__(self, attempt: Attempt, total: int, *, done: int) -> None:
+        self.attempt, self.total, self.before = attempt, total, done
+        self.began = self.saved_at = time.monotonic()
+
+    def report(self, done: int) -> None:
+        """Emit a progress event."""
+        passed, fresh = time.monotonic() - self.began, done - self.before
+        eta_s = round(passed / fresh * (self.total - done), 1) if fresh else None
+        self.attempt.events.emit(
+            "progress", done=done, total=self.total, unit="prompts", eta_s=eta_s
+        )
+
+    def checkpoint_due(self) -> bool:
+        """Asked for by signal, or the last one is too old."""
+        asked = self.attempt.stops.take_checkpoint_asked()
+        due = asked or time.monotonic() - self.saved_at > RESUME_POINT_S
+        if due:
+            self.saved_at = time.monotonic()
+        return due
+
+
+def run_key(asked: Asked) -> str:
+    """What answers depend on: results of another key are not taken up."""
+    shown = [p.shown for p in asked.prompts]
+    text = json.dumps([asked.arguments.model_dump(), asked.seed, shown], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save_results(attempt: Attempt, results: Results, key: str) -> None:
+    """Publish a checkpoint of what is answered so far; the one before goes."""
+    step = len(results)
+    name = f"{CHECKPOINTS}/step-{step}"
+    aside = attempt.workdir / CHECKPOINTS / f".aside-{step}"
+    if (attempt.workdir / name).exists():
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _write_results(aside / RESULTS_FILE, results)
+    (aside / "state.json").write_text(json.dumps({"key": key}))
+    manifest = publish_folder(aside, attempt.workdir / name, {"kind": "checkpoint", "step": step})
+    attempt.events.emit(
+        "checkpoint", step=step, path=name, manifest_sha256=manifest_digest(manifest)
+    )
+
+
+def read_results(attempt: Attempt, key: str) -> Results:
+    """What an earlier attempt answered already, if it was asked the same."""
+    if attempt.spec.resume is None:
+        return {}
+    folder = Path(attempt.spec.resume)
+    verify_folder(folder)
+    if json.loads((folder / "state.json").read_text())["key"] != key:
+        attempt.events.warn("resume_ignored", "The checkpoint answers other prompts.")
+        return {}
+    lines = (folder / RESULTS_FILE).read_text(encoding="utf-8").splitlines()
+    return {row["index"]: row for row in map(json.loads, lines)}
+
+
+def _write_results(path: Path, results: Results) -> None:
+    lines = (json.dumps(results[i], ensure_ascii=False) + "\n" for i in sorted(results))
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def publish(asked: Asked, attempt: Attempt, settings: "Settings", results: Results) -> None:
+    """Write output/results.jsonl, and say what applied."""
+    aside = attempt.workdir / ".aside-output"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    _write_results(aside / RESULTS_FILE, results)
+    applied = {**asdict(settings), "batch_size": asked.arguments.batch_size}
+    ids = attempt.spec.input_ids
+    meta = {"kind": "results", "settings": applied, "inputs": dict(ids)}
+    publish_folder(aside, attempt.output, meta)
+    values = {
+        "prompts": len(results),
+        "prompt_tokens": sum(row["prompt_tokens"] for row in results.values()),
+        "completion_tokens": sum(row["completion_tokens"] for row in results.values()),
+        "settings": applied,
+    }
+    attempt.events.emit("result", values=values)
+
+
+if __name__ == "__main__":
+    main(infer)

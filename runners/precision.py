@@ -1,0 +1,62 @@
+"""Which number formats a run computes in, and why."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tuneyard.runners.failures import BadSpec
+
+Format = Literal["float32", "bfloat16", "float16"]
+
+_BY_NAME: dict[str, Format] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Formats of the frozen weights and of what is trained; ``autocast`` is fp16's on a GPU.
+
+    note: what a person should know about the choice, if anything.
+    """
+
+    weights: Format
+    trained: Format = "float32"
+    autocast: bool = False
+    note: str | None = None
+
+
+def choose_precision(
+    *,
+    precision: str,
+    bf16: bool = False,
+    fp16: bool = False,
+    pure_bf16: bool = False,
+    base: str | None,
+    device: Literal["cpu", "cuda"],
+    gpu_has_bf16: bool = True,
+) -> Precision:
+    """Decide from what was asked, what the base is stored in, and what the device can do.
+
+    Nothing asked: the base's own format. bf16 keeps frozen weights in bf16 and the adapter in
+    fp32, without autocast. Raises: BadSpec when two formats are asked for.
+    """
+    asked = _asked(precision, bf16=bf16 or pure_bf16, fp16=fp16)
+    wanted = asked or (base if base in _BY_NAME.values() else "float32")
+    if wanted == "float16" and device == "cpu":
+        note = "fp16 does not train on a CPU: computing in fp32." if asked else None
+        return Precision("float32", note=note)
+    if wanted == "bfloat16" and device == "cuda" and not gpu_has_bf16:
+        return Precision("float16", autocast=True, note="This GPU has no bf16: computing in fp16.")
+    if wanted == "float16":
+        note = "This GPU has bf16, which needs no loss scaling." if gpu_has_bf16 else None
+        return Precision("float16", autocast=True, note=note)
+    if wanted == "bfloat16":
+        return Precision("bfloat16", trained="bfloat16" if pure_bf16 else "float32")
+    return Precision("float32")
+
+
+def _asked(precision: str, *, bf16: bool, fp16: bool) -> Format | None:
+    asked = {_BY_NAME[precision]} if precision != "auto" else set()
+    asked |= {"bfloat16"} if bf16 else set()
+    asked |= {"float16"} if fp16 else set()
+    if len(asked) > 1:
+        raise BadSpec("Two number formats are asked for at once.", field="precision")
+    return next(iter(asked), None)

@@ -1,0 +1,303 @@
+"""The training loop: small, exact, the same for every stage.
+
+A step is the set of examples that the plain recipe would take: batch x accumulation rows in the
+order of the seed. Its loss is the sum over all of them divided by the units (tokens, for sft) of
+the whole step, however it is split into groups; clipping looks at the norm of all gradients.
+It knows neither files nor chat templates: examples in, a trained model and events out.
+"""
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuneyard.runners.adapter import trained_parameters
+from tuneyard.runners.batches import Batch, Order, collate
+from tuneyard.runners.checkpoint import (
+    Position,
+    Running,
+    drop_old,
+    random_state,
+    write_checkpoint,
+)
+from tuneyard.runners.events import EventLog
+from tuneyard.runners.examples import Example
+from tuneyard.runners.failures import LossNotFinite, Stopped
+from tuneyard.runners.losses import Objective
+from tuneyard.runners.noise import EmbeddingNoise
+from tuneyard.runners.schedules import Schedule
+from tuneyard.runners.stops import Stops
+
+log = logging.getLogger(__name__)
+
+RESUME_POINT_S = 600.0
+"""A checkpoint is never older than this, whatever save_steps says."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is, and when it measures, saves and logs. Steps; None: never."""
+
+    steps: int
+    steps_per_epoch: int
+    rows_per_batch: int
+    batches_per_step: int
+    eval_rows_per_batch: int
+    max_grad_norm: float
+    eval_every: int | None
+    save_every: int | None
+    log_every: int
+    keep: int | None
+
+    def eval_due(self, step: int) -> bool:
+        """Before the first step, after the last, and as often as was asked in between."""
+        return step in (0, self.steps) or _divides(self.eval_every, step)
+
+    def save_due(self, step: int) -> bool:
+        """As often as was asked."""
+        return step > 0 and _divides(self.save_every, step)
+
+
+def _divides(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples to learn from, in what order, and examples to measure on."""
+
+    examples: Sequence[Example]
+    order: Order
+    held_out: Sequence[Example]
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did. ``seconds`` are wall time; ``tokens`` include those that are no target."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+
+
+class _Interrupted(Exception):
+    """SIGTERM came between two batches."""
+
+
+class Trainer:
+    """One run, from wherever ``position`` is to its end."""
+
+    def __init__(
+        self,
+        running: Running,
+        data: Data,
+        plan: Plan,
+        *,
+        objective: Objective,
+        schedule: Schedule,
+        noise: EmbeddingNoise | None,
+        position: Position,
+        events: EventLog,
+        stops: Stops,
+        workdir: Path,
+        run: Mapping[str, Any],
+        base_id: str,
+    ) -> None:
+        self.running, self.data, self.plan = running, data, plan
+        self.objective, self.schedule, self.noise = objective, schedule, noise
+        self.at, self.events, self.stops = position, events, stops
+        self.workdir, self.run, self.base_id = workdir, run, base_id
+        self.parameters = list(trained_parameters(running.model).values())
+        self.durations: deque[float] = deque(maxlen=20)
+        self.saved_step = position.step  # at 0: nothing to save yet
+        self.saved_at = time.monotonic()
+        self.random = random_state(running.device)
+
+    def train(self) -> None:
+        """Take all steps that are left.
+
+        Raises: LossNotFinite; Stopped, after a checkpoint if there is anything to keep.
+        """
+        self.running.model.train()
+        with self.stops.deferred():
+            try:
+                self._run()
+            except _Interrupted:
+                self._save()
+                raise Stopped(at_checkpoint=self.at.step > 0) from None
+
+    def _run(self) -> None:
+        while True:
+            self._report_progress()
+            if self.data.held_out and self._eval_due():
+                self._evaluate()
+            if self._save_due():
+                self._save()
+            if self.at.step >= self.plan.steps:
+                return
+            self._finish(self._step())
+
+    def _step(self) -> Step:
+        """One optimizer step. Raises: _Interrupted, with nothing changed but gradients."""
+        began = time.monotonic()
+        size = self.plan.rows_per_batch
+        rows = self.data.order.take(self.at.examples, size * self.plan.batches_per_step)
+        examples = [self.data.examples[i] for i in rows]
+        units = max(1, sum(map(self.objective.units, examples)))
+        loss, tokens = 0.0, 0
+        for start in range(0, len(examples), size):
+            self._give_way()
+            batch = collate(examples[start : start + size], self.data.pad_id)
+            loss += self._backward(batch, units)
+            tokens += batch.tokens
+        learning_rate = self.schedule(self.at.step)
+        grad_norm = self._update(learning_rate, loss)
+        self.at.examples += len(rows)
+        return Step(loss, grad_norm, learning_rate, tokens, time.monotonic() - began)
+
+    def _backward(self, batch: Batch, units: int) -> float:
+        """Add a group's share to the gradients; returns its share of the step's loss."""
+        device = self.running.device
+        batch = batch.to(device)
+        if self.noise is not None:
+            self.noise.lengths = batch.lengths
+        scaler = self.running.scaler
+        with torch.autocast(device, torch.float16, enabled=scaler.is_enabled()):
+            loss = self.objective.loss(self.running.model, batch) / units
+        scaler.scale(loss).backward()
+        return float(loss.detach())
+
+    def _update(self, learning_rate: float, loss: float) -> float:
+        """Clip, move the parameters, forget the gradients; returns the norm before clipping."""
+        optimizer, scaler = self.running.optimizer, self.running.scaler
+        scaler.unscale_(optimizer)
+        limit = self.plan.max_grad_norm or math.inf
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        if not scaler.is_enabled():
+            self._check_finite(loss, grad_norm)
+        elif not math.isfinite(grad_norm):
+            self.at.skipped_steps += 1  # the scaler leaves the parameters alone and scales less
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def _check_finite(self, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        raise LossNotFinite(
+            f"Step {self.at.step + 1}: loss {loss}, gradient norm {grad_norm}.",
+            hint="a lower learning_rate or a warm-up often helps; look at the rows of this step",
+        )
+
+    def _finish(self, step: Step) -> None:
+        """Count a step, and say what it did."""
+        self.at.step += 1
+        self.at.tokens += step.tokens
+        self.at.loss_sum += step.loss
+        self.random = random_state(self.running.device)
+        self.durations.append(step.seconds)
+        values = {
+            "loss": step.loss,
+            "lr": step.learning_rate,
+            "grad_norm": step.grad_norm,
+            "epoch": self.at.step / self.plan.steps_per_epoch,
+            "tokens": self.at.tokens,
+            "tokens_per_s": step.tokens / step.seconds,
+        }
+        self.events.metric(self.at.step, **values, **memory(self.running.device))
+        if _divides(self.plan.log_every, self.at.step) or self.at.step == self.plan.steps:
+            self._log(loss=step.loss, lr=step.learning_rate, grad_norm=step.grad_norm)
+
+    def _log(self, **values: float) -> None:
+        """A line of trainer_log.jsonl. No times: the same run writes the same file."""
+        done, total = self.at.step, self.plan.steps
+        line: dict[str, float] = {
+            "current_steps": done,
+            "total_steps": total,
+            "total_tokens": self.at.tokens,
+        }
+        line |= {"epoch": round(done / self.plan.steps_per_epoch, 4), **values}
+        self.at.log.append(line)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        log.info("step %d/%d  %s", done, total, shown)
+
+    def _eval_due(self) -> bool:
+        return self.at.evaluated_step < self.at.step and self.plan.eval_due(self.at.step)
+
+    def _evaluate(self) -> None:
+        loss = self._measure()
+        self.at.evaluated_step = self.at.step
+        if self.at.step and (self.at.best_loss is None or loss < self.at.best_loss):
+            self.at.best_loss, self.at.best_step = loss, self.at.step
+        self.events.metric(self.at.step, eval_loss=loss)
+        self._log(eval_loss=loss)
+
+    @torch.no_grad()
+    def _measure(self) -> float:
+        """The loss over all units of the held-out rows together."""
+        model, size = self.running.model, self.plan.eval_rows_per_batch
+        rows, total = self.data.held_out, 0.0
+        model.eval()
+        for start in range(0, len(rows), size):
+            self._give_way()
+            batch = collate(rows[start : start + size], self.data.pad_id).to(self.running.device)
+            with torch.autocast(
+                self.running.device, torch.float16, enabled=self.running.scaler.is_enabled()
+            ):
+                total += float(self.objective.loss(model, batch))
+        model.train()
+        return total / sum(map(self.objective.units, rows))
+
+    def _save_due(self) -> bool:
+        asked = self.stops.take_checkpoint_asked()
+        old = time.monotonic() - self.saved_at > RESUME_POINT_S
+        return asked or old or self.plan.save_due(self.at.step)
+
+    def _save(self) -> None:
+        """Write a checkpoint of the last whole step, unless it is there already."""
+        if self.at.step == self.saved_step:
+            return
+        path, digest = write_checkpoint(
+            self.workdir,
+            self.running,
+            position=self.at,
+            random=self.random,
+            run=self.run,
+            base_id=self.base_id,
+        )
+        self.saved_step, self.saved_at = self.at.step, time.monotonic()
+        self.events.emit("checkpoint", step=self.at.step, path=path, manifest_sha256=digest)
+        best = self.at.best_step
+        drop_old(self.workdir, newest=self.at.step, best=best, limit=self.plan.keep)
+
+    def _report_progress(self) -> None:
+        left, mean = self.plan.steps - self.at.step, 0.0
+        if self.durations:
+            mean = sum(self.durations) / len(self.durations)
+        eta_s = round(left * mean, 1) if self.durations else None
+        done, total = self.at.step, self.plan.steps
+        self.events.emit("progress", done=done, total=total, unit="steps", eta_s=eta_s)
+
+    def _give_way(self) -> None:
+        if self.stops.stop_asked:
+            raise _Interrupted
+
+
+def memory(device: str) -> dict[str, int]:
+    """Bytes in use: of the GPU, the most that was reserved; else this process's resident set."""
+    if device == "cuda":
+        return {"gpu_bytes": torch.cuda.max_memory_reserved()}
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {"rss_bytes": pages * 4096}
