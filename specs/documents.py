@@ -114,14 +114,14 @@ _Loader.add_implicit_resolver(
 
 
 def _decode(content: bytes | str) -> str:
-    if isinstance(content, bytes):
-        try:
-            content = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = content[: error.start].count(b"\n") + 1
-            message = f"Line {line} is not UTF-8 (byte {error.start})."
-            raise InputError(message, code="malformed_json", line=line) from None
-    return content.removeprefix("\ufeff")
+    if isinstance(content, str):
+        return content.removeprefix("\ufeff")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        message = f"Line {line} is not UTF-8 (byte {error.start})."
+        raise InputError(message, code="malformed_json", line=line) from None
 
 
 def _check_depth(text: str) -> None:
