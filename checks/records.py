@@ -138,90 +138,88 @@ def _refuse(name: str) -> Any:
 
 
 class _Window:
-    """The undecoded rest of a JSON array, read piece by piece."""
+    """A JSON array, read piece by piece: ``text`` from ``position`` on is not consumed yet."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self.text, self.line, self._left = file, "", 1, b""
+        self._file, self._left = file, b""
+        self.text, self.position, self.line = "", 0, 1
         self.ended = False
         self.more()
         self.text = self.text.removeprefix("\ufeff")
 
     def more(self) -> None:
-        """Read another piece; an incomplete character waits for the next one."""
+        """Forget what is consumed and read on; an incomplete character waits for its rest."""
+        self.text, self.position = self.text[self.position :], 0
         piece = self._file.read(PIECE_BYTES)
         self.ended = not piece
         piece = self._left + piece
         try:
-            decoded = piece.decode("utf-8")
-            self._left = b""
+            decoded, self._left = piece.decode("utf-8"), b""
         except UnicodeDecodeError as error:
             if self.ended or len(piece) - error.start > 4:
                 line = self.line + self.text.count("\n") + piece[: error.start].count(b"\n")
                 message = f"Line {line} is not UTF-8: byte 0x{piece[error.start]:02x}."
-                raise BadLine(
-                    message, line=line, code="not_utf8", hint="save it as UTF-8"
-                ) from None
+                hint = "save the file as UTF-8"
+                raise BadLine(message, line=line, code="not_utf8", hint=hint) from None
             decoded, self._left = piece[: error.start].decode("utf-8"), piece[error.start :]
         self.text += decoded
 
-    def drop(self, count: int) -> None:
-        """Forget what was read."""
-        self.line += self.text.count("\n", 0, count)
-        self.text = self.text[count:]
+    def consume(self, end: int) -> None:
+        """Go on to this position."""
+        self.line += self.text.count("\n", self.position, end)
+        self.position = end
 
     def skip_space(self) -> str:
         """The next character that is no white space; '' at the end."""
         while True:
-            found = re.match(r"\s*", self.text)
-            self.drop(found.end() if found else 0)
-            if self.text or self.ended:
-                return self.text[:1]
+            self.consume(_SPACE.match(self.text, self.position).end())  # type: ignore[union-attr]
+            if self.position < len(self.text) or self.ended:
+                return self.text[self.position : self.position + 1]
             self.more()
+
+
+_SPACE = re.compile(r"\s*")
 
 
 def _array(file: BinaryIO) -> Iterator[Record]:
     decoder = json.JSONDecoder(parse_constant=_refuse)
     window = _Window(file)
     window.skip_space()
-    window.drop(1)  # the bracket that file_format saw
-    expected = "]"
-    while True:
-        character = window.skip_space()
-        if character == "]" and expected == "]":
-            window.drop(1)
-            if window.skip_space():
-                raise BadLine("There is text after the array's end.", line=window.line)
-            return
+    window.consume(window.position + 1)  # the bracket that file_format saw
+    may_end = True
+    while not (may_end and window.skip_space() == "]"):
+        window.skip_space()
         value, end = _next_value(decoder, window)
         yield Record(window.line, value)
-        window.drop(end)
-        character = window.skip_space()
-        if character not in (",", "]") or not character:
+        window.consume(end)
+        separator = window.skip_space()
+        if separator not in (",", "]") or not separator:
             raise BadLine(f"Line {window.line}: a comma or ] is missing.", line=window.line)
-        if character == ",":
-            window.drop(1)
-            expected = ""
-        else:
-            expected = "]"
+        may_end = separator == "]"
+        if separator == ",":
+            window.consume(window.position + 1)
+    window.consume(window.position + 1)
+    if window.skip_space():
+        raise BadLine("There is text after the array's end.", line=window.line)
 
 
 def _next_value(decoder: json.JSONDecoder, window: _Window) -> tuple[Any, int]:
+    """The value that begins at the window's position, and where it ends."""
     while True:
         try:
-            value, end = decoder.raw_decode(window.text)
+            value, end = decoder.raw_decode(window.text, window.position)
             if end < len(window.text) or window.ended:
                 return value, end
         except json.JSONDecodeError as error:
             near_end = len(window.text) - error.pos < PIECE_BYTES
             if window.ended or not near_end:
-                line = window.line + error.lineno - 1
+                line = window.line + window.text.count("\n", window.position, error.pos)
                 message = f"Line {line}, column {error.colno}: {error.msg}."
                 raise BadLine(message, line=line, column=error.colno) from None
         except (ValueError, RecursionError) as error:
             raise BadLine(f"Line {window.line}: {error}.", line=window.line) from None
-        if len(window.text) > MAX_LINE_BYTES:
-            message = (
-                f"The row of line {window.line} is longer than {MAX_LINE_BYTES // 1024**2} MiB."
-            )
+        if len(window.text) - window.position > MAX_LINE_BYTES:
+            most = MAX_LINE_BYTES // 1024**2
+            message = f"The row of line {window.line} is longer than {most} MiB."
             raise BadLine(message, line=window.line, code="line_too_long")
         window.more()
