@@ -1,0 +1,65 @@
+"""The `tuneyard` command: exit codes 0 done, 1 the job failed or was cancelled, 2 your input,
+3 refused by the server, 4 unreachable, 130 Ctrl-C."""
+
+import os
+import sys
+
+import typer
+
+from tuneyard.cli import jobs, services, things
+from tuneyard.cli.output import print_error
+from tuneyard.client import Refused, Unreachable
+from tuneyard.specs.errors import TuneyardError, Unavailable
+
+app = typer.Typer(
+    help="Tuneyard: a job queue for teams that fine-tune language models on shared GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+services.register(app)
+jobs.register(app)
+things.register(app)
+
+
+def main() -> None:
+    """Run the command and leave with its exit code; no traceback for a person's mistake."""
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        # `| head -1` has what it wanted; the interpreter's own flush must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except TuneyardError as error:
+        print_error(error)
+        sys.exit(exit_code(error))
+    except Exception as error:
+        # typer's usage errors come from click or from its own copy of it.
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            context = getattr(error, "ctx", None)
+            sys.stderr.write(f"{error.format_message()}\n")
+            if context is not None:
+                sys.stderr.write(f"  hint: `{context.command_path} --help` has an example\n")
+            sys.exit(2)
+        raise
+
+
+def exit_code(error: TuneyardError) -> int:
+    """The exit code that tells whose turn it is."""
+    if isinstance(error, Refused):
+        return 3
+    if isinstance(error, Unreachable | Unavailable):
+        return 4
+    return 2
+
+
+if __name__ == "__main__":
+    main()
