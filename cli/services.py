@@ -4,7 +4,7 @@ import logging
 import signal
 import sys
 import threading
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,17 +71,15 @@ def status(home: HomeOption = None, json: Json = False) -> None:
         if found[name]:
             say(f"  {found[name]}")
     rows = [
-        (
-            c["name"],
-            c["pid"],
-            "up" if c["alive"] else "gone",
-            duration(c["uptime_s"]),
-            c["restarts"],
-        )
+        (c["name"], c["pid"], _state(c), duration(c["uptime_s"]), c["restarts"])
         for c in found["children"]
     ]
     if rows:
         print_table(("process", "pid", "state", "for", "restarts"), rows)
+
+
+def _state(child: dict[str, Any]) -> str:
+    return "up" if child["alive"] else "gone"
 
 
 def api() -> None:

@@ -113,7 +113,8 @@ def show_adapter() -> None:
     """Say where the adapter lies, with its sha256."""
     model = asked("models", "show", TUNED)
     files = {entry["path"]: entry["sha256"] for entry in model["files"]}
-    console.print(f"\nThe adapter is {model['artifact']}, in {model['location']}")
+    folder = HOME / "store" / "artifacts" / model["artifact"].partition("_")[2]
+    console.print(f"\nThe adapter is {model['artifact']}, in {folder}")
     console.print(f"  adapter_model.safetensors  sha256 {files['adapter_model.safetensors']}")
 
 
