@@ -153,18 +153,19 @@ class Trainer:
         rows = self.data.order.take(self.at.examples, size * self.plan.batches_per_step)
         examples = [self.data.examples[i] for i in rows]
         units = max(1, sum(map(self.objective.units, examples)))
-        loss, tokens = 0.0, 0
+        parts, tokens = [], 0
         for start in range(0, len(examples), size):
             self._give_way()
             batch = collate(examples[start : start + size], self.data.pad_id)
-            loss += self._backward(batch, units)
+            parts.append(self._backward(batch, units))
             tokens += batch.tokens
         learning_rate = self.schedule(self.at.step)
+        loss = float(torch.stack(parts).sum())  # the GPU is waited for once a step
         grad_norm = self._update(learning_rate, loss)
         self.at.examples += len(rows)
         return Step(loss, grad_norm, learning_rate, tokens, time.monotonic() - began)
 
-    def _backward(self, batch: Batch, units: int) -> float:
+    def _backward(self, batch: Batch, units: int) -> torch.Tensor:
         """Add a group's share to the gradients; returns its share of the step's loss."""
         device = self.running.device
         batch = batch.to(device)
@@ -174,7 +175,7 @@ class Trainer:
         with torch.autocast(device, torch.float16, enabled=scaler.is_enabled()):
             loss = self.objective.loss(self.running.model, batch) / units
         scaler.scale(loss).backward()
-        return float(loss.detach())
+        return loss.detach()
 
     def _update(self, learning_rate: float, loss: float) -> float:
         """Clip, move the parameters, forget the gradients; returns the norm before clipping."""
