@@ -93,7 +93,7 @@ class InferArguments(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
-    prompts: list[Any] | None = Field(None)
+    prompts: Any = None  # a list of them, where inputs name no file
     system: str | None = None
     template: str | None = None
     batch_size: int = Field(8, ge=1)

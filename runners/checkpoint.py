@@ -8,7 +8,6 @@ trainer_log.jsonl                                 the log up to here
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,9 +26,6 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 STATE_FILE = "state.json"
 LOG_FILE = "trainer_log.jsonl"
-
-KEPT = 2
-"""How many of the newest stay in the work folder, beside the best."""
 
 
 @dataclass
@@ -172,15 +168,3 @@ def _restore_random(states: Mapping[str, torch.Tensor], device: str) -> None:
     torch.set_rng_state(states["cpu"])
     if device == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def drop_old(workdir: Path, *, newest: int, best: int | None, limit: int | None) -> None:
-    """Remove checkpoints beyond the newest ``limit`` and the best; ``newest`` is whole by now."""
-    folder = workdir / CHECKPOINTS
-    steps = sorted(int(p.name.removeprefix("step-")) for p in folder.glob("step-*"))
-    kept = {newest, best, *steps[-(limit or KEPT) :]}
-    for step in steps:
-        if step not in kept:
-            away = folder / f".old-{step}"
-            os.rename(folder / f"step-{step}", away)  # never half a checkpoint under its name
-            shutil.rmtree(away, ignore_errors=True)

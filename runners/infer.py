@@ -4,7 +4,6 @@ inputs: model (a folder), adapter (a folder, optional), prompts (a file). argume
 InferArguments. output: results.jsonl, a line per prompt in the order they were asked.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -26,15 +25,21 @@ from tuneyard.runners.chat import Chat, chat_of
 from tuneyard.runners.devices import make_ready
 from tuneyard.runners.failures import BadSpec, Stopped
 from tuneyard.runners.prompts import Prompt, prompts_of, read_prompts
-from tuneyard.specs.runner import CHECKPOINTS
-from tuneyard.store.folder import manifest_digest, publish_folder, verify_folder
+from tuneyard.runners.results import (
+    RESULTS_FILE,
+    Results,
+    key_of,
+    read_results,
+    save_results,
+    write_results,
+)
+from tuneyard.store.folder import publish_folder
 
 if TYPE_CHECKING:
     from tuneyard.runners.generation import Settings, Speaker
 
 log = logging.getLogger(__name__)
 
-RESULTS_FILE = "results.jsonl"
 RESUME_POINT_S = 600.0
 TUNEYARD_FILE = "tuneyard.json"
 
@@ -50,10 +55,6 @@ class Asked:
     adapter: Path | None
     origin: Mapping[str, Any]
     prompts: Sequence[Prompt]
-
-
-Results = dict[int, dict[str, Any]]
-"""A result line for each prompt that is answered, by its place among the prompts."""
 
 
 def infer(attempt: Attempt) -> None:
@@ -80,7 +81,8 @@ def read_asked(attempt: Attempt) -> Asked:
     if "prompts" in attempt.spec.inputs:
         prompts = read_prompts(attempt.input("prompts"), system=arguments.system)
     else:
-        given = list(enumerate(arguments.prompts or (), start=1))
+        listed = arguments.prompts if isinstance(arguments.prompts, list) else []
+        given = list(enumerate(listed, start=1))
         prompts = prompts_of(given, system=arguments.system)
     seed = attempt.spec.seed if arguments.seed is None else arguments.seed
     return Asked(arguments, seed, model, read_config(model), adapter, origin, prompts)
@@ -156,21 +158,21 @@ def answer_all(asked: Asked, attempt: Attempt, speaker: "Speaker") -> Results:
     """Answer batch by batch, longest prompts first, keeping what is done. Raises: Stopped."""
     encoded = speaker.chat.encode([_text(p, speaker.chat) for p in asked.prompts])
     batches = grouped(encoded, asked.arguments.batch_size)
-    key = run_key(asked)
+    key = key_of([asked.arguments.model_dump(), asked.seed, [p.shown for p in asked.prompts]])
     results = read_results(attempt, key)
     progress = Pace(attempt, len(asked.prompts), done=len(results))
-    with attempt.stops.deferred():
-        try:
-            for number, batch in enumerate(batches):
-                if any(i not in results for i in batch):
-                    _answer(asked, speaker, encoded, batch, number, results)
-                progress.report(len(results))
-                if progress.checkpoint_due() and len(results) < len(asked.prompts):
-                    save_results(attempt, results, key)
-        except _Interrupted:
-            if results:
+    attempt.stops.defer()
+    try:
+        for number, batch in enumerate(batches):
+            if any(i not in results for i in batch):
+                results |= _answer(asked, speaker, encoded, batch, number)
+            progress.report(len(results))
+            if progress.checkpoint_due() and len(results) < len(asked.prompts):
                 save_results(attempt, results, key)
-            raise Stopped(at_checkpoint=bool(results)) from None
+    except _Interrupted:
+        if results:
+            save_results(attempt, results, key)
+        raise Stopped(at_checkpoint=bool(results)) from None
     return results
 
 
@@ -194,11 +196,12 @@ def _answer(
     encoded: Sequence[Sequence[int]],
     batch: Sequence[int],
     number: int,
-    results: Results,
-) -> None:
+) -> Results:
     answers = speaker.answer([encoded[i] for i in batch], batch=number)
-    for i, answer in zip(batch, answers, strict=True):
-        results[i] = {"index": i, **asked.prompts[i].shown, **asdict(answer)}
+    return {
+        i: {"index": i, **asked.prompts[i].shown, **asdict(answer)}
+        for i, answer in zip(batch, answers, strict=True)
+    }
 
 
 class Pace:
@@ -225,54 +228,12 @@ class Pace:
         return due
 
 
-def run_key(asked: Asked) -> str:
-    """What answers depend on: results of another key are not taken up."""
-    shown = [p.shown for p in asked.prompts]
-    text = json.dumps([asked.arguments.model_dump(), asked.seed, shown], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def save_results(attempt: Attempt, results: Results, key: str) -> None:
-    """Publish a checkpoint of what is answered so far; the one before goes."""
-    step = len(results)
-    name = f"{CHECKPOINTS}/step-{step}"
-    aside = attempt.workdir / CHECKPOINTS / f".aside-{step}"
-    if (attempt.workdir / name).exists():
-        return
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _write_results(aside / RESULTS_FILE, results)
-    (aside / "state.json").write_text(json.dumps({"key": key}))
-    manifest = publish_folder(aside, attempt.workdir / name, {"kind": "checkpoint", "step": step})
-    attempt.events.emit(
-        "checkpoint", step=step, path=name, manifest_sha256=manifest_digest(manifest)
-    )
-
-
-def read_results(attempt: Attempt, key: str) -> Results:
-    """What an earlier attempt answered already, if it was asked the same."""
-    if attempt.spec.resume is None:
-        return {}
-    folder = Path(attempt.spec.resume)
-    verify_folder(folder)
-    if json.loads((folder / "state.json").read_text())["key"] != key:
-        attempt.events.warn("resume_ignored", "The checkpoint answers other prompts.")
-        return {}
-    lines = (folder / RESULTS_FILE).read_text(encoding="utf-8").splitlines()
-    return {row["index"]: row for row in map(json.loads, lines)}
-
-
-def _write_results(path: Path, results: Results) -> None:
-    lines = (json.dumps(results[i], ensure_ascii=False) + "\n" for i in sorted(results))
-    path.write_text("".join(lines), encoding="utf-8")
-
-
 def publish(asked: Asked, attempt: Attempt, settings: "Settings", results: Results) -> None:
     """Write output/results.jsonl, and say what applied."""
     aside = attempt.workdir / ".aside-output"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    _write_results(aside / RESULTS_FILE, results)
+    write_results(aside / RESULTS_FILE, results)
     applied = {**asdict(settings), "batch_size": asked.arguments.batch_size}
     ids = attempt.spec.input_ids
     meta = {"kind": "results", "settings": applied, "inputs": dict(ids)}

@@ -1,8 +1,6 @@
 """What signals ask of a runner: SIGTERM is checkpoint and exit 75, SIGUSR1 checkpoint and go on."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 from tuneyard.runners.failures import Stopped
@@ -11,8 +9,9 @@ from tuneyard.runners.failures import Stopped
 class Stops:
     """What was asked so far.
 
-    Outside of ``deferred`` there is nothing to keep, and SIGTERM ends the runner where it stands;
-    inside, the loop looks at ``stop_asked`` when it can keep its state.
+    At first there is nothing to keep, and SIGTERM ends the runner where it stands; after ``defer``
+    the loop looks at ``stop_asked`` when it can keep its state, and whoever publishes ignores it:
+    a result that is nearly there is worth more than a stop.
     """
 
     def __init__(self) -> None:
@@ -26,14 +25,9 @@ class Stops:
         signal.signal(signal.SIGINT, self._on_stop)
         signal.signal(signal.SIGUSR1, self._on_checkpoint)
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Leave the answer to the loop inside."""
+    def defer(self) -> None:
+        """Leave the answer to the work, from now on."""
         self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
 
     def take_checkpoint_asked(self) -> bool:
         """Whether a checkpoint was asked for since the last time."""

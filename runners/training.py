@@ -22,7 +22,6 @@ from tuneyard.runners.batches import Batch, Order, collate
 from tuneyard.runners.checkpoint import (
     Position,
     Running,
-    drop_old,
     random_state,
     write_checkpoint,
 )
@@ -31,6 +30,7 @@ from tuneyard.runners.examples import Example
 from tuneyard.runners.failures import LossNotFinite, Stopped
 from tuneyard.runners.losses import Objective
 from tuneyard.runners.noise import EmbeddingNoise
+from tuneyard.runners.retention import drop_old
 from tuneyard.runners.schedules import Schedule
 from tuneyard.runners.stops import Stops
 
@@ -128,12 +128,12 @@ class Trainer:
         Raises: LossNotFinite; Stopped, after a checkpoint if there is anything to keep.
         """
         self.running.model.train()
-        with self.stops.deferred():
-            try:
-                self._run()
-            except _Interrupted:
-                self._save()
-                raise Stopped(at_checkpoint=self.at.step > 0) from None
+        self.stops.defer()
+        try:
+            self._run()
+        except _Interrupted:
+            self._save()
+            raise Stopped(at_checkpoint=self.at.step > 0) from None
 
     def _run(self) -> None:
         while True:

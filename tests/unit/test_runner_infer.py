@@ -8,17 +8,13 @@ from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import LLAMA, a_tiny_base
 
 from tuneyard.runners.arguments import InferArguments
-from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import load_tokenizer
 from tuneyard.runners.chat import chat_of
-from tuneyard.runners.devices import Device
 from tuneyard.runners.download import download
-from tuneyard.runners.events import EventLog
 from tuneyard.runners.generation import choose_settings
-from tuneyard.runners.infer import infer, read_asked, run_key
-from tuneyard.runners.stops import Stops
+from tuneyard.runners.infer import infer
+from tuneyard.runners.results import key_of, write_results
 from tuneyard.specs.exits import ExitCode
-from tuneyard.specs.runner import RunnerSpec
 from tuneyard.store.folder import publish_folder, verify_folder
 
 QUESTIONS = ["Who?", "What is it that you do all day long?", "Why not?", "A", "Where to, and how?"]
@@ -93,28 +89,31 @@ def test_what_is_drawn_depends_on_the_seed_alone(ask):
     assert first.results == again.results != other.results
 
 
-def test_answered_prompts_are_not_asked_again(ask, base):
-    whole = ask(batch_size=2)
-    aside = whole.workdir / "aside"
+def test_answered_prompts_are_not_asked_again(ask, tmp_path):
+    first = ask(batch_size=2)
+    asked = InferArguments(temperature=0, max_new_tokens=12, batch_size=2).model_dump()
+    aside = tmp_path / "aside"
     aside.mkdir()
-    done = [row | {"text": "kept"} for row in whole.results if row["index"] in (1, 4)]
-    (aside / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in done))
-    key = key_of(whole)
+    done = {row["index"]: row | {"text": "kept"} for row in first.results if row["index"] in (1, 4)}
+    write_results(aside / "results.jsonl", done)
+    key = key_of([asked, 42, [{"prompt": question} for question in QUESTIONS]])
     (aside / "state.json").write_text(json.dumps({"key": key}))
-    publish_folder(aside, whole.workdir / "step-2", {})
-    resumed = ask(batch_size=2, resume=whole.workdir / "step-2")
+    publish_folder(aside, tmp_path / "step-2", {})
+    resumed = ask(batch_size=2, resume=tmp_path / "step-2")
     assert [row["text"] == "kept" for row in resumed.results] == [False, True, False, False, True]
-    others = ask(batch_size=2, resume=whole.workdir / "step-2", questions=["Else?"])
+    others = ask(batch_size=2, resume=tmp_path / "step-2", questions=["Else?"])
     assert [row["prompt"] for row in others.results] == ["Else?"]
     assert others.of_type("warning")[0]["code"] == "resume_ignored"
 
 
-def key_of(ran: Ran) -> str:
-    """The key under which this run's results may be taken up."""
-    spec = RunnerSpec.model_validate_json((ran.workdir / "spec.json").read_bytes())
-    aside = ran.workdir / "aside-events"
-    aside.mkdir()
-    return run_key(read_asked(Attempt(spec, aside, EventLog(aside), Stops(), Device("cpu"))))
+def test_prompts_may_stand_in_the_arguments(base, tmp_path):
+    ran = run_here(
+        tmp_path,
+        infer,
+        inputs={"model": base},
+        arguments={"prompts": ["Who?", {"prompt": "What?"}], "max_new_tokens": 2},
+    )
+    assert [row["prompt"] for row in ran.results] == ["Who?", "What?"]
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused(ask):
