@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 from uuid import UUID, uuid4
@@ -85,24 +84,33 @@ class Store:
         """Remove an upload."""
         self.file(file_id).unlink(missing_ok=True)
 
-    @contextmanager
-    def open_within(self, shelf: Shelf, folder_id: UUID, name: str) -> Iterator[BinaryIO]:
-        """Open a file that the folder's manifest lists. Raises: NotFound for any other name."""
-        folder = self.folder(shelf, folder_id)
+    def read_within(
+        self, shelf: Shelf, folder_id: UUID, name: str, *, first: int, last: int
+    ) -> Iterator[bytes]:
+        """Bytes first..last of a file that the folder's manifest lists; opened before it returns.
+
+        Raises: NotFound when the folder's files are gone.
+        """
         try:
-            listed = {entry["path"] for entry in read_manifest(folder)["files"]}
-        except FileNotFoundError:
+            file = (self.folder(shelf, folder_id) / name).open("rb")
+        except OSError:
             raise NotFound("The files of this artifact are gone.") from None
-        if name not in listed:
-            raise NotFound(f"This artifact has no file {name[:200]!r}.", field="path")
-        with (folder / name).open("rb") as file:
-            yield file
+        return _pieces(file, first, last)
 
     def sweep_aside(self, *, older_than_s: float = ASIDE_AGE_S) -> None:
         """Remove what was left half written by processes that died."""
         for path in (self.root / "aside").iterdir():
             if time.time() - path.stat().st_mtime > older_than_s:
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+def _pieces(file: BinaryIO, first: int, last: int) -> Iterator[bytes]:
+    with file:
+        file.seek(first)
+        left = last - first + 1
+        while left > 0 and (piece := file.read(min(PIECE_BYTES, left))):
+            left -= len(piece)
+            yield piece
 
 
 def _fsync(folder: Path) -> None:

@@ -1,8 +1,9 @@
 #!/usr/bin/env -S python3 -S
 """A runner that computes hashes instead of gradients: same protocol, same files, starts in 20 ms.
 
-It stands in for the interpreter (setting ``runner_python``), so the worker, guard and store do not
-know the difference. What it is asked stands as JSON in the argument ``source``: steps, step_s, save_steps, exit, ignore_term, leak_child, hang.
+It stands in for the interpreter (setting ``runner_python``), so worker, guard and store do not know
+the difference. What it is asked stands as JSON in the argument ``source``: steps, step_s,
+save_steps, exit, ignore_term, leak_child, hang.
 """
 
 import fcntl
