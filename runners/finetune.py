@@ -24,7 +24,7 @@ def finetune(attempt: Attempt) -> None:
     from tuneyard.runners.adapter_folder import publish_adapter
     from tuneyard.runners.assembly import build_trainer
 
-    chat = load_chat(asked)
+    chat = load_chat(asked, attempt)
     encoded, held_out = encode(asked, chat, attempt)
     trainer = build_trainer(asked, attempt, chat, encoded, held_out)
     attempt.events.emit("phase", phase="running")
@@ -32,14 +32,16 @@ def finetune(attempt: Attempt) -> None:
     publish_adapter(asked, attempt, chat, trainer)
 
 
-def load_chat(asked: Asked) -> Chat:
+def load_chat(asked: Asked, attempt: Attempt) -> Chat:
     """The base's tokenizer, speaking through the template that was asked for."""
-    arguments = asked.arguments
-    return chat_of(
-        load_tokenizer(asked.model),
-        template=arguments.template,
-        default_system=arguments.default_system,
+    wanted = asked.arguments.template
+    chat = chat_of(
+        load_tokenizer(asked.model), template=wanted, default_system=asked.arguments.default_system
     )
+    if wanted and chat.name == "tokenizer":
+        note = f"template {wanted!r}: the base brings its own chat template, which is used."
+        attempt.events.warn("own_template", note)
+    return chat
 
 
 def encode(asked: Asked, chat: Chat, attempt: Attempt) -> tuple[list[Example], list[Example]]:

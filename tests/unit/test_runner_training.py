@@ -251,6 +251,11 @@ def test_unknown_arguments_are_named_in_a_warning(tune):
     assert "kind" not in warning["message"]
 
 
+def test_a_template_that_the_base_brings_itself_is_said_to_be_used(tune):
+    (warning,) = tune(template="llama3").of_type("warning")
+    assert "its own chat template" in warning["message"]
+
+
 def test_a_bad_row_ends_with_65_and_its_line(tune, tmp_path):
     path = a_dataset(tmp_path / "bad", [*ROWS, {"instruction": "x"}])
     ran = tune(dataset=path)
