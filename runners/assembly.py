@@ -1,9 +1,9 @@
 """Putting a run together: weights, adapter, optimizer, schedule, plan, and where to begin."""
 
 import hashlib
-import json
 import logging
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,19 +46,15 @@ def build_trainer(
     running = Running(model, adamw(parameters, arguments, device), scaler_of(precision), device)
     torch.manual_seed(stream_seed(asked.seed, "dropout"))
     run = description(asked, examples, device)
+    order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
     return Trainer(
-        running,
-        Data(
-            examples,
-            Order(len(examples), asked.seed, not arguments.disable_shuffling),
-            held_out,
-            chat.tokenizer.pad_token_id,
-        ),
-        plan,
+        running=running,
+        data=Data(examples, order, held_out, chat.tokenizer.pad_token_id),
+        plan=plan,
         objective=SFT,
         schedule=schedule_of(arguments, plan.steps),
         noise=noise,
-        position=resume(attempt, running, run),
+        at=resume(attempt, running, run),
         events=attempt.events,
         stops=attempt.stops,
         workdir=attempt.workdir,
@@ -170,7 +166,7 @@ def description(asked: Asked, examples: Sequence[Example], device: str) -> dict[
     """What a resumed run must agree with, and what it runs on."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.ids, example.labels]).encode())
+        digest.update(array("q", [len(example.ids), *example.ids, *example.labels]).tobytes())
     name = (
         torch.cuda.get_device_name()
         if device == "cuda"

@@ -61,7 +61,7 @@ def _encode(
     cutting = Cutting(arguments.cutoff_len, arguments.train_on_prompt, arguments.mask_history)
 
     def progress(done: int) -> None:
-        if total > 4096:  # a second or more
+        if total > 1024:  # about a second
             attempt.events.emit("progress", done=done, total=total, unit="rows tokenised")
 
     encoded = encode_conversations(conversations, chat, cutting, progress=progress)

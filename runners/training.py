@@ -8,6 +8,7 @@ It knows neither files nor chat templates: examples in, a trained model and even
 
 import logging
 import math
+import resource
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -93,34 +94,32 @@ class _Interrupted(Exception):
     """SIGTERM came between two batches."""
 
 
+@dataclass
 class Trainer:
-    """One run, from wherever ``position`` is to its end."""
+    """One run, from wherever ``at`` is to its end.
 
-    def __init__(
-        self,
-        running: Running,
-        data: Data,
-        plan: Plan,
-        *,
-        objective: Objective,
-        schedule: Schedule,
-        noise: EmbeddingNoise | None,
-        position: Position,
-        events: EventLog,
-        stops: Stops,
-        workdir: Path,
-        run: Mapping[str, Any],
-        base_id: str,
-    ) -> None:
-        self.running, self.data, self.plan = running, data, plan
-        self.objective, self.schedule, self.noise = objective, schedule, noise
-        self.at, self.events, self.stops = position, events, stops
-        self.workdir, self.run, self.base_id = workdir, run, base_id
-        self.parameters = list(trained_parameters(running.model).values())
+    run: what a resumed run must agree with, and what it runs on; base_id: what files call the base.
+    """
+
+    running: Running
+    data: Data
+    plan: Plan
+    objective: Objective
+    schedule: Schedule
+    noise: EmbeddingNoise | None
+    at: Position
+    events: EventLog
+    stops: Stops
+    workdir: Path
+    run: Mapping[str, Any]
+    base_id: str
+
+    def __post_init__(self) -> None:
+        self.parameters = list(trained_parameters(self.running.model).values())
         self.durations: deque[float] = deque(maxlen=20)
-        self.saved_step = position.step  # at 0: nothing to save yet
+        self.saved_step = self.at.step  # at 0: nothing to save yet
         self.saved_at = time.monotonic()
-        self.random = random_state(running.device)
+        self.random = random_state(self.running.device)
 
     def train(self) -> None:
         """Take all steps that are left.
@@ -301,4 +300,4 @@ def memory(device: str) -> dict[str, int]:
     if device == "cuda":
         return {"gpu_bytes": torch.cuda.max_memory_reserved()}
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {"rss_bytes": pages * 4096}
+    return {"rss_bytes": pages * resource.getpagesize()}
