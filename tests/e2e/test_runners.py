@@ -18,7 +18,7 @@ from tuneyard.store.folder import verify_folder
 ROOT = Path(__file__).parents[2]
 
 TRAINING = {
-    "max_steps": 300,
+    "max_steps": 160,
     "save_steps": 20,
     "per_device_train_batch_size": 3,
     "lora_dropout": 0.1,
@@ -96,7 +96,7 @@ def test_sigterm_while_loading_ends_with_76(tmp_path, inputs):
 
 def test_an_inference_that_was_stopped_goes_on_where_it_was(tmp_path, inputs):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"Question {i}?\n" for i in range(40)))
+    prompts.write_text("".join(f"Question {i}?\n" for i in range(24)))
     asked = {
         "inputs": {"model": inputs["model"], "prompts": prompts},
         "kind": "inference",
