@@ -71,7 +71,8 @@ def asked(*arguments: str) -> Any:
 def ask(title: str, model: str) -> list[str]:
     """The model's answers to examples/questions.txt, in order."""
     questions = str(EXAMPLES / "questions.txt")
-    arguments = ("infer", model, "--prompts", questions, "--max-new-tokens", "32")
+    options = ("--temperature", "0", "--max-new-tokens", "32")
+    arguments = ("infer", model, "--prompts", questions, *options)
     console.print(f"\n[bold]{title}[/bold]\n[dim]$ tuneyard {' '.join(arguments)}[/dim]")
     results = asked(*arguments)
     return [row["text"].strip().replace("\n", " ") for row in results["results"]]
