@@ -1,37 +1,40 @@
 """Commands about jobs."""
 
-import json as json_format
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tuneyard.cli.output import age, out, print_json, print_table, say
+from tuneyard.cli.output import age, print_json, print_table, say
 from tuneyard.cli.profile import Json, connect
-from tuneyard.cli.submitting import local_file, read_document, upload, upload_inputs
-from tuneyard.cli.watching import report_end, watch_job
+from tuneyard.cli.submitting import check_alone, read_document, submit_document
+from tuneyard.cli.watching import await_end, leaving_alone, report_end, report_failure, watch_job
 from tuneyard.client import Client
 from tuneyard.specs.documents import apply_overrides
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.ids import is_id
-from tuneyard.specs.jobs import read_spec
+from tuneyard.specs.jobs import KINDS
+from tuneyard.specs.states import TERMINAL, JobState
+
+Kind = StrEnum("Kind", {name: name for name in KINDS})  # type: ignore[misc]  # as KINDS grows
 
 Job = Annotated[str, typer.Argument(help="The job's id, or its name if only one has it.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value over the document.")]
-PLACEHOLDER = "file_" + "0" * 32
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (submit, show, watch, logs, cancel, retry, infer, artifacts, download):
-        app.command()(command)
+    app.command()(submit)
     app.command("list")(list_jobs)
+    for command in (show, watch, logs, cancel, retry):
+        app.command()(command)
 
 
 def submit(
     file: Annotated[str, typer.Argument(help="A YAML or JSON file; - reads stdin.")],
-    wait: Annotated[bool, typer.Option(help="Watch it to its end.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Watch it to its end.")] = False,
     set_: Set = None,
     json: Json = False,
 ) -> int:
@@ -41,42 +44,34 @@ def submit(
     """
     document = read_document(file, set_ or [])
     base = Path(file).parent if file != "-" else Path.cwd()
-    _check_before_uploading(document, base)
-    client = connect()
-    job = client.submit(upload_inputs(client, document, base))
-    if json and not wait:
-        print_json(job)
-        return 0
-    if not json:
+    check_alone(document, base)
+    with connect() as client:
+        job = submit_document(client, document, base)
+        if json:
+            job = await_end(client, job["id"]) if wait else job
+            print_json(job)
+            return 1 if wait and job["state"] != JobState.SUCCEEDED else 0
         say(f"{job['id']}  {job['name']}  {job['state']}")
         for note in job.get("notes") or []:
             say(f"  note: {note['message']}")
-        if not wait:
-            say(f"  next: tuneyard watch {job['id']}")
-    return watch_job(client, job["id"], as_json=json) if wait else 0
-
-
-def _check_before_uploading(document: dict[str, Any], base: Path) -> None:
-    """Refuse what is wrong by itself before anything travels. Raises: SpecRejected."""
-    stand_in = {
-        field: PLACEHOLDER
-        for field in ("dataset", "eval_dataset", "prompts")
-        if isinstance(document.get(field), str) and local_file(document[field], base)
-    }
-    read_spec(document | stand_in)
+        if wait:
+            return watch_job(client, job["id"])
+        say(f"  next: tuneyard watch {job['id']}")
+        return 0
 
 
 def list_jobs(
-    state: Annotated[str | None, typer.Option(help="Only this state.")] = None,
-    kind: Annotated[str | None, typer.Option(help="Only this kind.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=200)] = 20,
+    state: Annotated[JobState | None, typer.Option(help="Only this state.")] = None,
+    kind: Annotated[Kind | None, typer.Option(help="Only this kind.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="This many at most.")] = 20,
     json: Json = False,
 ) -> None:
     """List jobs, newest first.
 
     Example: tuneyard list --state running
     """
-    found = connect().jobs(state=state, kind=kind, limit=limit)
+    with connect() as client:
+        found = client.jobs(state=state, kind=kind, limit=limit)
     if json:
         print_json(found)
         return
@@ -94,10 +89,10 @@ def _progress(job: dict[str, Any]) -> str:
 
 
 def find(client: Client, job: str) -> str:
-    """A job's id, from itself or from a name that one job has."""
+    """A job's id, from itself or from a name that one job has. Raises: InputError."""
     if is_id("job", job):
         return job
-    named = [found["id"] for found in client.jobs(name=job, limit=2)]
+    named = [found["id"] for found in client.jobs(name=job, limit=2)] if job else []
     if len(named) == 1:
         return str(named[0])
     many = "several jobs are" if named else "no job is"
@@ -109,22 +104,36 @@ def show(job: Job, json: Json = False) -> None:
 
     Example: tuneyard show job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b
     """
-    client = connect()
-    found = client.job(find(client, job))
-    if json:
-        print_json(found)
-        return
-    say(f"{found['id']}  {found['kind']}  {found['name']}")
-    say(f"  {found['state']}  {_progress(found)}  submitted {age(found['created_at'])} ago")
-    if found.get("wait_reason"):
-        say(f"  {found['wait_reason']}")
-    for attempt in found["attempts"]:
-        where = f"{attempt.get('node')} {', '.join(attempt.get('devices') or [])}"
+    with connect() as client:
+        found = client.job(find(client, job))
+        if json:
+            print_json(found)
+            return
+        for line in _summary(found):
+            say(line)
+        if found["state"] == JobState.SUCCEEDED:
+            report_end(client, found["id"])
+        elif found["state"] in TERMINAL:
+            report_failure(found)
+
+
+def _summary(job: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{job['id']}  {job['kind']}  {job['name']}",
+        f"  {job['state']}  {_progress(job)}  submitted {age(job['created_at'])} ago",
+    ]
+    if job.get("retry_of"):
+        lines.append(f"  a retry of {job['retry_of']}")
+    if job.get("wait_reason"):
+        lines.append(f"  waits: {job['wait_reason']}")
+    lines += [f"  {field}: {name}" for field, name in (job.get("inputs") or {}).items()]
+    lines += [f"  note: {note['message']}" for note in job.get("notes") or []]
+    for attempt in job.get("attempts") or []:
+        where = f"{attempt.get('node')} {', '.join(attempt.get('devices') or [])}".rstrip()
         end = attempt.get("outcome") or attempt["phase"]
         cause = f" ({attempt['cause']})" if attempt.get("cause") else ""
-        say(f"  attempt {attempt['number']} on {where}: {end}{cause}")
-    if found["state"] in ("succeeded", "failed", "cancelled"):
-        report_end(client, found["id"])
+        lines.append(f"  attempt {attempt['number']} on {where}: {end}{cause}")
+    return lines
 
 
 def watch(job: Job, json: Json = False) -> int:
@@ -132,28 +141,31 @@ def watch(job: Job, json: Json = False) -> int:
 
     Example: tuneyard watch job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b
     """
-    client = connect()
-    return watch_job(client, find(client, job), as_json=json)
+    with connect() as client:
+        return watch_job(client, find(client, job), as_json=json)
 
 
 def logs(
     job: Job,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
     tail: Annotated[int | None, typer.Option(help="Only the last lines.", min=0)] = None,
+    attempt: Annotated[int | None, typer.Option(help="Only this attempt's.", min=1)] = None,
     json: Json = False,
 ) -> None:
     """Print a job's log.
 
     Example: tuneyard logs -f job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b
     """
-    client = connect()
-    pieces = client.logs(find(client, job), follow=follow, tail=tail)
-    if json:
-        print_json({"log": "".join(pieces)})
-        return
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    with connect() as client:
+        job = find(client, job)
+        pieces = client.logs(job, follow=follow, tail=tail, attempt=attempt)
+        if json:
+            print_json({"log": "".join(pieces)})
+            return
+        with leaving_alone(job):
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
 
 
 def cancel(job: Job, json: Json = False) -> None:
@@ -161,8 +173,8 @@ def cancel(job: Job, json: Json = False) -> None:
 
     Example: tuneyard cancel job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b
     """
-    client = connect()
-    found = client.cancel(find(client, job))
+    with connect() as client:
+        found = client.cancel(find(client, job))
     if json:
         print_json(found)
     else:
@@ -172,105 +184,20 @@ def cancel(job: Job, json: Json = False) -> None:
 def retry(
     job: Job,
     set_: Set = None,
-    from_scratch: Annotated[bool, typer.Option(help="Not from its newest checkpoint.")] = False,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Not from its newest checkpoint.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Try an ended job again, as a new job.
 
     Example: tuneyard retry job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b --set cutoff_len=1024
     """
-    client = connect()
     patch = apply_overrides({}, set_ or [])
-    found = client.retry(find(client, job), patch=patch, from_scratch=from_scratch)
-    if json:
-        print_json(found)
-    else:
-        say(f"{found['id']}  {found['name']}  {found['state']}")
-
-
-def infer(
-    model: Annotated[str, typer.Argument(help="A base or a tuned model: name or id.")],
-    prompts: Annotated[str, typer.Option(help="A file: JSON lines, or one prompt a line.")],
-    adapter: Annotated[str | None, typer.Option(help="A tuned model over that base.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--out", help="Write the results to this file.")
-    ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
-    system: Annotated[str | None, typer.Option(help="System text.")] = None,
-    json: Json = False,
-) -> int:
-    """Answer prompts by a model, and print the answers.
-
-    Example: tuneyard infer tuny --prompts examples/questions.txt
-    """
-    client = connect()
-    path = local_file(prompts, Path.cwd())
-    asked = {
-        "kind": "inference",
-        "model": model,
-        "adapter": adapter,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "system": system,
-    }
-    document = {name: value for name, value in asked.items() if value is not None}
-    read_spec(document | {"prompts": PLACEHOLDER})
-    document["prompts"] = upload(client, path, purpose="prompts") if path else prompts
-    job = client.submit(document)
-    for _ in client.watch(job["id"]) if json or output else ():
-        pass
-    code = report_end(client, job["id"]) if json or output else watch_job(client, job["id"])
-    if code:
-        return code
-    return _print_results(client, job["id"], output, as_json=json)
-
-
-def _print_results(client: Client, job: str, output: Path | None, *, as_json: bool) -> int:
-    artifact = next(a for a in client.artifacts(job) if a["kind"] == "results")
-    content = client.read_artifact_file(job, artifact["id"], "results.jsonl")
-    if output is not None:
-        output.write_bytes(content)
-    rows = [json_format.loads(line) for line in content.decode().split("\n") if line]
-    if as_json:
-        print_json({"job": job, "results": rows})
-    elif output is None:
-        for row in rows:
-            out.print(f"[dim]{row['index'] + 1}.[/dim]", end=" ")
-            say(row["text"].strip())
-    return 0
-
-
-def artifacts(job: Job, json: Json = False) -> None:
-    """List what a job brought forth.
-
-    Example: tuneyard artifacts job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b
-    """
-    client = connect()
-    found = client.artifacts(find(client, job))
+    with connect() as client:
+        found = client.retry(find(client, job), patch=patch, from_scratch=from_scratch)
     if json:
         print_json(found)
         return
-    rows = [(a["id"], a["kind"], a.get("step") or "-", a["bytes"], a["digest"][:16]) for a in found]
-    print_table(("id", "kind", "step", "bytes", "digest"), rows)
-
-
-def download(
-    job: Job,
-    output: Annotated[Path, typer.Option("--out", help="Folder to write to.")] = Path(),
-    json: Json = False,
-) -> None:
-    """Fetch a job's result, each file checked against its sha256.
-
-    Example: tuneyard download job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b --out ./tuny
-    """
-    client = connect()
-    job = find(client, job)
-    fetched: list[str] = []
-    for artifact in client.artifacts(job):
-        if artifact["kind"] != "checkpoint":
-            fetched += map(str, client.fetch_artifact(job, artifact["id"], output))
-    if json:
-        print_json(fetched)
-    for path in fetched if not json else []:
-        say(path)
+    say(f"{found['id']}  {found['name']}  {found['state']}")
+    say(f"  next: tuneyard watch {found['id']}")

@@ -1,12 +1,13 @@
 """The `tuneyard` command: exit codes 0 done, 1 the job failed or was cancelled, 2 your input,
 3 refused by the server, 4 unreachable, 130 Ctrl-C."""
 
+import io
 import os
 import sys
 
 import typer
 
-from tuneyard.cli import jobs, services, things
+from tuneyard.cli import files, inference, jobs, models, results, services
 from tuneyard.cli.output import print_error
 from tuneyard.client import Refused, Unreachable
 from tuneyard.specs.errors import TuneyardError, Unavailable
@@ -19,13 +20,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-services.register(app)
-jobs.register(app)
-things.register(app)
+for group in (services, jobs, inference, results, files, models):
+    group.register(app)
 
 
 def main() -> None:
     """Run the command and leave with its exit code; no traceback for a person's mistake."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a locale cannot show is no reason to stop
+            stream.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -13,8 +13,19 @@ from rich.text import Text
 from tuneyard.client import Refused
 from tuneyard.specs.errors import SpecRejected, TuneyardError
 
-out = Console(highlight=False)
+
+class _Console(Console):
+    """A console that leaves a closed pipe to ``main``; rich would exit with 1."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+out = _Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+NARROW = 60
+"""Below this many columns a table would cut ids in pieces."""
 
 COLOURS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 
@@ -52,15 +63,21 @@ def say(text: str) -> None:
     out.print(Text(text), soft_wrap=True)
 
 
+def on_screen() -> bool:
+    """Whether stdout is a terminal that can be drawn on."""
+    return out.is_terminal and not out.is_dumb_terminal
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A table that fits the terminal, or tab-separated lines where there is none."""
-    if not out.is_terminal:
+    if not on_screen() or out.width < NARROW:
         for row in [columns, *rows]:
             sys.stdout.write("\t".join(str(cell) for cell in row) + "\n")
         return
     table = Table(box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name, overflow="fold")
+    for number, name in enumerate(columns):
+        # What stands first is what one copies: it stays in one piece.
+        table.add_column(name, overflow="fold", no_wrap=number == 0)
     for row in rows:
         cells = [str(cell) for cell in row]
         table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in cells))

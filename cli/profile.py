@@ -2,8 +2,9 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,17 +23,32 @@ def home_folder(home: Path | None = None) -> Path:
 
 
 def connect() -> Client:
-    """The server of TUNEYARD_URL and TUNEYARD_API_KEY, else of the profile that `up` wrote."""
+    """The server of TUNEYARD_URL and TUNEYARD_API_KEY, else of the profile that `up` wrote.
+
+    A profile's key goes to the profile's server alone. Raises: InputError.
+    """
     url, key = os.environ.get("TUNEYARD_URL"), os.environ.get("TUNEYARD_API_KEY")
     if url and key:
         return Client(url, key)
-    path = home_folder() / "profile.json"
+    profile = _profile(home_folder() / "profile.json")
+    if url and url.rstrip("/") != str(profile["url"]).rstrip("/"):
+        raise InputError(
+            f"There is no API key for {url}.",
+            code="no_api_key",
+            hint="set TUNEYARD_API_KEY; the profile's key belongs to another server",
+        )
+    return Client(str(profile["url"]), key or str(profile["api_key"]))
+
+
+def _profile(path: Path) -> Mapping[str, Any]:
     try:
         profile = json.loads(path.read_text(encoding="utf-8"))
-        return Client(url or profile["url"], key or profile["api_key"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
+        profile = None
+    if not isinstance(profile, dict) or not {"url", "api_key"} <= set(profile):
         raise InputError(
             f"No server is known: there is no usable {path}.",
             code="no_profile",
             hint="run `tuneyard up`, or set TUNEYARD_URL and TUNEYARD_API_KEY",
-        ) from None
+        )
+    return profile

@@ -1,16 +1,20 @@
 """Commands that run Tuneyard itself: one machine's, or one process of it."""
 
-import logging
 import signal
-import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
+from tuneyard.cli.logs import start_logging
 from tuneyard.cli.output import duration, print_json, print_table, say
 from tuneyard.cli.profile import HomeOption, Json, home_folder
+from tuneyard.specs.errors import InputError, Unavailable
 from tuneyard.specs.settings import PREFIX, Settings, load_settings
+
+JsonLogs = Annotated[bool, typer.Option("--json", help="Log a JSON object a line.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +40,8 @@ def up(
 
     Example: tuneyard up --detach
     """
-    from tuneyard.local.up import up as start
+    with _installed("local"):
+        from tuneyard.local.up import up as start
 
     return start(home_folder(home), port=port, detach=detach, as_json=json)
 
@@ -46,7 +51,8 @@ def down(home: HomeOption = None, json: Json = False) -> None:
 
     Example: tuneyard down
     """
-    from tuneyard.local.down import down as stop
+    with _installed("local"):
+        from tuneyard.local.down import down as stop
 
     stopped = stop(home_folder(home))
     if json:
@@ -60,7 +66,8 @@ def status(home: HomeOption = None, json: Json = False) -> None:
 
     Example: tuneyard status
     """
-    from tuneyard.local.status import status as look
+    with _installed("local"):
+        from tuneyard.local.status import status as look
 
     found = look(home_folder(home)).as_dict()
     if json:
@@ -82,67 +89,74 @@ def _state(child: dict[str, Any]) -> str:
     return "up" if child["alive"] else "gone"
 
 
-def api() -> None:
+def api(json: JsonLogs = False) -> None:
     """Run the API's process.
 
     Example: TUNEYARD_DATABASE_URL=postgresql://tuneyard_api:…@db/tuneyard tuneyard api
     """
-    from tuneyard.api.main import run
+    settings = _settings(as_json=json)
+    with _installed("api"):
+        from tuneyard.api.main import run
+    run(settings)
 
-    run(_settings())
 
-
-def scheduler() -> None:
+def scheduler(json: JsonLogs = False) -> None:
     """Run a scheduler's process; several may run, one leads.
 
     Example: TUNEYARD_DATABASE_URL=postgresql://tuneyard_scheduler:…@db/tuneyard tuneyard scheduler
     """
-    from tuneyard.scheduler.loop import run
-
+    settings = _settings(as_json=json)
+    with _installed("worker"):
+        from tuneyard.scheduler.loop import run
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    run(_settings(), stop)
+    run(settings, stop)
 
 
-def worker() -> None:
+def worker(json: JsonLogs = False) -> None:
     """Run this node's worker.
 
     Example: TUNEYARD_DATABASE_URL=postgresql://tuneyard_worker:…@db/tuneyard tuneyard worker
     """
-    from tuneyard.workers.main import run
+    settings = _settings(as_json=json)
+    with _installed("worker"):
+        from tuneyard.workers.main import run
+    run(settings)
 
-    run(_settings())
 
-
-def migrate() -> None:
+def migrate(json: JsonLogs = False) -> None:
     """Bring the database to the newest schema; running it again changes nothing.
 
     Example: TUNEYARD_DATABASE_URL=postgresql://owner:…@db/tuneyard tuneyard migrate
     """
-    from tuneyard.models.migration import migrate as run
+    settings = _settings(as_json=json)
+    with _installed("api"):
+        from sqlalchemy.exc import OperationalError
 
-    run(_settings())
+        from tuneyard.models.migration import migrate as run
+    try:
+        run(settings)
+    except OperationalError as error:
+        reason = str(error.orig).strip().split("\n")[0]
+        hint = "is it running, and is TUNEYARD_DATABASE_URL right?"
+        raise Unavailable(f"PostgreSQL cannot be reached: {reason}.", hint=hint) from None
 
 
-def _settings() -> Settings:
+def _settings(*, as_json: bool) -> Settings:
     settings = load_settings()
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s%(fields)s",
-    )
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_with_fields)
+    start_logging(settings.log_level, as_json=as_json)
     return settings
 
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "fields", "data"}
-
-
-def _with_fields(record: logging.LogRecord) -> bool:
-    """Show what `extra` added, as name=value, behind the sentence."""
-    extra = {k: v for k, v in vars(record).items() if k not in _STANDARD and k != "event"}
-    shown = " ".join(f"{name}={value}" for name, value in extra.items())
-    record.fields = f" [{shown}]" if shown and "event" in vars(record) else ""
-    return True
+@contextmanager
+def _installed(extra: str) -> Iterator[None]:
+    """Name the extra whose packages are not there. Raises: InputError."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "tuneyard":
+            raise
+        message = f"This needs {error.name}, which is not installed."
+        hint = f"pip install 'tuneyard[{extra}]'"
+        raise InputError(message, code="not_installed", hint=hint) from None

@@ -1,90 +1,109 @@
 """From a file on the client's disk to a submission: paths in it are the client's, and go along."""
 
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tuneyard.client import Client
+from tuneyard.cli.reading import read_small, unreadable
+from tuneyard.client import Client, Refused
 from tuneyard.specs.documents import apply_overrides, read_json, read_yaml
 from tuneyard.specs.errors import InputError, SpecRejected
+from tuneyard.specs.jobs import read_spec
 
-MAX_DOCUMENT_BYTES = 2 * 1024**2
 CHECK_WITHIN_S = 10.0
+LOOK_EVERY_S = 0.1
 FILES = {"dataset": "dataset", "eval_dataset": "dataset", "prompts": "prompts"}
 """Field -> purpose of the file that it names."""
+
+NAME_ONE = "name a file, or the id of an upload"
+PLACEHOLDER = "file_" + "0" * 32
 
 
 def read_document(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Read a YAML or JSON file, or stdin for ``-``. Raises: InputError that names it."""
-    text = _read(name)
-    document = read_json(text) if name.endswith(".json") else read_yaml(text)
+    content = read_small(name, hint="that is no job; data goes by `tuneyard files put`")
+    try:
+        document = (read_json if name.lower().endswith(".json") else read_yaml)(content)
+    except InputError as error:
+        error.message = f"{'stdin' if name == '-' else name}: {error.message}"
+        raise
     document = apply_overrides(document, overrides)
-    if name != "-" and not document.get("name") and "kind" in document | {"kind": None}:
-        document.setdefault("name", Path(name).stem)
+    if name != "-" and document.get("name") is None and "pipeline" not in document:
+        document["name"] = Path(name).stem
     return document
 
 
-def _read(name: str) -> bytes:
-    if name == "-":
-        if sys.stdin.isatty():
-            raise InputError("`-` reads stdin, and nothing is piped in.", code="no_input")
-        return sys.stdin.buffer.read(MAX_DOCUMENT_BYTES)
-    path = Path(name)
+def submit_document(client: Client, document: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Upload the files that a document names, then submit it with their ids.
+
+    Raises: Refused that speaks of the files by their paths, as the document does.
+    """
+    asked, paths = dict(document), {}
+    for field, path in _files_in(document, base).items():
+        asked[field] = upload(client, path, purpose=FILES[field])
+        paths[asked[field]] = str(path)
     try:
-        if path.stat().st_size > MAX_DOCUMENT_BYTES:
-            message = f"{name} is larger than 2 MiB: that is no job."
-            raise InputError(message, code="too_large", hint="data goes by `tuneyard files put`")
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{name} cannot be read: {error.strerror}.", code="no_file") from None
-    if not content.strip():
-        raise InputError(f"{name} is empty.", code="empty_file")
-    return content
+        return client.submit(asked)
+    except Refused as error:
+        raise error.naming(paths) from None
 
 
-def upload_inputs(client: Client, document: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Upload the local files that a document names, and name their ids instead."""
-    changed = dict(document)
-    for field, purpose in FILES.items():
-        value = document.get(field)
-        path = local_file(value, base) if isinstance(value, str) else None
-        if path is not None:
-            changed[field] = upload(client, path, purpose=purpose)
-    return changed
+def check_alone(document: Mapping[str, Any], base: Path) -> None:
+    """Refuse what is wrong by itself before anything travels. Raises: SpecRejected."""
+    read_spec({**document, **dict.fromkeys(_files_in(document, base), PLACEHOLDER)})
 
 
-def local_file(value: str, base: Path) -> Path | None:
-    """The file that a value names, beside the document first, then here; None: it is no path."""
-    if value.startswith("file_") or "\x00" in value or len(value) > 4000:
+def _files_in(document: Mapping[str, Any], base: Path) -> dict[str, Path]:
+    named = {field: document.get(field) for field in FILES}
+    found = {
+        field: local_file(value, base, field=field)
+        for field, value in named.items()
+        if isinstance(value, str)
+    }
+    return {field: path for field, path in found.items() if path is not None}
+
+
+def local_file(value: str, base: Path, *, field: str) -> Path | None:
+    """The file that a value names, beside the document first, then here; None: it is no path.
+
+    Raises: InputError for a path at which there is no file.
+    """
+    if value.startswith(("file_", "node:")) or "\0" in value:
         return None
     for folder in (base, Path.cwd()):
-        path = folder / Path(value).expanduser()
-        if path.is_file():
-            return path
-    if "/" in value or value.endswith((".json", ".jsonl", ".txt")):
-        message = f"{value} is no file, neither beside the document nor here."
-        raise InputError(message, code="no_file", hint="name a file, or the id of an upload")
+        try:
+            path = folder / Path(value).expanduser()
+            if path.is_file():
+                return path
+            if path.is_dir():
+                raise InputError(f"{path} is a folder.", code="no_file", field=field, hint=NAME_ONE)
+        except (OSError, RuntimeError):  # too long a name, a user without a home
+            continue
+    if "/" in value or value.lower().endswith((".json", ".jsonl", ".txt")):
+        message = f"{value[:200]} is no file, neither beside the document nor here."
+        raise InputError(message, code="no_file", field=field, hint=NAME_ONE)
     return None
 
 
 def upload(client: Client, path: Path, *, purpose: str) -> str:
     """Upload a file and wait a moment for its check. Raises: SpecRejected with its bad lines."""
     try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty.", code="empty_file")
         file = client.put_file(path, purpose=purpose)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.", code="no_file") from None
+        raise unreadable(path, error) from None
     deadline = time.monotonic() + CHECK_WITHIN_S
     while file["state"] in ("uploaded", "processing") and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(LOOK_EVERY_S)
         file = client.file(file["id"])
     if file["state"] == "rejected":
         raise SpecRejected(_problems(path, file["report"] or {}))
     return str(file["id"])
 
 
-def _problems(path: Path, report: dict[str, Any]) -> list[InputError]:
+def _problems(path: Path, report: Mapping[str, Any]) -> list[InputError]:
     found = [
         InputError(
             f"{path}: {problem['message']}",

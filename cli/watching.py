@@ -2,40 +2,68 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn
 from rich.text import Text
 
-from tuneyard.cli.output import duration, out, plain_error, print_error, print_json, say, size
+from tuneyard.cli.output import (
+    duration,
+    on_screen,
+    out,
+    plain_error,
+    print_error,
+    print_json,
+    say,
+    size,
+)
 from tuneyard.client import Client
 from tuneyard.specs.errors import TuneyardError
+from tuneyard.specs.states import TERMINAL
 
 PLAIN_EVERY_S = 1.0
+MEMORY = ("gpu_bytes", "rss_bytes")
 
 
 def watch_job(client: Client, job: str, *, as_json: bool = False) -> int:
     """Follow a job to its end. Returns the exit code: 0 succeeded, 1 otherwise."""
-    try:
+    with leaving_alone(job):
         if as_json:
             for kind, data in client.watch(job):
                 print_json({"event": kind, **data})
-        elif out.is_terminal:
+        elif on_screen():
             _watch_live(client, job)
         else:
             _watch_plain(client, job)
-    except KeyboardInterrupt:
-        plain_error(f"\nthe job goes on; `tuneyard watch {job}` looks again")
-        raise
     return report_end(client, job, quiet=as_json)
 
 
+def await_end(client: Client, job: str) -> dict[str, Any]:
+    """Wait for a job's end without a word; the ended job."""
+    with leaving_alone(job):
+        for _ in client.watch(job):
+            pass
+    return client.job(job)
+
+
+@contextmanager
+def leaving_alone(job: str) -> Iterator[None]:
+    """Say on Ctrl-C that the job goes on: watching is not holding."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        plain_error(f"\nthe job goes on; `tuneyard watch {job}` looks again")
+        raise
+
+
 def _watch_plain(client: Client, job: str) -> None:
-    said, said_at = "", 0.0
+    said, said_at = "", -PLAIN_EVERY_S
     for kind, data in client.watch(job):
-        line = _describe(data) if kind == "progress" else _event_line(kind, data)
+        line = describe(data) if kind == "progress" else event_line(kind, data)
         too_soon = kind == "progress" and time.monotonic() - said_at < PLAIN_EVERY_S
         if line and line != said and not too_soon:
             said, said_at = line, time.monotonic()
@@ -44,49 +72,51 @@ def _watch_plain(client: Client, job: str) -> None:
 
 
 def _watch_live(client: Client, job: str) -> None:
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), console=out)
-    task = bar.add_task("waiting", total=None)
-    with Live(bar, console=out, refresh_per_second=8, transient=True):
+    bar = Progress(BarColumn(None), TaskProgressColumn(), TimeElapsedColumn(), console=out)
+    bar.expand = True
+    task = bar.add_task("", total=None)
+    with Live(Group(Text("…"), bar), console=out, refresh_per_second=8, transient=True) as live:
         for kind, data in client.watch(job):
-            if kind != "progress":
-                line = _event_line(kind, data)
-                if line:
-                    out.print(Text(line))
-                continue
-            progress = data.get("progress") or {}
-            bar.update(
-                task,
-                description=_describe(data),
-                total=progress.get("total"),
-                completed=progress.get("done") or 0,
-            )
+            if kind == "progress":
+                progress = data.get("progress") or {}
+                bar.update(task, total=progress.get("total"), completed=progress.get("done") or 0)
+                line = Text(describe(data), no_wrap=True, overflow="ellipsis")
+                live.update(Group(line, bar))
+            elif line_ := event_line(kind, data):
+                out.print(Text(line_), soft_wrap=True)
 
 
-def _describe(data: Mapping[str, Any]) -> str:
+def describe(data: Mapping[str, Any]) -> str:
     """State, step, loss, speed, time left and memory in one line."""
+    if data.get("state") in ("queued", "blocked") and data.get("wait_reason"):
+        return f"{data['state']}: {data['wait_reason']}"
     progress, values = data.get("progress") or {}, data.get("metrics") or {}
-    parts = [str(data.get("state", ""))]
-    if data.get("state") == "queued" and data.get("wait_reason"):
-        return f"queued: {data['wait_reason']}"
-    if data.get("phase") in ("staging", "loading", "publishing"):
-        parts = [str(data["phase"])]
+    loading = data.get("phase") in ("staging", "loading", "publishing")
+    parts = [str(data["phase"] if loading else data.get("state", ""))]
+    if (data.get("attempt") or 1) > 1:
+        parts.append(f"attempt {data['attempt']}")
     if progress.get("total"):
         parts.append(f"{progress['unit']} {progress['done']}/{progress['total']}")
-    if "loss" in values:
-        parts.append(f"loss {values['loss']:.3f}")
-    if "eval_loss" in values:
-        parts.append(f"eval_loss {values['eval_loss']:.3f}")
-    if "tokens_per_s" in values:
-        parts.append(f"{values['tokens_per_s']:.0f} tokens/s")
-    if progress.get("eta_s"):
-        parts.append(f"{duration(progress['eta_s'])} left")
-    memory = values.get("gpu_bytes") or values.get("rss_bytes")
+    return "  ".join([*parts, *_measured(values), *_left(progress)])
+
+
+def _measured(values: Mapping[str, float | None]) -> Iterator[str]:
+    for name in ("loss", "eval_loss"):
+        if (value := values.get(name)) is not None:
+            yield f"{name} {value:.3f}"
+    if (rate := values.get("tokens_per_s")) is not None:
+        yield f"{rate:.0f} tokens/s"
+    memory = next((values[name] for name in MEMORY if values.get(name)), None)
     if memory:
-        parts.append(size(memory))
-    return "  ".join(parts)
+        yield size(memory)
 
 
-def _event_line(kind: str, data: Mapping[str, Any]) -> str:
+def _left(progress: Mapping[str, Any]) -> list[str]:
+    return [f"{duration(progress['eta_s'])} left"] if progress.get("eta_s") else []
+
+
+def event_line(kind: str, data: Mapping[str, Any]) -> str:
+    """A line of the timeline in words; empty for those that the end's report says better."""
     details = data.get("data") or {}
     if kind == "place":
         return f"placed on {details.get('node')} ({', '.join(details.get('devices', []))})"
@@ -94,33 +124,42 @@ def _event_line(kind: str, data: Mapping[str, Any]) -> str:
         return f"checkpoint of step {details.get('step')} is safe"
     if kind in ("lost", "retried"):
         reason = details.get("evidence") or details.get("cause")
-        return f"attempt {details.get('attempt')} {kind}: {reason}; the job is tried again"
+        goes_on = "the job is tried again" if data.get("to_state") == "queued" else ""
+        return f"attempt {details.get('attempt')} {kind}: {reason}" + (goes_on and f"; {goes_on}")
     if kind in ("warning", "checkpoint_rejected"):
         return f"note: {details.get('message')}"
-    return ""
+    moved = data.get("to_state") and data.get("to_state") != data.get("from_state")
+    return str(data["to_state"]) if moved and data["to_state"] not in TERMINAL else ""
 
 
 def report_end(client: Client, job: str, *, quiet: bool = False) -> int:
-    """Say how a job ended, and where its result lies."""
+    """Say how a job ended, and where its result lies. Returns the exit code."""
     found = client.job(job)
     if found["state"] == "succeeded":
         if not quiet:
             _report_success(client, found)
         return 0
-    error = found.get("error") or {}
     if not quiet:
-        plain_error(f"{found['name']} {found['state']}")
-        if error:
-            message = f"{error.get('code')}: {error.get('message')}"
-            print_error(TuneyardError(message, hint=_mend(error.get("patch"), job)))
+        report_failure(found)
     return 1
 
 
-def _mend(patch: Mapping[str, Any] | None, job: str) -> str | None:
+def report_failure(job: Mapping[str, Any]) -> None:
+    """Say on stderr how a job failed, and the mend."""
+    plain_error(f"{job['name']} {job['state']}")
+    if error := job.get("error"):
+        message = f"{error.get('code')}: {error.get('message')}"
+        hint = error.get("hint") or _mend(job)
+        print_error(TuneyardError(message, field=error.get("field"), hint=hint))
+
+
+def _mend(job: Mapping[str, Any]) -> str:
+    patches = [attempt.get("patch") for attempt in job.get("attempts") or []]
+    patch = patches[-1] if patches else None
     if not patch:
-        return f"`tuneyard logs {job}` shows the log"
+        return f"`tuneyard logs {job['id']}` shows the log"
     changes = " ".join(f"--set {name}={value}" for name, value in patch.items())
-    return f"`tuneyard retry {job} {changes}`"
+    return f"`tuneyard retry {job['id']} {changes}`"
 
 
 def _report_success(client: Client, job: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The Python client of Tuneyard's HTTP API. Knows specs; knows no database and no torch."""
 
-from tuneyard.client.http import Client, Refused, Unreachable
+from tuneyard.client.errors import Refused, Unreachable
+from tuneyard.client.http import Client
 
 __all__ = ["Client", "Refused", "Unreachable"]

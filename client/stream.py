@@ -1,0 +1,101 @@
+"""A job's events as they happen, over connections that may break."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tuneyard.client.connection import FIRST_PAUSE_S, Connection
+from tuneyard.client.errors import Unreachable
+from tuneyard.specs.states import TERMINAL
+
+SILENCE_S = 60.0
+PATIENCE_S = 60.0
+"""How long a server that answered before may be away while a job is watched."""
+
+FIRST_PATIENCE_S = 0.5
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """One event. number: its place in the job's timeline, None for what is between two."""
+
+    number: int | None
+    kind: str
+    data: dict[str, Any]
+
+
+def watch_events(connection: Connection, path: str, *, after: int = 0) -> Iterator[StreamEvent]:
+    """Every event to the job's end; a broken stream goes on where it broke off.
+
+    Each numbered event comes once; ``progress`` comes as it changes. The stream of a job that is
+    over ends with its last event. Raises: Refused, Unreachable.
+    """
+    seen, away_since, patience_s = after, time.monotonic(), FIRST_PATIENCE_S
+    while True:
+        try:
+            with _opened(connection, path, seen) as answer:
+                patience_s = PATIENCE_S
+                for event in read_events(answer.iter_bytes()):
+                    if event.number is not None:
+                        if event.number <= seen:
+                            continue
+                        seen = event.number
+                    yield event
+                    if event.data.get("to_state") in TERMINAL:
+                        return
+                    away_since = time.monotonic()
+            if _is_over(connection, path, seen):
+                return
+            away_since = time.monotonic()
+        except Unreachable:
+            if time.monotonic() - away_since > patience_s:
+                raise
+        time.sleep(FIRST_PAUSE_S)
+
+
+def _opened(connection: Connection, path: str, seen: int) -> Any:
+    headers = {"Accept": "text/event-stream", "Last-Event-ID": str(seen)}
+    return connection.stream(f"{path}/events", headers=headers, silence_s=SILENCE_S)
+
+
+def _is_over(connection: Connection, path: str, seen: int) -> bool:
+    if connection.send("GET", path).get("state") not in TERMINAL:
+        return False
+    later = connection.send("GET", f"{path}/events", params={"after": seen})
+    return not later.get("data")
+
+
+def read_events(chunks: Iterable[bytes]) -> Iterator[StreamEvent]:
+    """Parse Server-Sent Events; what is cut off before its empty line is no event.
+
+    Source: WHATWG HTML, section 9.2.6. Lines end at LF or CRLF alone: JSON texts may hold the
+    other characters that Python's splitlines cuts at.
+    """
+    fields: dict[str, str] = {}
+    for line in _lines(chunks):
+        if line:
+            name, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            if name == "data" and "data" in fields:
+                value = f"{fields['data']}\n{value}"
+            fields[name] = value
+        elif fields.get("data"):
+            number = fields.get("id", "")
+            yield StreamEvent(
+                int(number) if number.isdecimal() else None,
+                fields.get("event", "message"),
+                json.loads(fields["data"]),
+            )
+            fields = {}
+        else:
+            fields = {}
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line.removesuffix(b"\r").decode("utf-8", errors="replace")
