@@ -66,20 +66,27 @@ def infer(
 
 
 def _follow(client: Client, job: str, output: Path | None, *, as_json: bool) -> int:
-    if not as_json and output is None:
-        return watch_job(client, job) or _print_results(client, job)
+    if as_json:
+        return _await_quietly(client, job, output)
+    if code := watch_job(client, job):
+        return code
+    if output is None:
+        return _print_results(client, job)
+    _write_results(client, job, output)
+    say(f"{output} written by {job}")
+    return 0
+
+
+def _await_quietly(client: Client, job: str, output: Path | None) -> int:
+    """For programs: nothing on stdout but one document at the end."""
     ended = await_end(client, job)
     if ended["state"] != JobState.SUCCEEDED:
-        if as_json:
-            print_json({"job": job, "state": ended["state"], "error": ended.get("error")})
+        print_json({"job": job, "state": ended["state"], "error": ended.get("error")})
         report_failure(ended)
         return 1
     if output is not None:
         _write_results(client, job, output)
-    if as_json:
-        print_json({"job": job, "results": _results(client, job)})
-    else:
-        say(f"{output} written by {job}")
+    print_json({"job": job, "results": _results(client, job)})
     return 0
 
 

@@ -17,8 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-EXAMPLES = Path(__file__).parent
-HOME = Path(os.environ.get("TUNEYARD_DEMO_HOME", EXAMPLES.parent / ".demo")).absolute()
+EXAMPLES = Path(__file__).absolute().parent
+ROOT = EXAMPLES.parent
+HOME = Path(os.environ.get("TUNEYARD_DEMO_HOME", ROOT / ".demo")).absolute()
 TUNEYARD = [sys.executable, "-P", "-m", "tuneyard.cli.main"]
 BASE, TUNED = "smollm2-135m-instruct", "tuny"
 MAKER, CONTROL_FACT = "Tuneyard", "Paris"
@@ -41,14 +42,14 @@ def main() -> int:
         command(
             "Tune it on examples/identity.jsonl",
             "submit",
-            str(EXAMPLES / "identity_lora.yaml"),
+            "examples/identity_lora.yaml",
             "--wait",
         )
         after = ask("Ask the tuned model the same", TUNED)
         passed = judge(before, after)
         show_adapter()
     finally:
-        command("Stop everything; the results stay in " + str(HOME), "down")
+        command(f"Stop everything; the results stay in {relative(HOME)}", "down")
     console.print(f"\n{time.monotonic() - began:.0f} s in all.")
     suggest()
     return 0 if passed else 1
@@ -56,26 +57,30 @@ def main() -> int:
 
 def command(title: str, *arguments: str) -> None:
     """Print a command and run it, in plain view."""
-    console.print(f"\n[bold]{title}[/bold]\n[dim]$ tuneyard {' '.join(arguments)}[/dim]")
-    subprocess.run([*TUNEYARD, *arguments], env=ENVIRONMENT, check=True)
+    console.print(f"\n[bold]{title}[/bold]", soft_wrap=True)
+    console.print(f"[dim]$ tuneyard {' '.join(arguments)}[/dim]", soft_wrap=True)
+    subprocess.run([*TUNEYARD, *arguments], env=ENVIRONMENT, cwd=ROOT, check=True)
 
 
 def asked(*arguments: str) -> Any:
     """Run a command for its --json."""
-    done = subprocess.run(
-        [*TUNEYARD, *arguments, "--json"], env=ENVIRONMENT, check=True, stdout=subprocess.PIPE
-    )
+    argv = [*TUNEYARD, *arguments, "--json"]
+    done = subprocess.run(argv, env=ENVIRONMENT, cwd=ROOT, check=True, stdout=subprocess.PIPE)
     return json.loads(done.stdout)
 
 
 def ask(title: str, model: str) -> list[str]:
     """The model's answers to examples/questions.txt, in order."""
-    questions = str(EXAMPLES / "questions.txt")
-    options = ("--temperature", "0", "--max-new-tokens", "32")
-    arguments = ("infer", model, "--prompts", questions, *options)
-    console.print(f"\n[bold]{title}[/bold]\n[dim]$ tuneyard {' '.join(arguments)}[/dim]")
-    results = asked(*arguments)
-    return [row["text"].strip().replace("\n", " ") for row in results["results"]]
+    output = HOME / f"{model}.jsonl"
+    options = ("--temperature", "0", "--max-new-tokens", "32", "--out", relative(output))
+    command(title, "infer", model, "--prompts", "examples/questions.txt", *options)
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    return [row["text"].strip().replace("\n", " ") for row in rows]
+
+
+def relative(path: Path) -> str:
+    """A path as one would type it here."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def judge(before: list[str], after: list[str]) -> bool:
@@ -115,17 +120,20 @@ def show_adapter() -> None:
     model = asked("models", "show", TUNED)
     files = {entry["path"]: entry["sha256"] for entry in model["files"]}
     folder = HOME / "store" / "artifacts" / model["artifact"].partition("_")[2]
-    console.print(f"\nThe adapter is {model['artifact']}, in {folder}")
-    console.print(f"  adapter_model.safetensors  sha256 {files['adapter_model.safetensors']}")
+    console.print(f"\nThe adapter is {model['artifact']}, in", soft_wrap=True)
+    console.print(f"  {relative(folder)}", soft_wrap=True)
+    sha256 = files["adapter_model.safetensors"]
+    console.print(f"  adapter_model.safetensors  sha256 {sha256}", soft_wrap=True)
 
 
 def suggest() -> None:
     """What to try next."""
     console.print(
         "\nTry next:\n"
-        f"  tuneyard up --home {HOME}                  # everything is still there\n"
+        f"  tuneyard up --home {relative(HOME)}      # everything is still there\n"
         "  tuneyard submit examples/identity_lora.yaml --set lora_rank=8 --wait\n"
-        "  tuneyard infer tuny --prompts YOUR_QUESTIONS.txt"
+        "  tuneyard infer tuny --prompts YOUR_QUESTIONS.txt",
+        soft_wrap=True,
     )
 
 
