@@ -30,7 +30,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # what a locale cannot show is no reason to stop
             stream.reconfigure(errors="replace")
     try:
-        code = app(standalone_mode=False)
+        code = _run(sys.argv[1:])
         sys.stdout.flush()
         sys.exit(code or 0)
     except (KeyboardInterrupt, typer.Abort):
@@ -53,6 +53,14 @@ def main() -> None:
                 sys.stderr.write(f"  hint: `{context.command_path} --help` has an example\n")
             sys.exit(2)
         raise
+
+
+def _run(arguments: list[str]) -> int | None:
+    """What ``app()`` does, but for its handling of errors: a closed pipe is 1 there."""
+    command = typer.main.get_command(app)
+    with command.make_context("tuneyard", arguments) as context:
+        code: int | None = command.invoke(context)
+        return code
 
 
 def exit_code(error: TuneyardError) -> int:

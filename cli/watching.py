@@ -26,6 +26,7 @@ from tuneyard.specs.errors import TuneyardError
 from tuneyard.specs.states import TERMINAL
 
 PLAIN_EVERY_S = 1.0
+STANDING = ("state", "phase", "attempt", "wait_reason")
 MEMORY = ("gpu_bytes", "rss_bytes")
 
 
@@ -61,14 +62,18 @@ def leaving_alone(job: str) -> Iterator[None]:
 
 
 def _watch_plain(client: Client, job: str) -> None:
-    said, said_at = "", -PLAIN_EVERY_S
+    said, said_at = "", 0.0
+    stood: tuple[Any, ...] = ()
     for kind, data in client.watch(job):
+        stands = tuple(data.get(name) for name in STANDING) if kind == "progress" else stood
+        # Steps come often and may be passed over; a reason to wait is sent once.
+        too_soon = stands == stood and time.monotonic() - said_at < PLAIN_EVERY_S
         line = describe(data) if kind == "progress" else event_line(kind, data)
-        too_soon = kind == "progress" and time.monotonic() - said_at < PLAIN_EVERY_S
-        if line and line != said and not too_soon:
-            said, said_at = line, time.monotonic()
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+        if not line or line == said or (kind == "progress" and too_soon):
+            continue
+        said, said_at, stood = line, time.monotonic(), stands
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
 
 
 def _watch_live(client: Client, job: str) -> None:

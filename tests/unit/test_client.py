@@ -4,7 +4,9 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from support.recorded_api import (
     KEY,
@@ -130,6 +132,23 @@ def test_no_proxy_stands_before_a_server_on_this_machine(
     api.on("GET", "/me", {"team": "default"})
     with Client(api.url, KEY) as client:
         assert client.me() == {"team": "default"}
+
+
+@pytest.mark.parametrize("scheme", ["https", "HTTPS", "Https"])
+def test_a_server_with_tls_is_always_verified(
+    api: RecordedApi, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    built: dict[str, Any] = {}
+    real = httpx.Client
+
+    def note(**options: Any) -> httpx.Client:
+        built.update(options)
+        return real(**options)
+
+    monkeypatch.setattr("tuneyard.client.connection.httpx.Client", note)
+    with Client(api.url.replace("http", scheme, 1), KEY) as client, pytest.raises(Unreachable):
+        client.me()  # the server speaks no TLS
+    assert built["verify"] is True
 
 
 def test_a_list_goes_on_page_by_page_up_to_its_limit(api: RecordedApi, client: Client) -> None:
