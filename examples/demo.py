@@ -37,7 +37,7 @@ def main() -> int:
     shutil.rmtree(HOME, ignore_errors=True)
     try:
         command("Start PostgreSQL, Valkey, API, scheduler, worker and Flower", "up", "--detach")
-        command("Bring the base model", "submit", str(EXAMPLES / "download_smollm2.yaml"), "--wait")
+        command("Bring the base model", "submit", "examples/download_smollm2.yaml", "--wait")
         before = ask("Ask the base model", BASE)
         command(
             "Tune it on examples/identity.jsonl",
