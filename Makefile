@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test unit integration e2e demo clean
+.PHONY: help setup check format test unit integration e2e docs demo clean
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z/-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -28,6 +28,7 @@ check: setup ## lint, format, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
 
 format: setup ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
@@ -43,6 +44,9 @@ e2e: setup ## tests with real processes, kill -9 and real training steps
 	$(BIN)/pytest tests/e2e
 
 test: check unit integration e2e ## everything that CI runs
+
+docs: setup ## write the pages that are derived from code
+	$(BIN)/python docs/generate.py
 
 demo: setup ## install, start everything, tune a small model, print the result, stop
 	$(BIN)/python examples/demo.py

@@ -1,7 +1,7 @@
 """Write the pages that are derived from code: python docs/generate.py [--check]
 
-docs/states.md from specs/states.py and specs/exits.py; docs/reference/settings.md from
-specs/settings.py. With --check nothing is written and a stale page fails.
+docs/states.md from specs/states.py and specs/exits.py; docs/reference/settings.md and specs.md from
+specs/. With --check nothing is written and a stale page fails.
 """
 
 import sys
@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from tuneyard.specs.exits import ExitCode, RunnerEnd, judge
+from tuneyard.specs.jobs import describe_fields
 from tuneyard.specs.settings import PREFIX, Settings
 from tuneyard.specs.states import INITIAL, LIVE, TERMINAL, JobState, allowed_actions, moves
 
@@ -62,7 +63,20 @@ def _default(value: object) -> object:
     return reveal() if reveal else ("" if value is None else value)
 
 
-PAGES = {"states.md": states_page, "reference/settings.md": settings_page}
+def specs_page() -> str:
+    """Every field of every kind of job."""
+    lines = ["# Fields of a job", "", "Generated from `specs/` by `make docs`.", ""]
+    lines += ["| kind | field | default | what it is |", "| --- | --- | --- | --- |"]
+    for kind, name, default, sentence in describe_fields():
+        lines.append(f"| {kind} | `{name}` | `{default}` | {sentence} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    "states.md": states_page,
+    "reference/settings.md": settings_page,
+    "reference/specs.md": specs_page,
+}
 
 
 def main() -> int:
