@@ -7,20 +7,37 @@ from contextlib import contextmanager
 from typing import Annotated
 from uuid import UUID
 
+from anyio import to_thread
 from fastapi import Depends, Request
 from sqlalchemy import Connection
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tuneyard.api.problems import answer
 from tuneyard.checks.models import model_facts
 from tuneyard.models.engine import Database
 from tuneyard.models.keys import Caller, hash_key, key_holder
-from tuneyard.specs.errors import Forbidden, InputError, NotFound, Unauthenticated, Unavailable
+from tuneyard.specs.errors import (
+    Forbidden,
+    InputError,
+    NotFound,
+    TuneyardError,
+    Unauthenticated,
+    Unavailable,
+)
 from tuneyard.specs.ids import parse_id
 from tuneyard.specs.settings import Settings
 from tuneyard.store.remote import Store
 
 KEY_KNOWN_S = 5.0
 KEYS_KNOWN = 1000
+MAX_KEY_CHARACTERS = 200
 WAIT_FOR_TURN_S = 2.0
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+"""Exactly these are answered without a key."""
+
+LOOKING = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing: all that a viewer's key may use."""
 
 
 class Yard:
@@ -28,41 +45,41 @@ class Yard:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.db = Database(settings.database_url.get_secret_value(), "ty-api", pool_size=5)
+        url = settings.database_url.get_secret_value()
+        # Streams and the checker use the pool's overflow: requests have their turns to themselves.
+        self.db = Database(url, "ty-api", pool_size=settings.api_threads)
         self.store = Store(settings.store_root)
         self._turns = threading.BoundedSemaphore(settings.api_threads)
         self._callers: dict[bytes, tuple[float, Caller]] = {}
         self._facts: dict[UUID, dict[str, object]] = {}
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """A share of the database's connections. Raises: Unavailable db_busy."""
+    def begin(self, team: UUID | None) -> Iterator[Connection]:
+        """A transaction that sees one team's rows. Raises: Unavailable db_busy."""
         if not self._turns.acquire(timeout=WAIT_FOR_TURN_S):
             raise Unavailable("Too many requests at once; ask again.", code="db_busy")
         try:
-            yield
+            with self.db.begin(team=team) as tx:
+                yield tx
         finally:
             self._turns.release()
 
-    @contextmanager
-    def begin(self, team: UUID | None) -> Iterator[Connection]:
-        """A transaction that sees one team's rows."""
-        with self.turn(), self.db.begin(team=team) as tx:
-            yield tx
+    def known_caller(self, key: str) -> Caller | None:
+        """Whose key this is, if that was asked a moment ago."""
+        known = self._callers.get(hash_key(key))
+        if known is None or time.monotonic() - known[0] > KEY_KNOWN_S:
+            return None
+        return known[1]
 
     def caller(self, key: str) -> Caller:
         """Whose key this is. Raises: Unauthenticated."""
-        digest = hash_key(key)
-        known = self._callers.get(digest)
-        if known is not None and time.monotonic() - known[0] < KEY_KNOWN_S:
-            return known[1]
         with self.begin(None) as tx:
             caller = key_holder(tx, key)
         if caller is None:
             raise Unauthenticated("This API key is not known.")
         if len(self._callers) >= KEYS_KNOWN:
             self._callers.clear()
-        self._callers[digest] = (time.monotonic(), caller)
+        self._callers[hash_key(key)] = (time.monotonic(), caller)
         return caller
 
     def facts(self, base_model: UUID) -> dict[str, object] | None:
@@ -75,29 +92,55 @@ class Yard:
         return self._facts[base_model]
 
 
+class Login:
+    """ASGI middleware: whatever is asked for, first who asks. Unknown paths too need a key."""
+
+    def __init__(self, app: ASGIApp, *, yard: Yard) -> None:
+        self._app, self._yard = app, yard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on with ``scope["caller"]``, or answer 401 or 403."""
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            try:
+                scope["caller"] = await self._caller(scope)
+            except TuneyardError as error:
+                await answer(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _caller(self, scope: Scope) -> Caller:
+        key = _bearer(scope)
+        caller = self._yard.known_caller(key)
+        if caller is None:
+            caller = await to_thread.run_sync(self._yard.caller, key)
+        if scope["method"] not in LOOKING and not caller.may_write:
+            raise Forbidden("A viewer's key may only look.")
+        return caller
+
+
+def _bearer(scope: Scope) -> str:
+    """The key in the header, the only place where one is taken. Raises: Unauthenticated."""
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    scheme, _, key = (given[0] if given else b"").decode("latin-1").partition(" ")
+    key = key.strip()
+    if scheme.lower() != "bearer" or not key or len(key) > MAX_KEY_CHARACTERS:
+        raise Unauthenticated(hint="send the header `Authorization: Bearer YOUR_KEY`")
+    return key
+
+
 def yard_of(request: Request) -> Yard:
     """The application's shared things."""
     yard: Yard = request.app.state.yard
     return yard
 
 
-def reader(request: Request) -> Caller:
-    """Whoever holds a key. Raises: Unauthenticated."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip() or len(key) > 200:
-        raise Unauthenticated(hint="send the header `Authorization: Bearer YOUR_KEY`")
-    return yard_of(request).caller(key.strip())
-
-
-def writer(caller: Annotated[Caller, Depends(reader)]) -> Caller:
-    """Whoever may change things. Raises: Unauthenticated, Forbidden."""
-    if not caller.may_write:
-        raise Forbidden("A viewer's key may only look.")
+def caller_of(request: Request) -> Caller:
+    """Whom ``Login`` let in."""
+    caller: Caller = request.scope["caller"]
     return caller
 
 
-Reader = Annotated[Caller, Depends(reader)]
-Writer = Annotated[Caller, Depends(writer)]
+TheCaller = Annotated[Caller, Depends(caller_of)]
 TheYard = Annotated[Yard, Depends(yard_of)]
 
 

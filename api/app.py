@@ -3,20 +3,38 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 
-from tuneyard.api import files, jobs, problems, things
-from tuneyard.api.access import Yard
+from tuneyard.api import artifacts, files, following, jobs, problems, things
+from tuneyard.api.access import Login, Yard
 from tuneyard.api.checking import FileChecker
 from tuneyard.api.limits import Limits
+from tuneyard.api.paging import refuse_unknown_names
 from tuneyard.api.streams import Streams
+from tuneyard.api.uploads import Uploads
 from tuneyard.specs.settings import Settings
+from tuneyard.specs.views import ErrorBody
 
 DESCRIPTION = """
 Submit fine-tune, inference and download jobs; follow their events, metrics and logs; fetch what
 they bring forth. Every request but /healthz and /readyz bears `Authorization: Bearer KEY`.
+
+An error is always `{"error": {"code", "message", "field", "line", "hint"}}`; a refused spec adds
+all its problems as `details`. 503 comes with `Retry-After`: nothing is lost by asking again, with
+an `Idempotency-Key` where something is to be made. Each answer has an `x-request-id`.
 """
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"model": ErrorBody, "description": "No key, or one that is not known."},
+    404: {"model": ErrorBody, "description": "No such thing, or not yours."},
+    422: {"model": ErrorBody, "description": "What was asked is wrong; the mend is said."},
+    503: {"model": ErrorBody, "description": "Away or busy: ask again after Retry-After."},
+}
+
+ROUTERS = (jobs.router, following.router, artifacts.router, files.router, things.router)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -39,15 +57,25 @@ def create_app(settings: Settings) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        redoc_url=None,
+        responses=ERRORS,
     )
     app.state.yard, app.state.streams, app.state.checker = yard, streams, checker
+    app.state.uploads = Uploads(yard.store, max_file_bytes=settings.max_file_bytes)
     app.state.broker = things.Broker(settings.broker_url.get_secret_value())
-    for router in (jobs.router, files.router, things.router):
-        app.include_router(router)
+    _include_routes(app)
     problems.register(app)
+    # The last one added is the outermost.
+    app.add_middleware(Login, yard=yard)
     app.add_middleware(
-        Limits,
-        max_body_bytes=settings.max_body_bytes,
-        max_file_bytes=settings.max_file_bytes,
+        Limits, max_body_bytes=settings.max_body_bytes, max_file_bytes=settings.max_file_bytes
     )
     return app
+
+
+def _include_routes(app: FastAPI) -> None:
+    # Login has looked at the key by then; this one only tells the docs of it.
+    documented = Depends(HTTPBearer(auto_error=False, description="An API key of a team."))
+    for router in ROUTERS:
+        app.include_router(router, dependencies=[Depends(refuse_unknown_names), documented])
+    app.include_router(things.health)

@@ -2,18 +2,24 @@
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Connection
 
 from tuneyard.api.access import Yard
+from tuneyard.api.jobs import check_submission
 from tuneyard.checks.limits import check_file
 from tuneyard.models import files
-from tuneyard.models.dependencies import reconsider_blocked
-from tuneyard.specs.errors import Unavailable
+from tuneyard.models.dependencies import blocked_jobs, reconsider_blocked, refuse, spec_of
+from tuneyard.specs.errors import InputError, SpecRejected, Unavailable
 
 log = logging.getLogger(__name__)
 
-CLAIM_S = 660.0
-"""A check takes 600 s at most; an API process that died in one lets another take it after this."""
+CLAIM_S = 30.0
+"""When an API process dies in a check, another takes the file after so long."""
 
+RENEW_EVERY_S = 10.0
 LOOK_EVERY_S = 2.0
 
 
@@ -40,7 +46,7 @@ class FileChecker:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                while self.check_one():
+                while not self._stopping.is_set() and self.check_one():
                     pass
             except Unavailable:
                 pass  # asked again in a moment
@@ -55,9 +61,42 @@ class FileChecker:
             file = files.claim_file(tx, seconds=CLAIM_S)
         if file is None:
             return False
-        path = self._yard.store.file(file.id)
-        report = check_file(path, purpose=file.purpose)
+        with self._claim_kept(file):
+            report = check_file(self._yard.store.file(file.id), purpose=file.purpose)
         with self._yard.db.begin(team=file.team_id) as tx:
             files.finish_check(tx, file.id, report, accepted=bool(report["ok"]))
+            refuse_unfit(tx, self._yard)
             reconsider_blocked(tx)
         return True
+
+    @contextmanager
+    def _claim_kept(self, file: files.FileToCheck) -> Iterator[None]:
+        """Renew the claim while a large file is read."""
+        done = threading.Event()
+
+        def renew() -> None:
+            while not done.wait(RENEW_EVERY_S):
+                try:
+                    with self._yard.db.begin(team=file.team_id) as tx:
+                        files.extend_claim(tx, file.id, seconds=CLAIM_S)
+                except Unavailable:
+                    continue
+
+        renewing = threading.Thread(target=renew, name="renew-claim", daemon=True)
+        renewing.start()
+        try:
+            yield
+        finally:
+            done.set()
+            renewing.join()
+
+
+def refuse_unfit(tx: Connection, yard: Yard) -> None:
+    """End blocked jobs that their data sets, now that they are checked, do not fit."""
+    for job_id, document in blocked_jobs(tx):
+        try:
+            check_submission(tx, yard, spec_of(document))
+        except SpecRejected as problem:
+            refuse(tx, job_id, problem)
+        except InputError:
+            continue  # a reference that leads nowhere any more: reconsidering ends the job

@@ -2,58 +2,80 @@
 
 import re
 import unicodedata
-from collections.abc import Iterator
-from typing import Annotated, Literal
-from uuid import UUID
+from typing import Annotated
 
-from fastapi import APIRouter, Form, Query, Request, UploadFile
-from fastapi.responses import FileResponse
+from anyio import to_thread
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import StreamingResponse
 
-from tuneyard.api.access import Reader, TheYard, Writer, path_id
-from tuneyard.api.jobs import disposition
+from tuneyard.api.access import TheCaller, TheYard, Yard, path_id
 from tuneyard.api.paging import page, read_cursor
+from tuneyard.api.ranges import BINARY, part_of, saved
+from tuneyard.api.uploads import Upload
 from tuneyard.models import files
+from tuneyard.models.keys import Caller
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.ids import new_id
 from tuneyard.specs.views import DeletedView, FileList, FileView
 
 router = APIRouter(prefix="/api/v1/files", tags=["files"])
 
-PIECE_BYTES = 1024**2
 MAX_NAME_BYTES = 200
+PURPOSES = ("dataset", "prompts")
+
+FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": PURPOSES, "default": "dataset"},
+                        "sha256": {"type": "string", "description": "Checked where it is given."},
+                    },
+                }
+            }
+        },
+    }
+}
 
 
-@router.post("", status_code=201)
-def upload(
-    file: UploadFile,
-    caller: Writer,
-    yard: TheYard,
-    request: Request,
-    purpose: Annotated[Literal["dataset", "prompts"], Form()] = "dataset",
-    sha256: Annotated[str | None, Form()] = None,
-) -> FileView:
+@router.post("", status_code=201, openapi_extra=FORM)
+async def upload(request: Request, caller: TheCaller, yard: TheYard) -> FileView:
     """Upload a data set or a file of prompts; its check begins at once."""
-    name = clean_name(file.filename or "")
-
-    def pieces() -> Iterator[bytes]:
-        while piece := file.file.read(PIECE_BYTES):
-            yield piece
-
-    file_id = new_id()
-    size, digest = yard.store.put_file(pieces(), file_id)
-    try:
-        if sha256 is not None and sha256 != digest:
-            message = "What arrived has another sha256 than was declared."
-            hint = "send it again"
-            raise InputError(message, code="checksum_mismatch", field="sha256", hint=hint)
-        with yard.begin(caller.team_id) as tx:
-            stored = files.StoredFile(file_id, name, purpose, size, digest)
-            view = files.add_file(tx, caller.team_id, stored)
-    except BaseException:
-        yard.store.remove_file(file_id)
-        raise
+    received = await request.app.state.uploads.receive(request)
+    view = await to_thread.run_sync(_record, yard, caller, received)
     request.app.state.checker.wake()
     return view
+
+
+def _record(yard: Yard, caller: Caller, upload: Upload) -> FileView:
+    """Write the row of a stored upload; a refused one leaves no file behind."""
+    try:
+        file = _described(upload)
+        with yard.begin(caller.team_id) as tx:
+            return files.add_file(tx, caller.team_id, file)
+    except BaseException:
+        yard.store.remove_file(upload.id)
+        raise
+
+
+def _described(upload: Upload) -> files.StoredFile:
+    purpose = upload.fields.get("purpose", PURPOSES[0])
+    if purpose not in PURPOSES:
+        hint = f"one of {', '.join(PURPOSES)}"
+        message = f"There is no purpose {purpose[:60]!r}."
+        raise InputError(message, code="bad_choice", field="purpose", hint=hint)
+    declared = upload.fields.get("sha256", upload.sha256)
+    if declared.strip().lower() != upload.sha256:
+        message = "What arrived has another sha256 than was declared."
+        raise InputError(
+            message, code="checksum_mismatch", field="sha256", hint=f"arrived: {upload.sha256}"
+        )
+    name = clean_name(upload.name)
+    return files.StoredFile(upload.id, name, purpose, upload.bytes, upload.sha256)
 
 
 def clean_name(name: str) -> str:
@@ -69,39 +91,45 @@ def clean_name(name: str) -> str:
 
 @router.get("")
 def list_files(
-    caller: Reader,
+    caller: TheCaller,
     yard: TheYard,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: str | None = None,
 ) -> FileList:
     """A page of the team's files, newest first."""
-    before = read_cursor(cursor)
+    listing = ("files", caller.team_id.hex)
+    before = read_cursor(cursor, *listing)
     with yard.begin(caller.team_id) as tx:
         rows = files.list_files(tx, before=before, limit=limit + 1)
-    shown, next_cursor = page(rows, limit)
+    shown, next_cursor = page(rows, limit, *listing)
     return FileList(data=shown, next_cursor=next_cursor)
 
 
 @router.get("/{file}")
-def show(file: str, caller: Reader, yard: TheYard) -> FileView:
+def show(file: str, caller: TheCaller, yard: TheYard) -> FileView:
     """One file, with its check's report."""
     with yard.begin(caller.team_id) as tx:
         return files.show_file(tx, path_id("file", file))
 
 
-@router.get("/{file}/content", response_class=FileResponse)
-def content(file: str, caller: Reader, yard: TheYard) -> FileResponse:
-    """A file's bytes."""
-    file_id: UUID = path_id("file", file)
+@router.get("/{file}/content", response_class=StreamingResponse, responses=BINARY)
+def content(
+    file: str,
+    caller: TheCaller,
+    yard: TheYard,
+    range_: Annotated[str | None, Header(alias="Range")] = None,
+) -> StreamingResponse:
+    """A file's bytes; its sha256 is the ETag."""
+    file_id = path_id("file", file)
     with yard.begin(caller.team_id) as tx:
         view = files.show_file(tx, file_id)
-    headers = {"Content-Disposition": disposition(view.name), "ETag": f'"{view.sha256}"'}
-    path = yard.store.file(file_id)
-    return FileResponse(path, headers=headers, media_type="application/octet-stream")
+    part = part_of(range_, view.bytes)
+    pieces = yard.store.read_file(file_id, first=part.first, last=part.last)
+    return saved(pieces, part, name=view.name, sha256=view.sha256)
 
 
 @router.delete("/{file}")
-def delete(file: str, caller: Writer, yard: TheYard) -> DeletedView:
+def delete(file: str, caller: TheCaller, yard: TheYard) -> DeletedView:
     """Delete a file that no open job needs."""
     file_id = path_id("file", file)
     with yard.begin(caller.team_id) as tx:

@@ -1,19 +1,38 @@
-"""What is cut off before a route sees it: bodies, encodings, types and addresses of odd size."""
+"""What is cut off before a route sees it: bodies, encodings, types and addresses of odd size.
 
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+The outermost layer: it also gives each answer its x-request-id, and turns a bug into a plain 500.
+"""
+
+import asyncio
+import logging
+import re
+import sys
+import time
+from collections.abc import Sequence
 from uuid import uuid4
 
-from tuneyard.api.problems import answer
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tuneyard.api.problems import answer, internal
 from tuneyard.specs.errors import InputError
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+log = logging.getLogger(__name__)
 
 MAX_TARGET_BYTES = 8 * 1024
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 32 * 1024
+FORM_BYTES = 64 * 1024
+"""What a multipart body may hold besides its file."""
+
 UPLOADS = "/api/v1/files"
+DRAINED_BYTES, DRAINED_S = 8 * 1024**2, 2.0
+"""Of a refused body so much is read and thrown away: a connection that is closed over unread bytes
+is reset, and many clients then never see the answer."""
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CONTROL = re.compile("[\x00-\x1f\x7f]")
 
 
 class BodyTooLarge(InputError):
@@ -23,14 +42,21 @@ class BodyTooLarge(InputError):
     http_status = 413
 
 
-class _TargetTooLong(InputError):
+class TargetTooLong(InputError):
     """The address is too long."""
 
     code = "uri_too_long"
     http_status = 414
 
 
-class _Unsupported(InputError):
+class HeadersTooLarge(InputError):
+    """The headers are too large or too many."""
+
+    code = "headers_too_large"
+    http_status = 431
+
+
+class Unsupported(InputError):
     """The body is of a kind that is not taken."""
 
     code = "unsupported_media_type"
@@ -38,68 +64,129 @@ class _Unsupported(InputError):
 
 
 class Limits:
-    """ASGI middleware around the whole application; gives each answer its x-request-id."""
+    """ASGI middleware around the whole application."""
 
-    def __init__(self, app: App, *, max_body_bytes: int, max_file_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_file_bytes: int) -> None:
         self._app = app
-        self._max_body_bytes, self._max_file_bytes = max_body_bytes, max_file_bytes
+        self._max_body_bytes = max_body_bytes
+        self._max_upload_bytes = max_file_bytes + FORM_BYTES
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on with a body that is counted as it comes."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = uuid4().hex
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message.setdefault("headers", [])
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                ]
-            await send(message)
-
-        headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
-        problem = self._problem(scope, headers)
-        if problem is not None:
-            await answer(problem)(scope, receive, send_with_id)
-            return
-        limited = self._counted(receive, self._limit(scope))
+        exchange = _Exchange(scope, receive, send)
         try:
-            await self._app(scope, limited, send_with_id)
-        except BodyTooLarge as error:
-            await answer(error)(scope, receive, send_with_id)
+            await self._serve(scope, exchange)
+        except ClientDisconnect:
+            pass  # nobody is there to be answered
+        except Exception:
+            log.exception("internal error", extra=exchange.named("internal_error"))
+            if exchange.status is None:
+                await internal(exchange.id)(scope, exchange.receive, exchange.send)
+            else:
+                raise  # half an answer is out: the server cuts the connection
+        finally:
+            exchange.log()
 
-    def _limit(self, scope: Message) -> int:
-        return self._max_file_bytes if scope["path"] == UPLOADS else self._max_body_bytes
+    async def _serve(self, scope: Scope, exchange: "_Exchange") -> None:
+        headers = Headers(scope=scope)
+        limit = self._max_upload_bytes if scope["path"] == UPLOADS else self._max_body_bytes
+        problem = _bad_head(scope, headers) or _bad_body(scope, headers, limit)
+        if problem is not None:
+            await answer(problem)(scope, exchange.receive, exchange.send)
+            return
+        exchange.limit = limit
+        await self._app(scope, exchange.receive, exchange.send)
 
-    def _problem(self, scope: Message, headers: dict[str, bytes]) -> InputError | None:
-        target = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
-        if target > MAX_TARGET_BYTES:
-            return _TargetTooLong()
-        if headers.get("content-encoding", b"identity") != b"identity":
-            message = "Compressed bodies are not taken."
-            return _Unsupported(message, code="unsupported_encoding", hint="send it as it is")
-        length = headers.get("content-length", b"0")
-        if length.isdigit() and int(length) > self._limit(scope):
-            return BodyTooLarge(hint=f"at most {self._limit(scope)} bytes")
-        has_body = length != b"0" or "transfer-encoding" in headers
-        if scope["method"] in ("POST", "PUT", "PATCH") and has_body:
-            wanted = b"multipart/form-data" if scope["path"] == UPLOADS else b"application/json"
-            if not headers.get("content-type", b"").lower().startswith(wanted):
-                return _Unsupported(f"This route takes {wanted.decode()}.")
-        return None
 
-    def _counted(self, receive: Receive, limit: int) -> Receive:
-        seen = 0
+class _Exchange:
+    """A request and what became of it."""
 
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                raise BodyTooLarge(hint=f"at most {limit} bytes")
-            return message
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        self.id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+        self.status: int | None = None
+        self.limit = sys.maxsize
+        self._scope, self._receive, self._send = scope, receive, send
+        self._seen_bytes, self._body_left = 0, _has_body(headers)
+        self._began = time.monotonic()
 
-        return counted
+    async def receive(self) -> Message:
+        """The next of the request's body. Raises: BodyTooLarge."""
+        message = await self._receive()
+        self._seen_bytes += len(message.get("body", b""))
+        self._body_left = self._body_left and message.get("more_body", False)
+        if self._seen_bytes > self.limit and self.status is None:
+            raise BodyTooLarge(hint=f"at most {self.limit} bytes")
+        return message
+
+    async def send(self, message: Message) -> None:
+        """The next of the answer."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.id
+            if self._body_left:
+                headers["connection"] = "close"
+        elif self._body_left and not message.get("more_body"):
+            await self._send({**message, "more_body": True})
+            await self._drain()
+            message = {"type": "http.response.body"}
+        await self._send(message)
+
+    async def _drain(self) -> None:
+        enough = self._seen_bytes + DRAINED_BYTES
+        try:
+            async with asyncio.timeout(DRAINED_S):
+                while self._body_left and self._seen_bytes < enough:
+                    await self.receive()
+        except TimeoutError:
+            pass
+
+    def named(self, event: str) -> dict[str, object]:
+        method, path = self._scope["method"], self._scope["path"]
+        return {"event": event, "request": self.id, "method": method, "path": path}
+
+    def log(self) -> None:
+        """One line a request; those that only looked and were served are for debugging."""
+        quiet = self._scope["method"] == "GET" and self.status is not None and self.status < 400
+        ms = round(1000 * (time.monotonic() - self._began))
+        extra = self.named("request") | {"status": self.status, "ms": ms}
+        log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=extra)
+
+
+def _bad_head(scope: Scope, headers: Headers) -> InputError | None:
+    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
+        return TargetTooLong(hint=f"at most {MAX_TARGET_BYTES} bytes")
+    if len(headers.raw) > MAX_HEADERS or _size(headers.raw) > MAX_HEADER_BYTES:
+        return HeadersTooLarge(hint=f"at most {MAX_HEADERS} headers, {MAX_HEADER_BYTES} bytes")
+    asked = [scope["path"], *(part for pair in QueryParams(scope["query_string"]).multi_items()
+                              for part in pair)]  # fmt: skip
+    if any(CONTROL.search(text) for text in asked):
+        return InputError("The address holds a control character.", code="bad_character")
+    return None
+
+
+def _size(headers: Sequence[tuple[bytes, bytes]]) -> int:
+    return sum(len(name) + len(value) for name, value in headers)
+
+
+def _bad_body(scope: Scope, headers: Headers, limit: int) -> InputError | None:
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        message = "Compressed bodies are not taken."
+        return Unsupported(message, code="unsupported_encoding", hint="send it as it is")
+    length = headers.get("content-length", "0")
+    if length.isdigit() and int(length) > limit:
+        return BodyTooLarge(hint=f"at most {limit} bytes")
+    wanted = "multipart/form-data" if scope["path"] == UPLOADS else "application/json"
+    media = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if _has_body(headers) and scope["method"] != "GET" and media != wanted:
+        return Unsupported(f"This address takes {wanted}.", field="Content-Type")
+    return None
+
+
+def _has_body(headers: Headers) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers

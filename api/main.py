@@ -2,31 +2,47 @@
 
 import logging
 import socket
+from types import FrameType
 
+import h11
 import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tuneyard.api.app import create_app
+from tuneyard.api.limits import HeadersTooLarge
+from tuneyard.api.streams import Streams
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.settings import Settings
 
 log = logging.getLogger(__name__)
 
-END_STREAMS_WITHIN_S = 3
+END_WITHIN_S = 10
+"""Requests that are being answered at SIGTERM have so long; streams end at once."""
+
+MAX_HEAD_BYTES = 256 * 1024
+"""Above, the connection is cut; below, limits.py says what is too long."""
 
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM. Raises: InputError when the address cannot be listened on."""
     listening = bind(settings.api_host, settings.api_port)
-    config = uvicorn.Config(
-        create_app(settings),
-        log_level=settings.log_level.lower(),
-        access_log=False,
-        timeout_graceful_shutdown=END_STREAMS_WITHIN_S,
-        server_header=False,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
+    server = Server(_application(settings))
     log.info("api listens", extra={"event": "api_listens", "port": listening.getsockname()[1]})
-    uvicorn.Server(config).run(sockets=[listening])
+    server.run(sockets=[listening])
+
+
+def _application(settings: Settings) -> FastAPI:
+    try:
+        return create_app(settings)
+    except OSError as error:
+        raise InputError(
+            f"The store in {settings.store_root} cannot be written: {error.strerror}.",
+            code="not_writable",
+            field="store_url",
+            hint="set TUNEYARD_STORE_URL to a folder that this user may write",
+        ) from None
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -35,6 +51,7 @@ def bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(2048)  # REUSEADDR alone lets two sockets bind: the second fails here
     except OSError as error:
         listening.close()
         raise InputError(
@@ -44,3 +61,48 @@ def bind(host: str, port: int) -> socket.socket:
             hint="another process has it, or the address is not this machine's",
         ) from None
     return listening
+
+
+class Server(uvicorn.Server):
+    """uvicorn as we run it; it ends streams at the signal instead of waiting for them first."""
+
+    def __init__(self, app: FastAPI) -> None:
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            log_level="warning",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=END_WITHIN_S,
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        )
+        super().__init__(config)
+        self._streams: Streams = app.state.streams
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM or SIGINT."""
+        self._streams.end_all()
+        super().handle_exit(sig, frame)
+
+
+class Protocol(H11Protocol):
+    """HTTP whose answers to what is no request have our one shape of errors."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what cannot be read as a request; the head's size is the usual reason."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        problem = InputError(msg, code="bad_request")
+        status = 400
+        if len(self.conn.trailing_data[0]) >= MAX_HEAD_BYTES:
+            problem = HeadersTooLarge(hint=f"at most {MAX_HEAD_BYTES} bytes before the body")
+            status = HeadersTooLarge.http_status
+        answer = JSONResponse({"error": problem.as_dict()}, status)
+        headers = [*answer.raw_headers, (b"connection", b"close")]
+        event = h11.Response(status_code=status, headers=headers)
+        for part in (event, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(part) or b"")
+        self.transport.close()

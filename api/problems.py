@@ -10,49 +10,65 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 
-from tuneyard.specs.errors import Conflict, InputError, TuneyardError, Unavailable
+from tuneyard.specs.errors import (
+    Conflict,
+    InputError,
+    TuneyardError,
+    Unauthenticated,
+    Unavailable,
+)
 
 log = logging.getLogger(__name__)
 
-CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+ROUTING = {
+    404: ("not_found", "There is nothing at this address.", "/docs lists the addresses"),
+    405: ("method_not_allowed", "This address does not take that method.", None),
+}
 
 
 def answer(error: TuneyardError) -> JSONResponse:
     """An error of ours as a response."""
-    headers = {"Retry-After": "1"} if isinstance(error, Unavailable) else {}
+    headers = {}
+    if isinstance(error, Unavailable):
+        headers["Retry-After"] = "1"
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({"error": error.as_dict()}, error.http_status, headers)
 
 
+def internal(request_id: str) -> JSONResponse:
+    """A bug, as a client sees it; the log has the rest under the same id."""
+    problem = TuneyardError(
+        "Something went wrong on our side.",
+        code="internal",
+        hint=f"the server's log has it under {request_id}",
+    )
+    return answer(problem)
+
+
 def register(app: FastAPI) -> None:
-    """Translate errors at the edge, once."""
+    """Translate errors at the edge, once. What is not named here is a bug: see limits.py."""
 
     @app.exception_handler(TuneyardError)
-    def ours(_: Request, error: TuneyardError) -> JSONResponse:
+    async def ours(_: Request, error: TuneyardError) -> JSONResponse:
         return answer(error)
 
     @app.exception_handler(RequestValidationError)
-    def parameters(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def parameters(_: Request, error: RequestValidationError) -> JSONResponse:
         return answer(_parameter_problem(error.errors()[0]))
 
     @app.exception_handler(HTTPException)
-    def routes(_: Request, error: HTTPException) -> JSONResponse:
-        code = CODES.get(error.status_code, "bad_request")
-        problem = InputError(str(error.detail) + ".", code=code)
-        body = {"error": problem.as_dict()}
+    async def routes(_: Request, error: HTTPException) -> JSONResponse:
+        plain = ("bad_request", f"{error.detail}.", None)
+        code, message, hint = ROUTING.get(error.status_code, plain)
+        body = {"error": InputError(message, code=code, hint=hint).as_dict()}
         return JSONResponse(body, error.status_code, dict(error.headers or {}))
 
     @app.exception_handler(IntegrityError)
-    def constraints(_: Request, error: IntegrityError) -> JSONResponse:
-        log.warning("constraint refused", extra={"event": "constraint", "error": str(error.orig)})
-        return answer(Conflict("This was changed at the same moment by someone else; ask again."))
-
-    @app.exception_handler(Exception)
-    def bugs(request: Request, error: Exception) -> JSONResponse:
-        log.error("internal error", exc_info=error, extra={"event": "internal_error"})
-        problem = TuneyardError(
-            "Something went wrong on our side; the server's log has it.", code="internal"
-        )
-        return JSONResponse({"error": problem.as_dict()}, 500)
+    async def constraints(_: Request, error: IntegrityError) -> JSONResponse:
+        name = getattr(getattr(error.orig, "diag", None), "constraint_name", None)
+        log.warning("constraint refused", extra={"event": "constraint_refused", "name_": name})
+        return answer(Conflict("This was changed by someone else at the same moment; ask again."))
 
 
 def _parameter_problem(found: Mapping[str, Any]) -> InputError:

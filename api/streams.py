@@ -1,17 +1,22 @@
 """Streams: one LISTEN thread a process wakes the asyncio side; rows are read in a few threads.
 
-A stream reads what is new when it is woken, and every two seconds in case a wake-up was lost.
+A stream reads what is new when it is woken, and every two seconds in case a wake-up was lost. It
+holds one batch at a time: a reader that does not keep up slows its own stream, and is dropped
+when it takes nothing for a while.
 """
 
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from uuid import UUID
 
 from sqlalchemy import Connection
+from starlette.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
 
 from tuneyard.models import logs, reading
 from tuneyard.models.engine import Database
@@ -19,6 +24,7 @@ from tuneyard.models.events import JOB_CHANNEL
 from tuneyard.models.keys import Caller
 from tuneyard.specs.errors import Unavailable
 from tuneyard.specs.states import TERMINAL
+from tuneyard.specs.views import EventView, LiveView
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +33,10 @@ Answer = TypeVar("Answer")
 LOOK_EVERY_S = 2.0
 HEARTBEAT_EVERY_S = 15.0
 READERS = 4
+MAX_STREAMS = 500
 EVENTS_AT_ONCE = 500
+CHUNKS_AT_ONCE = 64
+SLOW_READER_S = 30.0
 
 
 class Streams:
@@ -45,12 +54,15 @@ class Streams:
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
 
-    def stop(self) -> None:
-        """End all streams."""
+    def end_all(self) -> None:
+        """End all streams, from a signal handler or another thread; no new ones begin."""
         self._stopping.set()
-        for events in self._waiting.values():
-            for event in events:
-                event.set()
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._set_all)
+
+    def stop(self) -> None:
+        """End all streams and the threads behind them."""
+        self.end_all()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _listen(self) -> None:
@@ -58,20 +70,27 @@ class Streams:
             try:
                 with self._db.listener() as connection:
                     connection.execute(f"LISTEN {JOB_CHANNEL}")
+                    # What happened while nobody listened is looked for at once.
+                    self._in_loop(self._set_all)
                     while not self._stopping.is_set():
                         for notice in connection.notifies(timeout=1.0, stop_after=1):
-                            self._wake(notice.payload)
+                            self._in_loop(self._set, notice.payload)
             except Exception as error:
                 log.debug("listener lost", extra={"event": "listener_lost", "error": str(error)})
                 self._stopping.wait(1.0)
 
-    def _wake(self, job: str) -> None:
+    def _in_loop(self, act: Callable[..., None], *arguments: str) -> None:
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._set, job)
+            self._loop.call_soon_threadsafe(act, *arguments)
 
     def _set(self, job: str) -> None:
         for event in self._waiting.get(job, ()):
             event.set()
+
+    def _set_all(self) -> None:
+        for events in self._waiting.values():
+            for event in events:
+                event.set()
 
     async def _read(self, caller: Caller, unit: Callable[[Connection], Answer]) -> Answer | None:
         """Read in a thread; None while the database is away."""
@@ -85,77 +104,140 @@ class Streams:
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, in_transaction)
 
-    async def _changes(self, job_id: UUID) -> AsyncIterator[None]:
-        """Once now, then whenever the job may have changed."""
+    async def _changes(self, job_id: UUID) -> AsyncIterator[asyncio.Event]:
+        """Once now, then whenever the job may have changed, or the event given was set."""
         woken = asyncio.Event()
         self._waiting.setdefault(job_id.hex, set()).add(woken)
         try:
             while not self._stopping.is_set():
-                yield
+                woken.clear()
+                yield woken
                 try:
                     await asyncio.wait_for(woken.wait(), LOOK_EVERY_S)
                 except TimeoutError:
                     pass
-                woken.clear()
         finally:
             self._waiting[job_id.hex].discard(woken)
             if not self._waiting[job_id.hex]:
                 del self._waiting[job_id.hex]
 
-    async def events(self, caller: Caller, job_id: UUID, after: int) -> AsyncIterator[bytes]:
-        """A job's timeline as server-sent events, with ``progress`` between its lines."""
-        last_live, idle_s = "", 0.0
-        async for _ in self._changes(job_id):
-            seen = after
-            found = await self._read(
-                caller,
-                lambda tx, seen=seen: (  # type: ignore[misc]
-                    reading.standing(tx, job_id),
-                    reading.list_events(tx, job_id, after=seen, limit=EVENTS_AT_ONCE),
-                    reading.live_view(tx, job_id),
-                ),
-            )
-            if found is None:
-                continue
-            standing, lines, live = found
-            text = live.model_dump_json()
-            if text != last_live and standing.state not in TERMINAL:
-                last_live, idle_s = text, 0.0
-                yield f"event: progress\ndata: {text}\n\n".encode()
-            for line in lines:
-                after, idle_s = line.seq, 0.0
-                data = line.model_dump_json()
-                yield f"id: {line.seq}\nevent: {line.type}\ndata: {data}\n\n".encode()
-            if standing.state in TERMINAL and after >= standing.last_seq:
-                return
-            idle_s += LOOK_EVERY_S
-            if idle_s > HEARTBEAT_EVERY_S:
-                idle_s = 0.0
-                yield b": still here\n\n"
+    def _admit(self) -> None:
+        if sum(map(len, self._waiting.values())) >= MAX_STREAMS:
+            raise Unavailable("Too many streams at once.", code="streams_busy")
 
-    async def log(self, caller: Caller, job_id: UUID, attempt: int | None) -> AsyncIterator[bytes]:
-        """A job's log as it grows, to the job's end."""
-        position = logs.LogPosition()
-        async for _ in self._changes(job_id):
-            before = position
-            found = await self._read(
-                caller,
-                lambda tx, before=before: (  # type: ignore[misc]
-                    reading.standing(tx, job_id),
-                    *_log_after(tx, job_id, attempt, before),
-                ),
-            )
+    def events(self, caller: Caller, job_id: UUID, after: int) -> AsyncIterator[bytes]:
+        """A job's timeline as server-sent events, with ``progress`` between its lines.
+
+        Raises: Unavailable, before the first byte.
+        """
+        self._admit()
+        return self._events(caller, job_id, after)
+
+    async def _events(self, caller: Caller, job_id: UUID, after: int) -> AsyncIterator[bytes]:
+        last_live, said_at = b"", time.monotonic()
+        async for woken in self._changes(job_id):
+            found = await self._read(caller, _news(job_id, after))
+            standing, lines, live = found or (None, [], None)
+            out = b"".join(map(_event, lines))
+            after = lines[-1].seq if lines else after
+            if standing and standing.state not in TERMINAL and live and _live(live) != last_live:
+                last_live = _live(live)
+                out += last_live
+            if not out and time.monotonic() - said_at > HEARTBEAT_EVERY_S:
+                out = b": still here\n\n"
+            if out:
+                said_at = time.monotonic()
+                yield out
+            if standing and standing.state in TERMINAL and after >= standing.last_seq:
+                return
+            if len(lines) == EVENTS_AT_ONCE:
+                woken.set()
+
+    def log(
+        self,
+        caller: Caller,
+        job_id: UUID,
+        attempt: int | None,
+        so_far: Iterator[bytes],
+        position: logs.LogPosition,
+    ) -> AsyncIterator[bytes]:
+        """A job's log: what there is, then what comes after ``position``, to the job's end.
+
+        Raises: Unavailable, before the first byte.
+        """
+        self._admit()
+        return self._log(caller, job_id, attempt, so_far, position)
+
+    async def _log(
+        self,
+        caller: Caller,
+        job_id: UUID,
+        attempt: int | None,
+        so_far: Iterator[bytes],
+        position: logs.LogPosition,
+    ) -> AsyncIterator[bytes]:
+        loop = asyncio.get_running_loop()
+        while piece := await loop.run_in_executor(self._readers, next, so_far, b""):
+            yield piece
+        async for woken in self._changes(job_id):
+            found = await self._read(caller, _log_after(job_id, attempt, position))
             if found is None:
                 continue
             standing, pieces, position = found
-            for piece in pieces:
-                yield piece
-            if standing.state in TERMINAL and not pieces:
+            if pieces:
+                yield b"".join(pieces)
+                woken.set()  # there may be more
+            elif standing.state in TERMINAL:
                 return
 
 
+def _news(
+    job_id: UUID, after: int
+) -> Callable[[Connection], tuple[reading.Standing, list[EventView], LiveView]]:
+    """Where the job stands is read first: what it says to be the last line is read after it."""
+    return lambda tx: (
+        reading.standing(tx, job_id),
+        reading.list_events(tx, job_id, after=after, limit=EVENTS_AT_ONCE),
+        reading.live_view(tx, job_id),
+    )
+
+
+def _event(line: EventView) -> bytes:
+    return f"id: {line.seq}\nevent: {line.type}\ndata: {line.model_dump_json()}\n\n".encode()
+
+
+def _live(view: LiveView) -> bytes:
+    return f"event: progress\ndata: {view.model_dump_json()}\n\n".encode()
+
+
 def _log_after(
-    tx: Connection, job_id: UUID, attempt: int | None, position: logs.LogPosition
-) -> tuple[list[bytes], logs.LogPosition]:
-    pieces, position = logs.lay_out(tx, job_id, attempt=attempt, after=position, limit=64)
-    return logs.read_pieces(tx, pieces), position
+    job_id: UUID, attempt: int | None, position: logs.LogPosition
+) -> Callable[[Connection], tuple[reading.Standing, list[bytes], logs.LogPosition]]:
+    """The state is read first: a job that had ended by then has no more log to come."""
+
+    def read(tx: Connection) -> tuple[reading.Standing, list[bytes], logs.LogPosition]:
+        standing = reading.standing(tx, job_id)
+        pieces, end = logs.lay_out(
+            tx, job_id, attempt=attempt, after=position, limit=CHUNKS_AT_ONCE
+        )
+        return standing, logs.read_pieces(tx, pieces), end
+
+    return read
+
+
+class Stream(StreamingResponse):
+    """A response without an end in sight; a reader who takes nothing for a while is dropped."""
+
+    def __init__(self, content: AsyncIterator[bytes], *, media_type: str) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(content, headers=headers, media_type=media_type)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_soon(message: Message) -> None:
+            async with asyncio.timeout(SLOW_READER_S):
+                await send(message)
+
+        try:
+            await super().__call__(scope, receive, send_soon)
+        except TimeoutError:
+            log.info("slow reader dropped", extra={"event": "slow_reader", "path": scope["path"]})

@@ -3,13 +3,12 @@
 import logging
 import threading
 import time
-from typing import Any
 
 import redis
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import text
 
-from tuneyard.api.access import Reader, TheYard, Yard
+from tuneyard.api.access import TheCaller, TheYard, Yard
 from tuneyard.models import catalogue
 from tuneyard.specs.errors import Unavailable
 from tuneyard.specs.views import (
@@ -24,45 +23,46 @@ from tuneyard.specs.views import (
 log = logging.getLogger(__name__)
 
 router = APIRouter()
+health = APIRouter(tags=["health"])
 
 BROKER_TIMEOUT_S = 0.5
 BROKER_KNOWN_S = 2.0
 
 
 @router.get("/api/v1/models", tags=["models"])
-def list_models(caller: Reader, yard: TheYard) -> ModelList:
+def list_models(caller: TheCaller, yard: TheYard) -> ModelList:
     """Base models, and the team's tuned ones."""
     with yard.begin(caller.team_id) as tx:
         return ModelList(data=catalogue.list_models(tx))
 
 
 @router.get("/api/v1/models/{name:path}", tags=["models"])
-def show_model(name: str, caller: Reader, yard: TheYard) -> ModelView:
+def show_model(name: str, caller: TheCaller, yard: TheYard) -> ModelView:
     """One model by its name or id."""
     with yard.begin(caller.team_id) as tx:
         return catalogue.show_model(tx, name)
 
 
 @router.get("/api/v1/nodes", tags=["nodes"])
-def list_nodes(caller: Reader, yard: TheYard) -> NodeList:
+def list_nodes(caller: TheCaller, yard: TheYard) -> NodeList:
     """Nodes with their devices, and what is free."""
     with yard.begin(caller.team_id) as tx:
         return NodeList(data=catalogue.list_nodes(tx, silence_s=yard.settings.lease_s))
 
 
 @router.get("/api/v1/me", tags=["access"])
-def me(caller: Reader) -> Any:
+def me(caller: TheCaller) -> MeView:
     """Whose key this is."""
     return MeView.model_validate({"team": caller.team, "role": caller.role, "key": caller.key})
 
 
-@router.get("/healthz", tags=["health"])
+@health.get("/healthz")
 async def healthz() -> HealthView:
     """This process lives."""
     return HealthView()
 
 
-@router.get("/readyz", tags=["health"])
+@health.get("/readyz")
 def readyz(yard: TheYard, request: Request, response: Response) -> ReadyView:
     """ready; degraded (no broker: jobs run all the same); or unavailable (503: no database)."""
     broker = "ok" if request.app.state.broker.reachable() else "unavailable"

@@ -49,8 +49,7 @@ def reconsider(tx: Connection, job_id: UUID) -> None:
     try:
         resolved = resolve(tx, spec_of(spec).references())
     except InputError as problem:
-        state = apply_event(tx, job_id, JobEvent.INPUT_FAILED, error=problem.as_dict())
-        settle_children(tx, job_id, state)
+        refuse(tx, job_id, problem)
         return
     if resolved.ready:
         inputs = dict(resolved.inputs)
@@ -58,11 +57,24 @@ def reconsider(tx: Connection, job_id: UUID) -> None:
         apply_event(tx, job_id, JobEvent.INPUTS_READY)
 
 
+def refuse(tx: Connection, job_id: UUID, problem: InputError) -> None:
+    """End a blocked job whose inputs can never serve it."""
+    if lock_job(tx, job_id).state is not JobState.BLOCKED:
+        return
+    state = apply_event(tx, job_id, JobEvent.INPUT_FAILED, error=problem.as_dict())
+    settle_children(tx, job_id, state)
+
+
 def reconsider_blocked(tx: Connection) -> None:
     """Look at every blocked job that this transaction may see."""
-    blocked = select(JobRow.id).where(JobRow.state == JobState.BLOCKED.value).order_by(JobRow.id)
-    for job_id in tx.execute(blocked).scalars().all():
+    for job_id, _ in blocked_jobs(tx):
         reconsider(tx, job_id)
+
+
+def blocked_jobs(tx: Connection) -> list[tuple[UUID, Mapping[str, Any]]]:
+    """Every blocked job that this transaction may see, with its spec's document."""
+    blocked = select(JobRow.id, JobRow.spec).where(JobRow.state == JobState.BLOCKED.value)
+    return [(row.id, row.spec) for row in tx.execute(blocked.order_by(JobRow.id))]
 
 
 def spec_of(document: Mapping[str, Any]) -> JobSpec:

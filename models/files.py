@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import Connection, Row, func, insert, select, text, update
 
 from tuneyard.models.events import SCHEDULER_CHANNEL, notify
-from tuneyard.models.tables import FileRow, JobRow
+from tuneyard.models.tables import FileRow
 from tuneyard.specs.errors import Conflict, NotFound
 from tuneyard.specs.ids import show_id
 from tuneyard.specs.views import FileView
@@ -165,11 +165,3 @@ def report_of(tx: Connection, file_id: UUID) -> Mapping[str, Any] | None:
         select(FileRow.report).where(FileRow.id == file_id, FileRow.state == "processed")
     ).scalar_one_or_none()
     return report
-
-
-def jobs_waiting_for_files(tx: Connection) -> list[UUID]:
-    """Blocked jobs that name a data set."""
-    waiting = select(JobRow.id).where(
-        JobRow.state == "blocked", JobRow.spec["dataset"].astext.is_not(None)
-    )
-    return list(tx.execute(waiting.order_by(JobRow.id)).scalars())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, delete, func, insert, select
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from tuneyard.models.attempts import ask_to_stop, nodes_of
@@ -86,15 +86,16 @@ def _take_key(tx: Connection, team_id: UUID, job_id: UUID, submission: Submissio
 
     Two at once: the second waits in the insert until the first has committed or rolled back.
     """
+    same_key = (IdempotencyKeyRow.team_id == team_id, IdempotencyKeyRow.key == submission.key)
+    expired = IdempotencyKeyRow.expires < func.clock_timestamp()
+    tx.execute(delete(IdempotencyKeyRow).where(*same_key, expired))
     row = upsert(IdempotencyKeyRow).values(
         team_id=team_id, key=submission.key, body_sha256=submission.body_sha256, job_id=job_id
     )
     if tx.execute(row.on_conflict_do_nothing().returning(IdempotencyKeyRow.key)).one_or_none():
         return None
     earlier = tx.execute(
-        select(IdempotencyKeyRow.job_id, IdempotencyKeyRow.body_sha256).where(
-            IdempotencyKeyRow.team_id == team_id, IdempotencyKeyRow.key == submission.key
-        )
+        select(IdempotencyKeyRow.job_id, IdempotencyKeyRow.body_sha256).where(*same_key)
     ).one()
     if earlier.body_sha256 != submission.body_sha256:
         raise Conflict(

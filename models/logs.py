@@ -73,26 +73,37 @@ def _said(line: str) -> Piece:
     return Piece(len(line), text=line.encode())
 
 
-def cut(pieces: Sequence[Piece], first: int, last: int) -> Iterator[tuple[Piece, int, int]]:
-    """The pieces that hold the bytes first..last, each with the part of it that is wanted."""
+@dataclass(frozen=True)
+class Part:
+    """The bytes begin..end of a piece."""
+
+    piece: Piece
+    begin: int
+    end: int
+
+
+def cut(pieces: Sequence[Piece], first: int, last: int) -> Iterator[Part]:
+    """What of each piece lies within the bytes first..last of all of them."""
     start = 0
     for piece in pieces:
         begin, end = max(first - start, 0), min(last + 1 - start, piece.length)
         if begin < end:
-            yield piece, begin, end
+            yield Part(piece, begin, end)
         start += piece.length
         if start > last:
             return
 
 
-def batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in groups of about a mebibyte, to be read in one transaction each."""
-    batch: list[Piece] = []
-    for piece in pieces:
-        batch.append(piece)
-        if sum(each.length for each in batch) >= BATCH_BYTES:
+def batches(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Parts in groups of about a mebibyte, to be read in one transaction each."""
+    batch: list[Part] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += part.piece.length
+        if size >= BATCH_BYTES:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 
@@ -105,15 +116,21 @@ DATA = text("""
 
 
 def read_pieces(tx: Connection, pieces: Sequence[Piece]) -> list[bytes]:
-    """The bytes of each piece; of a chunk that was let go meanwhile, as many zero bytes."""
+    """The bytes of each piece; of a chunk that was let go meanwhile, as many blanks."""
     stored = [piece for piece in pieces if piece.attempt_id is not None]
     values = {"attempts": [p.attempt_id for p in stored], "seqs": [p.seq for p in stored]}
     rows = tx.execute(DATA, values) if stored else ()
     data = {(row.attempt_id, row.seq): bytes(row.data) for row in rows}
     return [
-        piece.text or data.get((piece.attempt_id, piece.seq), bytes(piece.length))
+        piece.text or data.get((piece.attempt_id, piece.seq), b" " * piece.length)
         for piece in pieces
     ]
+
+
+def read_parts(tx: Connection, parts: Sequence[Part]) -> list[bytes]:
+    """The bytes of each part."""
+    data = read_pieces(tx, [part.piece for part in parts])
+    return [each[part.begin : part.end] for each, part in zip(data, parts, strict=True)]
 
 
 def last_lines(tx: Connection, pieces: Sequence[Piece], count: int) -> int:

@@ -80,6 +80,14 @@ class Store:
         """Where an upload stands."""
         return self.root / "files" / file_id.hex
 
+    def read_file(self, file_id: UUID, *, first: int, last: int) -> Iterator[bytes]:
+        """Bytes first..last of an upload, opened before it returns. Raises: NotFound."""
+        try:
+            file = self.file(file_id).open("rb")
+        except OSError:
+            raise NotFound("The bytes of this file are gone.", field="file") from None
+        return _pieces(file, first, last)
+
     def remove_file(self, file_id: UUID) -> None:
         """Remove an upload."""
         self.file(file_id).unlink(missing_ok=True)

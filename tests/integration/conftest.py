@@ -3,10 +3,12 @@
 import secrets
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
 import pytest
+from support.apis import Api, serve
 from support.databases import PASSWORD, TestDatabase, migration_settings, run_statement
 
 from tuneyard.local.postgres import RunningPostgres, start_postgres
@@ -39,9 +41,9 @@ def valkey() -> Iterator[RunningValkey]:
         server.stop()
 
 
-@pytest.fixture
-def db(postgres: RunningPostgres) -> Iterator[TestDatabase]:
-    """A fresh, migrated database."""
+@contextmanager
+def fresh_database(postgres: RunningPostgres) -> Iterator[TestDatabase]:
+    """A migrated database that is dropped afterwards."""
     name = f"test_{secrets.token_hex(6)}"
     run_statement(postgres.url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
     # Role settings belong to a database, and a clone does not inherit them; they are not needed.
@@ -57,6 +59,13 @@ def db(postgres: RunningPostgres) -> Iterator[TestDatabase]:
     for each in (database.owner, *roles.values()):
         each.close()
     run_statement(postgres.url, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def db(postgres: RunningPostgres) -> Iterator[TestDatabase]:
+    """A fresh, migrated database."""
+    with fresh_database(postgres) as database:
+        yield database
 
 
 @pytest.fixture
@@ -79,3 +88,20 @@ def a_node(db: TestDatabase) -> Callable[..., UUID]:
             return register_node(tx, name, boot_id="boot", capabilities={}, devices=devices)
 
     return make
+
+
+@pytest.fixture
+def api(db: TestDatabase, tmp_path: Path) -> Iterator[Api]:
+    """The API over a fresh database, on a port of its own."""
+    with serve(db, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared_api(
+    postgres: RunningPostgres, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Api]:
+    """One API for all tests of a module that ask and leave nothing."""
+    home = tmp_path_factory.mktemp("shared")
+    with fresh_database(postgres) as database, serve(database, home) as running:
+        yield running

