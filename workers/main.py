@@ -1,5 +1,6 @@
 """The worker's process: the supervisor first, then Celery in the main thread."""
 
+import ctypes
 import fcntl
 import logging
 import signal
@@ -23,12 +24,16 @@ log = logging.getLogger(__name__)
 
 RECONNECT_S = 1.0
 
+PR_SET_DUMPABLE = 4
+
 
 def run(settings: Settings) -> None:
     """Serve this node until SIGTERM. Raises: InputError when another worker serves this home."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
+    # Runners may have the worker's uid: they shall not read its environment and memory.
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     with _alone(settings.home):
         supervisor = _register(settings, stop)
         if supervisor is None:

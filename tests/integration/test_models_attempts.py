@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from uuid import UUID
+from uuid import UUID, uuid5
 
 import pytest
 from sqlalchemy.exc import IntegrityError
@@ -11,6 +11,12 @@ from support.databases import TestDatabase
 from support.invariants import broken_invariants
 
 from tuneyard.models import attempts, placements
+from tuneyard.models.artifacts import (
+    StoredFolder,
+    artifacts_to_sweep,
+    checkpoints_to_resume,
+    record_checkpoint,
+)
 from tuneyard.models.attempts import AttemptRef, End
 from tuneyard.models.events import apply_event
 from tuneyard.models.jobs import Submission, cancel_job, submit_job
@@ -265,6 +271,40 @@ def test_a_job_that_ran_too_long_is_asked_to_stop_and_fails(yard: Yard) -> None:
         assert attempts.assignments(tx, yard.node)[0].stop_reason is StopReason.MAX_RUNTIME
     yard.finish(ref, RunnerEnd(code=75))
     assert yard.state(job) == "failed"
+
+
+def a_checkpoint(ref: AttemptRef, step: int, eval_loss: float | None = None) -> StoredFolder:
+    entry = {"path": "state.json", "size": 1, "sha256": "0" * 64}
+    manifest = {"files": [entry], "eval_loss": eval_loss}
+    return StoredFolder(uuid5(ref.id, str(step)), "checkpoint", manifest, "0" * 64, 1, step)
+
+
+def test_the_newest_two_checkpoints_and_the_best_are_kept(yard: Yard) -> None:
+    ref = yard.start(yard.submit())
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None}
+    for step, loss in losses.items():
+        with yard.db.worker.begin() as tx:
+            record_checkpoint(tx, ref, a_checkpoint(ref, step, loss))
+    kept = yard.db.rows("SELECT step FROM artifacts WHERE pruned_at IS NULL ORDER BY step")
+    assert [row.step for row in kept] == [2, 4, 5]
+    with yard.db.worker.begin() as tx:
+        assert [c.step for c in checkpoints_to_resume(tx, ref.job_id)] == [5, 4, 2]
+        assert len(artifacts_to_sweep(tx)) == 0  # the attempt is staging: it may be reading them
+
+
+def test_a_checkpoint_that_is_recorded_twice_is_one(yard: Yard) -> None:
+    ref = yard.start(yard.submit())
+    for _ in range(2):
+        with yard.db.worker.begin() as tx:
+            record_checkpoint(tx, ref, a_checkpoint(ref, 1))
+    assert len(yard.db.rows("SELECT 1 FROM events WHERE type = 'checkpoint'")) == 1
+
+
+def test_a_checkpoint_of_an_attempt_that_is_over_is_refused(yard: Yard) -> None:
+    ref = yard.start(yard.submit())
+    yard.finish(ref, RunnerEnd(code=75))
+    with pytest.raises(StaleToken), yard.db.worker.begin() as tx:
+        record_checkpoint(tx, ref, a_checkpoint(ref, 1))
 
 
 def test_two_cancels_and_a_finish_at_once_end_in_one_terminal_state(yard: Yard) -> None:
