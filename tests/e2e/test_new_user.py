@@ -39,7 +39,7 @@ def test_a_yaml_is_submitted_watched_and_listed(
         (("show", "job_xyz"), 2, "job_xyz"),
         (("show", "job_" + "0" * 32), 3, "no such job"),
         (("cancel", "job_" + "0" * 32), 3, "no such job"),
-        (("models", "show", "nothing"), 3, "nothing"),
+        (("models", "show", "nothing"), 3, "no such model"),
         (("infer", "nothing", "--prompts", "nowhere.txt"), 2, "nowhere.txt"),
         (("lst",), 2, "lst"),
         (("list", "--limit", "0"), 2, "limit"),
