@@ -75,7 +75,7 @@ def status(home: HomeOption = None, json: Json = False) -> None:
         return
     say(f"{found['phase']}  {found['home']}")
     for name in ("url", "flower_url"):
-        if found[name]:
+        if found[name] and found["phase"] != "stopped":
             say(f"  {found[name]}")
     rows = [
         (c["name"], c["pid"], _state(c), duration(c["uptime_s"]), c["restarts"])

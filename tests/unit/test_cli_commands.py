@@ -412,6 +412,16 @@ def test_a_watch_without_a_terminal_prints_a_line_per_change(
     ]
 
 
+def test_a_running_job_is_not_said_to_run_before_it_is_staged(
+    tuneyard: Command, api: RecordedApi
+) -> None:
+    staging = {"state": "running", "phase": "staging"}
+    stream = events(moved(1, "started", "running"), staging, moved(2, "failed", "failed"))
+    api.on("GET", f"/jobs/{JOB}/events", stream)
+    api.on("GET", f"/jobs/{JOB}", a_job(JOB, state="failed"))
+    assert tuneyard("watch", JOB).out == "staging\n"
+
+
 def test_progress_says_step_loss_speed_memory_and_time_left() -> None:
     from tuneyard.cli.watching import describe
 
