@@ -27,10 +27,11 @@ MAX_HEAD_BYTES = 256 * 1024
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM. Raises: InputError when the address cannot be listened on."""
-    listening = bind(settings.api_host, settings.api_port)
-    server = Server(_application(settings))
-    log.info("api listens", extra={"event": "api_listens", "port": listening.getsockname()[1]})
-    server.run(sockets=[listening])
+    with bind(settings.api_host, settings.api_port) as listening:
+        server = Server(_application(settings))
+        port = listening.getsockname()[1]
+        log.info("api listens", extra={"event": "api_listens", "port": port})
+        server.run(sockets=[listening])
 
 
 def _application(settings: Settings) -> FastAPI:

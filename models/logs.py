@@ -137,6 +137,8 @@ def last_lines(tx: Connection, pieces: Sequence[Piece], count: int) -> int:
     """Where the last ``count`` lines begin, in bytes from the start of the pieces."""
     left = count + 1  # the newline that ends the line before
     end = sum(piece.length for piece in pieces)
+    if count == 0:
+        return end
     at_the_end = True
     for piece in reversed(pieces):
         (data,) = read_pieces(tx, [piece])

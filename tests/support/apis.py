@@ -68,7 +68,7 @@ class Api:
             " VALUES (:id, :name, 'here', '1', :digest, 1, '{}')",
             id=base,
             name=name,
-            digest=HEX,
+            digest=base.hex * 2,
         )
         return base
 
