@@ -53,7 +53,9 @@ def reconsider(tx: Connection, job_id: UUID) -> None:
         return
     if resolved.ready:
         inputs = dict(resolved.inputs)
-        tx.execute(update(JobRow).where(JobRow.id == job_id).values(inputs=inputs))
+        tx.execute(
+            update(JobRow).where(JobRow.id == job_id).values(inputs=inputs, wait_reason=None)
+        )
         apply_event(tx, job_id, JobEvent.INPUTS_READY)
 
 

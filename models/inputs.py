@@ -35,6 +35,13 @@ class Resolved:
         """Whether nothing is waited for."""
         return not self.parents and not self.files
 
+    @property
+    def wait_reason(self) -> str | None:
+        """What is waited for, in a sentence for the job's owner; None when all is there."""
+        awaited = [f"{show_id('job', job)} ({output})" for job, output in self.parents]
+        awaited += [f"the check of {show_id('file', file)}" for file in self.files]
+        return f"waits for {', '.join(dict.fromkeys(awaited))}" if awaited else None
+
 
 def resolve(tx: Connection, references: Sequence[Reference]) -> Resolved:
     """Look up all references of a spec. Raises: InputError that names the field and the mend."""

@@ -68,6 +68,7 @@ def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> tuple[U
             priority=spec.priority,
             demand=_demand(tx, spec),
             inputs=dict(resolved.inputs) if resolved.ready else None,
+            wait_reason=resolved.wait_reason,
             retry_of=submission.retry_of,
         )
     )

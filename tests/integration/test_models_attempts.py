@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import UUID, uuid5
 
 import pytest
@@ -15,6 +15,7 @@ from tuneyard.models.artifacts import (
     StoredFolder,
     artifacts_to_sweep,
     checkpoints_to_resume,
+    publish_base_model,
     record_checkpoint,
 )
 from tuneyard.models.attempts import AttemptRef, End
@@ -25,6 +26,7 @@ from tuneyard.models.placements import Placed, QueuedJob
 from tuneyard.scheduler.placing import place
 from tuneyard.specs.errors import Conflict, IllegalEvent, StaleToken
 from tuneyard.specs.exits import Cause, Outcome, RunnerEnd, StopReason, Verdict, judge
+from tuneyard.specs.ids import show_id
 from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.states import JobEvent, JobState
 
@@ -271,6 +273,51 @@ def test_a_job_that_ran_too_long_is_asked_to_stop_and_fails(yard: Yard) -> None:
         assert attempts.assignments(tx, yard.node)[0].stop_reason is StopReason.MAX_RUNTIME
     yard.finish(ref, RunnerEnd(code=75))
     assert yard.state(job) == "failed"
+
+
+def asking(yard: Yard, parent: UUID) -> UUID:
+    """An inference job that waits for a download."""
+    reference = {"from": show_id("job", parent)}
+    spec, _ = read_spec({"kind": "inference", "model": reference, "prompts": ["Hello"]})
+    with yard.db.api.begin(team=yard.team) as tx:
+        job, _ = submit_job(tx, yard.team, Submission(spec))
+    return job
+
+
+def test_a_job_waits_for_its_parent_says_so_and_is_freed_by_its_success(yard: Yard) -> None:
+    parent = yard.submit()
+    child = asking(yard, parent)
+    reason = yard.db.rows("SELECT wait_reason FROM jobs WHERE id = :id", id=child)[0][0]
+    assert (yard.state(child), reason) == (
+        "blocked",
+        f"waits for {show_id('job', parent)} (base_model)",
+    )
+    ref = yard.start(parent)
+    with yard.db.worker.begin() as tx:
+        folder = replace(a_checkpoint(ref, 0), kind="base_model")
+        attempts.finish_attempt(
+            tx,
+            ref,
+            End(judge(RunnerEnd(code=0), None)),
+            record=lambda tx: publish_base_model(tx, "base", folder),
+        )
+    row = yard.db.rows("SELECT state, inputs, wait_reason FROM jobs WHERE id = :id", id=child)[0]
+    assert (row.state, row.wait_reason) == ("queued", None)
+    assert row.inputs == {"model": {"base_model": str(folder.id)}}
+
+
+@pytest.mark.parametrize(("end", "state"), [(RunnerEnd(code=64), "failed"), (None, "cancelled")])
+def test_a_parents_failure_or_cancel_ends_its_children(
+    yard: Yard, end: RunnerEnd | None, state: str
+) -> None:
+    parent = yard.submit()
+    child = asking(yard, parent)
+    if end is not None:
+        yard.finish(yard.start(parent), end)
+    else:
+        with yard.db.api.begin(team=yard.team) as tx:
+            cancel_job(tx, parent)
+    assert yard.state(child) == state
 
 
 def a_checkpoint(ref: AttemptRef, step: int, eval_loss: float | None = None) -> StoredFolder:
