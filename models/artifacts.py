@@ -11,6 +11,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from tuneyard.models.attempts import AttemptRef, check_token
 from tuneyard.models.events import lock_job, record_event
 from tuneyard.models.tables import ArtifactRow, AttemptRow, BaseModelRow, JobRow, ModelRow
+from tuneyard.specs.fields import model_name_of
 from tuneyard.specs.ids import new_id, show_id
 
 KEPT_CHECKPOINTS = 2
@@ -120,10 +121,11 @@ def publish_outputs(tx: Connection, ref: AttemptRef, folders: list[StoredFolder]
 
 def _insert_model(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> None:
     job = tx.execute(select(JobRow.name, JobRow.inputs).where(JobRow.id == ref.job_id)).one()
+    wanted = model_name_of(job.name) or "tuned"
     taken = tx.execute(
-        select(ModelRow.id).where(ModelRow.team_id == ref.team_id, ModelRow.name == job.name)
+        select(ModelRow.id).where(ModelRow.team_id == ref.team_id, ModelRow.name == wanted)
     ).one_or_none()
-    name = job.name if taken is None else f"{job.name}-{ref.job_id.hex[-12:]}"
+    name = wanted if taken is None else f"{wanted}-{ref.job_id.hex[-12:]}"
     tx.execute(
         insert(ModelRow).values(
             id=new_id(),

@@ -2,54 +2,135 @@
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
-_BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+from tuneyard.specs.ids import is_id
+
 MAX_NAME = 200
+MAX_TEXT = 65_536
+
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:/-]{0,199}", re.ASCII)
+_DIRECTIONS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+_MARKS = frozenset("\u061c\u200e\u200f\u2028\u2029")
+_PATH = re.compile(r"[/~.\\]|node:|file:|[A-Za-z]:[\\/]")
+_PATHS = (
+    "a path in a YAML file is on the client's disk, and `tuneyard submit` uploads what it names; "
+    "over HTTP upload the file first and name its id"
+)
+
+
+def refusal(code: str, text: str, hint: str | None = None) -> PydanticCustomError:
+    """What a validator raises: ``code`` is the error's code on the wire."""
+    context = {"text": text, "hint": hint}
+    return PydanticCustomError(code, "{text}", context)
+
+
+def check_text(text: str) -> str:
+    """Refuse what no name may hold: control and direction characters."""
+    for character in text:
+        bidirectional = unicodedata.bidirectional(character)
+        if (
+            unicodedata.category(character) == "Cc"
+            or bidirectional in _DIRECTIONS
+            or character in _MARKS
+        ):
+            shown = f"U+{ord(character):04X}"
+            raise refusal("bad_character", f"holds {shown}", "remove control characters")
+    return text
+
+
+def check_model_name(name: str) -> str:
+    """Refuse what could be a path, an option or a command."""
+    if not _MODEL_NAME.fullmatch(name) or ".." in name or "//" in name:
+        hint = (
+            f"letters, digits and . _ : / - up to {MAX_NAME}; a folder of weights has no name yet"
+        )
+        raise refusal("bad_model_name", "is no name of a model", hint)
+    return name
+
+
+def check_adapter_name(name: str) -> str:
+    """As a model's name; a path is told apart."""
+    if _PATH.match(name):
+        raise refusal("path_not_allowed", "is a path", "name a tuned model or {from: a job}")
+    return check_model_name(name)
+
+
+def check_file_name(name: str) -> str:
+    """Refuse paths: over HTTP they would be the server's, which is never what was meant."""
+    if _PATH.match(name) or "/" in name or "\\" in name:
+        raise refusal("path_not_allowed", "is a path", _PATHS)
+    if "," in name:
+        raise refusal("not_supported_yet", "names several files", "join them into one")
+    return check_text(name)
+
+
+def model_name_of(name: str) -> str:
+    """What a job's name becomes as the name of its model, so that a spec can say it.
+
+    >>> model_name_of("support tone #2"), model_name_of("客服")
+    ('support-tone-2', '')
+    """
+    plain = re.sub(r"[^\w.:/-]+", "-", name, flags=re.ASCII)
+    plain = re.sub(r"([./-])\1+", r"\1", plain)
+    return re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9]+$", "", plain)[:180]
+
+
+def _check_output(name: str) -> str:
+    job, _, output = name.partition(".")
+    if not is_id("job", job) or (output and not re.fullmatch("[a-z_]{1,40}", output)):
+        raise refusal("bad_id", "is no job", 'for example {"from": "job_…"} or "job_….adapter"')
+    return name
 
 
 class Source(BaseModel):
     """Another job's output as an input: {"from": "job_…"} or {"from": "job_….adapter"}."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    from_: str = Field(alias="from", min_length=1, max_length=200)
+    from_: Annotated[str, AfterValidator(_check_output)] = Field(alias="from")
 
 
-def check_text(text: str) -> str:
-    """Refuse what no name may hold: control and direction characters."""
-    for character in text:
-        if unicodedata.category(character) == "Cc" or unicodedata.bidirectional(character) in _BIDI:
-            raise ValueError("control and direction characters are not allowed")
-    return text
+def _form(value: Any) -> str:
+    return "<source>" if isinstance(value, Mapping | Source) else "<name>"
 
 
-def check_model_name(name: str) -> str:
-    """Refuse what could be a path or an option."""
-    if not _MODEL_NAME.fullmatch(name) or ".." in name or "//" in name:
-        raise ValueError("letters, digits and . _ : / - are allowed, no path")
-    return name
+def _form_of_texts(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
 
 
-def check_reference(name: str) -> str:
-    """Refuse paths: over HTTP they would be the server's, which is never what was meant."""
-    if name.startswith(("/", "./", "../", "~", "node:", "file:")) or "\\" in name or ".." in name:
-        raise ValueError(
-            "a path is not allowed here: `tuneyard submit` uploads files of a YAML's folder; "
-            "over HTTP upload the file first and name its id"
-        )
-    return check_text(name)
+_Given = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+_FromJob = Annotated[Source, Tag("<source>")]
 
-
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(check_text)]
+Name = Annotated[_Given, AfterValidator(check_text)]
 ModelName = Annotated[str, Field(min_length=1), AfterValidator(check_model_name)]
-Ref = (
-    Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(check_reference)]
-    | Source
-)
-"""An id, a name, or {"from": job}."""
+ModelRef = Annotated[
+    Annotated[_Given, AfterValidator(check_model_name), Tag("<name>")] | _FromJob,
+    Discriminator(_form),
+]
+"""A model: an id, a name, or {"from": job}."""
+AdapterRef = Annotated[
+    Annotated[_Given, AfterValidator(check_adapter_name), Tag("<name>")] | _FromJob,
+    Discriminator(_form),
+]
+"""An adapter: an id, the name of a tuned model, or {"from": job}."""
+FileRef = Annotated[
+    Annotated[_Given, AfterValidator(check_file_name), Tag("<name>")] | _FromJob,
+    Discriminator(_form),
+]
+"""An upload: its id, its name, or {"from": job}."""
+
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Word = Annotated[str, Field(min_length=1, max_length=1000)]
+Words = Annotated[
+    Annotated[Word, Tag("<text>")]
+    | Annotated[list[Word], Field(min_length=1, max_length=1000), Tag("<list>")],
+    Discriminator(_form_of_texts),
+]
+"""A text, or a list of texts."""
 
 
 class Reference(BaseModel):
@@ -89,11 +170,11 @@ class Spec(BaseModel):
     )
     gpus: int = Field(1, ge=1, le=64, description="GPUs of one node.")
     max_runtime_s: int | None = Field(
-        None, ge=1, description="Seconds that all attempts together may run."
+        None, ge=1, le=10**9, description="Seconds that all attempts together may run."
     )
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = (
-        Field(default_factory=dict, max_length=16, description="Anything of yours.")
-    )
+    metadata: dict[
+        Annotated[str, Field(min_length=1, max_length=64)], Annotated[str, Field(max_length=512)]
+    ] = Field(default_factory=dict, max_length=16, description="Anything of yours.")
     from_scratch: bool = Field(False, description="A retry does not go on from a checkpoint.")
 
     def document(self) -> dict[str, Any]:

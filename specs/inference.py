@@ -2,32 +2,68 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from tuneyard.specs.fields import Ref, Spec
+from tuneyard.specs.conversations import check_prompt
+from tuneyard.specs.errors import InputError
+from tuneyard.specs.fields import AdapterRef, FileRef, ModelRef, Spec, Text, Words, refusal
 
-Messages = Annotated[dict[str, Any], Field(examples=[{"messages": [{"role": "user"}]}])]
+MAX_PROMPTS = 10_000
+
+
+def _checked(prompt: Any) -> Any:
+    try:
+        check_prompt(prompt)
+    except InputError as error:
+        text = f"is no prompt: {error.message[:1].lower()}{error.message[1:].rstrip('.')}"
+        raise refusal(error.code, text, error.hint) from None
+    return prompt
+
+
+def _form_of_prompt(value: Any) -> str:
+    return "<object>" if isinstance(value, dict) else "<text>"
+
+
+def _form_of_prompts(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else "<file>"
+
+
+Prompt = Annotated[
+    Annotated[str, AfterValidator(_checked), Tag("<text>")]
+    | Annotated[dict[str, Any], AfterValidator(_checked), Tag("<object>")],
+    Discriminator(_form_of_prompt),
+]
+Prompts = Annotated[
+    Annotated[FileRef, Tag("<file>")]
+    | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS), Tag("<list>")],
+    Discriminator(_form_of_prompts),
+]
 
 
 class InferenceSpec(Spec):
     """Answer prompts by a base model, or by a base and an adapter."""
 
     kind: Literal["inference"] = "inference"
-    model: Ref = Field(description="A base or a tuned model: an id, a name, or {from: a job}.")
-    adapter: Ref | None = Field(None, description="An adapter over that base.")
-    prompts: Ref | Annotated[list[str | Messages], Field(min_length=1, max_length=10_000)] = Field(
+    model: ModelRef = Field(description="A base or a tuned model: an id, a name, or {from: a job}.")
+    adapter: AdapterRef | None = Field(None, description="An adapter over that base.")
+    prompts: Prompts = Field(
         description="A file of prompts, or a list of texts or {messages: […]}."
     )
-    system: str | None = Field(None, description="System text where a prompt has none.")
+    system: Text | None = Field(None, description="System text where a prompt has none.")
+    template: Text | None = Field(
+        None, description="Chat template; unset: the one that trained, or the tokenizer's own."
+    )
     max_new_tokens: int | None = Field(
         None, ge=1, le=1_048_576, description="Tokens of an answer at most; unset: the model's end."
     )
     temperature: float | None = Field(None, ge=0, le=100, description="0: the likeliest token.")
     top_p: float | None = Field(None, gt=0, le=1, description="Nucleus that is drawn from.")
-    top_k: int | None = Field(None, ge=0, description="Likeliest tokens that are drawn from.")
+    top_k: int | None = Field(
+        None, ge=0, le=10**6, description="Likeliest tokens that are drawn from; 0: all."
+    )
     repetition_penalty: float | None = Field(None, gt=0, le=100, description="Above 1: fewer.")
     do_sample: bool | None = Field(None, description="False: the likeliest token.")
-    stop: str | list[str] | None = Field(None, description="Texts that end an answer.")
+    stop: Words | None = Field(None, description="Texts that end an answer.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="What is drawn follows from it.")
     batch_size: int = Field(8, ge=1, le=4096, description="Prompts at a time.")
 

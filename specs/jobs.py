@@ -1,6 +1,5 @@
 """From a document as people write it to a checked job spec, with every problem named at once."""
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -8,14 +7,30 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tuneyard.specs.clashes import clashes_of
 from tuneyard.specs.download import DownloadSpec
-from tuneyard.specs.errors import InputError, SpecRejected
-from tuneyard.specs.fields import Reference, Spec
+from tuneyard.specs.errors import Forbidden, InputError, SpecRejected
+from tuneyard.specs.fields import WHAT, Reference, Spec
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
-from tuneyard.specs.llamafactory import NOT_YET, SAME_AS, WITHOUT_EFFECT
+from tuneyard.specs.llamafactory import (
+    ALSO_DEFAULT,
+    GENERATING,
+    INSTEAD,
+    LATER,
+    MEANT,
+    NOT_YET,
+    ON_CPU,
+    PATHS,
+    SAME_AS,
+    SECRETS,
+    TUNING,
+    WITHOUT_EFFECT,
+)
+from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
+from tuneyard.specs.wording import FieldRow, field_rows, leaves
 
-__all__ = ["JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
+__all__ = ["TEXT_FIELDS", "JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
 
 JobSpec = FinetuneSpec | InferenceSpec | DownloadSpec
 
@@ -28,12 +43,18 @@ KINDS: dict[str, type[Spec]] = {
 READ_ONLY = frozenset(
     """
     id state team team_id token node created_at finished_at attempts progress wait_reason system
-    retry_of pipeline_id inputs error
+    retry_of pipeline_id inputs error notes demand allowed_actions
     """.split()  # noqa: SIM905 - reads best as text
 )
 """What an answer shows and a submission may not say."""
 
-YES, NO = ("yes", "on", "true", "y"), ("no", "off", "false", "n")
+MAX_PROBLEMS = 100
+
+_FLAGS = {
+    "yes": True, "on": True, "true": True, "y": True,
+    "no": False, "off": False, "false": False, "n": False,
+}  # fmt: skip
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class Note(BaseModel):
@@ -47,17 +68,29 @@ class Note(BaseModel):
 def read_spec(document: Mapping[str, Any]) -> tuple[JobSpec, list[Note]]:
     """Check a document. Raises: SpecRejected with all problems, each with its field and mend."""
     kind = _kind(document)
-    model = KINDS[kind]
-    values, notes, problems = _normalise(document, model)
+    reading = _Reading(KINDS[kind])
+    for written, value in document.items():
+        if written != "kind":
+            reading.take(str(written), value)
+    reading.settle()
     try:
-        spec = model.model_validate({**values, "kind": kind})
+        spec = reading.model.model_validate({**reading.values, "kind": kind})
     except ValidationError as error:
-        problems += list(_problems(error, model))
-        raise SpecRejected(problems) from None
-    problems += _clashes(spec)
+        refused = {each.field for each in reading.problems}
+        more = [each for each in problems_of(error, reading.model) if each.field not in refused]
+        raise _rejected(reading.problems + more) from None
+    problems = reading.problems + clashes_of(spec)
     if problems:
-        raise SpecRejected(problems)
-    return spec, notes  # type: ignore[return-value]  # KINDS holds exactly JobSpec's members
+        raise _rejected(problems)
+    return spec, reading.notes + _notes_on(spec)  # type: ignore[return-value]  # one of KINDS
+
+
+def _rejected(problems: list[InputError]) -> SpecRejected:
+    error = SpecRejected(problems[:MAX_PROBLEMS])
+    error.http_status = min(each.http_status for each in problems)
+    if any(each.http_status != error.http_status for each in problems):
+        error.http_status = SpecRejected.http_status
+    return error
 
 
 def _kind(document: Mapping[str, Any]) -> str:
@@ -66,87 +99,167 @@ def _kind(document: Mapping[str, Any]) -> str:
     kind = document.get("kind")
     if kind is None and {"stage", "do_train", "model_name_or_path", "dataset"} & set(document):
         return "finetune"
+    choices = f"one of {', '.join(KINDS)}"
     if kind is None:
-        raise SpecRejected([_missing("kind", f"one of {', '.join(KINDS)}")])
+        raise SpecRejected([problem("missing_field", "kind is missing.", "kind", choices)])
+    if not isinstance(kind, str):
+        raise SpecRejected([problem("wrong_type", "kind must be a text.", "kind", choices)])
     if kind not in KINDS:
-        near = difflib.get_close_matches(str(kind), KINDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(KINDS)}"
-        message = f"There is no kind {str(kind)[:60]!r}."
-        raise SpecRejected([InputError(message, code="bad_choice", field="kind", hint=hint)])
-    return str(kind)
+        near = nearest(kind, KINDS)
+        hint = f"did you mean {near}?" if near else choices
+        message = f"There is no kind {shown(kind)}."
+        raise SpecRejected([problem("bad_choice", message, "kind", hint)])
+    return kind
 
 
-def _normalise(
-    document: Mapping[str, Any], model: type[Spec]
-) -> tuple[dict[str, Any], list[Note], list[InputError]]:
-    """Our names for other names, unset for null, and what to say about the rest."""
-    values: dict[str, Any] = {}
-    notes: list[Note] = []
-    problems: list[InputError] = []
-    for written, value in document.items():
+class _Reading:
+    """A document on its way to a spec: our names for other names, unset for null, and the rest."""
+
+    def __init__(self, model: type[Spec]) -> None:
+        self.model = model
+        self.values: dict[str, Any] = {}
+        self.notes: list[Note] = []
+        self.problems: list[InputError] = []
+        self._written: dict[str, str] = {}
+        self._unknown = 0
+
+    def take(self, written: str, value: Any) -> None:
+        """Put one name of the document where it belongs."""
         name = SAME_AS.get(written, written)
         if name in READ_ONLY:
             hint = "leave it out: the server sets it"
-            problems.append(_problem("read_only_field", f"{written} cannot be set.", written, hint))
-        elif name in model.model_fields:
-            if name in values:
-                message = f"{written} and {name} mean the same."
-                problems.append(_problem("conflicting_fields", message, written, "give one"))
-            if value is not None:
-                values[name] = _lenient(value, model, name)
+            self._refuse("read_only_field", f"{written} cannot be set.", written, hint)
+        elif name in self.model.model_fields:
+            self._set(name, written, value)
+        elif written in ON_CPU:
+            self._on_cpu(written, value)
         elif written in WITHOUT_EFFECT:
-            notes.append(Note(field=written, message=f"{written} changes nothing here"))
+            self._note(written, f"{written} has no effect: {WITHOUT_EFFECT[written]}")
         elif written in NOT_YET:
-            problems += _not_yet(written, value)
+            self._take_later(written, value)
         else:
-            problems.append(_unknown(written, model))
-    problems += _odd_characters(values)
-    return values, notes, problems
+            self._take_other(name, written, value)
 
+    def settle(self) -> None:
+        """What only the whole document tells."""
+        if self.model is DownloadSpec and "name" in self.values:
+            self.values.setdefault("model_name", self.values["name"])
+        ratio, steps = self.values.get("warmup_ratio"), self.values.get("warmup_steps")
+        if ratio and steps and not isinstance(ratio, str):
+            del self.values["warmup_ratio"]
+            self._note("warmup_ratio", "warmup_ratio has no effect beside warmup_steps")
 
-def _lenient(value: Any, model: type[Spec], name: str) -> Any:
-    """YAML's habits: yes and no for a flag; a number in the words of a number."""
-    if isinstance(value, str) and model.model_fields[name].annotation is bool:
-        lowered = value.lower()
-        return True if lowered in YES else False if lowered in NO else value
-    return value
+    def _set(self, name: str, written: str, value: Any) -> None:
+        if name in self._written:
+            message = f"{self._written[name]} and {written} mean the same."
+            self._refuse("conflicting_fields", message, written, "give one of them")
+            return
+        self._written[name] = written
+        if written == "evaluation_strategy":
+            self._note(written, "evaluation_strategy is called eval_strategy now")
+        if isinstance(value, str) and value in LATER.get(name, ()):
+            self._not_yet(name, written, value)
+            return
+        if value is not None and not self._odd(name, value):
+            self.values[name] = _understood(value, self.model, name)
 
+    def _on_cpu(self, written: str, value: Any) -> None:
+        if _flag(value) is True:
+            self.values.setdefault("device", "cpu")
+            self._note(written, f"{written} is understood as device: cpu")
 
-def _not_yet(name: str, value: Any) -> list[InputError]:
-    default = NOT_YET[name]
-    if value is None or value is False or (default is not ... and value == default):
-        return []
-    message = f"{name} = {str(value)[:60]} is not supported yet."
-    return [_problem("not_supported_yet", message, name, "leave it out")]
+    def _take_later(self, written: str, value: Any) -> None:
+        if is_default(written, value):
+            return
+        if written == "trust_remote_code":
+            message, hint = "Code of a model's own is not run here.", "leave it out"
+            refused = Forbidden(message, code="remote_code_forbidden", field=written, hint=hint)
+            self.problems.append(refused)
+        elif written in PATHS and isinstance(value, str) and re.search(r"[/\\~]", value):
+            message = f"{written} names a path, which is the server's disk over HTTP."
+            self._refuse("path_not_allowed", message, written, INSTEAD.get(written))
+        else:
+            self._not_yet(written, written, value)
 
+    def _take_other(self, name: str, written: str, value: Any) -> None:
+        tuning = self.model is FinetuneSpec
+        if name == "adapter" and tuning:
+            if value is not None:
+                self._not_yet("adapter", written, value)
+        elif name in GENERATING and tuning:
+            self._note(written, f"{written} has no effect: only an inference job generates")
+        elif name in TUNING and self.model is InferenceSpec:
+            self._note(written, f"{written} has no effect: an inference job trains nothing")
+        else:
+            self._refuse_unknown(name, written)
 
-def _unknown(written: object, model: type[Spec]) -> InputError:
-    text = str(written)
-    known = [*model.model_fields, *SAME_AS, *NOT_YET, *WITHOUT_EFFECT]
-    simple = re.sub(r"[^a-z0-9]+", "_", text.lower())
-    near = difflib.get_close_matches(simple, model.model_fields, n=1, cutoff=0.6)
-    near = near or difflib.get_close_matches(simple, known, n=1, cutoff=0.6)
-    hint = (
-        f"did you mean {near[0]}?"
-        if near
-        else f"docs/reference lists the fields of {model.__name__}"
-    )
-    return _problem("unknown_field", f"There is no field {text[:80]!r}.", text[:80], hint)
+    def _refuse_unknown(self, name: str, written: str) -> None:
+        self._unknown += 1
+        field = written[:80].encode("utf-8", "replace").decode()
+        elsewhere = [kind for kind, model in KINDS.items() if name in model.model_fields]
+        meant = MEANT.get(written.lower())
+        if meant in self.model.model_fields:
+            hint = f"did you mean {meant}?"
+        elif elsewhere:
+            hint = f"kind {' and '.join(elsewhere)} has it: remove it, or is kind wrong?"
+        else:
+            hint = self._nearest(written)
+        self._refuse("unknown_field", f"There is no field {field!r} here.", field, hint)
 
+    def _nearest(self, written: str) -> str:
+        known = [*self.model.model_fields, *SAME_AS, *NOT_YET, *WITHOUT_EFFECT]
+        near = nearest(written, known) if self._unknown <= HINTED else None
+        return f"did you mean {near}?" if near else "docs/reference lists the fields of each kind"
 
-def _odd_characters(values: Mapping[str, Any]) -> list[InputError]:
-    """NUL and lone surrogates, which the database cannot hold, and numbers that are none."""
-    found = []
-    for name, value in values.items():
+    def _odd(self, name: str, value: Any) -> bool:
+        """NUL and lone surrogates, which the database cannot hold, and numbers that are none."""
         for leaf in _leaves(value):
-            if isinstance(leaf, str) and re.search("[\x00\ud800-\udfff]", leaf):
+            if isinstance(leaf, str) and _UNSTORABLE.search(leaf):
                 message = f"{name} holds a character that cannot be stored."
-                found.append(_problem("bad_character", message, name, "remove NUL and surrogates"))
-                break
+                self._refuse("bad_character", message, name, "remove NUL and surrogates")
+                return True
             if isinstance(leaf, float) and not math.isfinite(leaf):
-                found.append(_problem("not_finite", f"{name} is not a number.", name, None))
-                break
-    return found
+                self._refuse("not_finite", f"{name} is not a finite number.", name, None)
+                return True
+        return False
+
+    def _not_yet(self, name: str, written: str, value: Any) -> None:
+        said = written if written in SECRETS else f"{written} = {shown(value)}"
+        hint = INSTEAD.get(name, "leave it out")
+        hint = f"use {hint}" if name in LATER else hint
+        self._refuse("not_supported_yet", f"{said} is not supported yet.", written, hint)
+
+    def _refuse(self, code: str, message: str, field: str, hint: str | None) -> None:
+        self.problems.append(problem(code, message, field, hint))
+
+    def _note(self, field: str, message: str) -> None:
+        self.notes.append(Note(field=field, message=message))
+
+
+def is_default(name: str, value: Any) -> bool:
+    """Whether a value of NOT_YET asks for nothing that is not done anyway."""
+    default = NOT_YET[name]
+    if value is None:
+        return True
+    if isinstance(default, bool):
+        return _flag(value) is default
+    if default is None or default == "":
+        text = value.strip().lower() if isinstance(value, str) else value
+        return text in (False, 0, "", "none", "null", "no", "off", "false") or text in ([], {})
+    if isinstance(default, str):
+        return value in (default, *ALSO_DEFAULT.get(name, ()))
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == default
+
+
+def _flag(value: Any) -> Any:
+    """YAML's words for true and false; anything else as it is."""
+    return _FLAGS.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _understood(value: Any, model: type[Spec], name: str) -> Any:
+    """YAML's habits: yes and no where a flag is wanted."""
+    wanted = list(leaves(model.model_fields[name].annotation))
+    return _flag(value) if wanted == [bool] else value
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -161,95 +274,33 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _problems(error: ValidationError, model: type[Spec]) -> Iterator[InputError]:
-    """pydantic's findings in our words; of a union's several only the first."""
-    seen = set()
-    for found in error.errors(include_url=False):
-        name = str(found["loc"][0]) if found["loc"] else "kind"
-        if name in seen:
-            continue
-        seen.add(name)
-        yield _translate(name, found, model)
-
-
-def _translate(name: str, found: Any, model: type[Spec]) -> InputError:
-    kind, context = found["type"], found.get("ctx", {})
-    described = model.model_fields[name].description if name in model.model_fields else ""
-    shown = repr(found.get("input"))[:60]
-    if kind == "missing":
-        return _missing(name, described or "")
-    if kind == "value_error":
-        text = str(context.get("error", found["msg"]))
-        code = {"model_name": "bad_model_name"}.get(name, "bad_value")
-        if "path" in text and name != "model_name":
-            code = "path_not_allowed"
-        if "control" in text:
-            code = "bad_character"
-        return _problem(code, f"{name} = {shown}: {text}.", name, described)
-    if kind == "literal_error":
-        message = f"{name} = {shown} is no choice: {context.get('expected')}."
-        return _problem("bad_choice", message, name, described)
-    if kind.startswith(("greater_than", "less_than", "too_", "string_too", "finite")):
-        message = f"{name} = {shown} is out of range: {found['msg'].lower()}."
-        return _problem("out_of_range", message, name, described)
-    message = f"{name} = {shown} is of the wrong type: {found['msg'].lower()}."
-    return _problem("wrong_type", message, name, described)
-
-
-def _clashes(spec: Spec) -> list[InputError]:
-    """Combinations that cannot work, as LLaMA-Factory would refuse them at its start."""
+def _notes_on(spec: Spec) -> list[Note]:
+    """What is allowed and probably not meant."""
     if not isinstance(spec, FinetuneSpec):
         return []
-    rules = [
-        (spec.val_size > 0 and spec.eval_dataset is not None, "val_size", "eval_dataset"),
-        (spec.train_on_prompt and spec.mask_history, "train_on_prompt", "mask_history"),
-        (spec.bf16 and spec.fp16, "bf16", "fp16"),
-        (spec.pure_bf16 and spec.fp16, "pure_bf16", "fp16"),
-        (spec.warmup_ratio > 0 and spec.warmup_steps > 0, "warmup_ratio", "warmup_steps"),
-        (
-            spec.gradient_checkpointing and spec.disable_gradient_checkpointing,
-            "gradient_checkpointing",
-            "disable_gradient_checkpointing",
-        ),
-    ]
-    found = [
-        _problem("conflicting_fields", f"{a} and {b} exclude each other.", a, "give one of them")
-        for clash, a, b in rules
-        if clash
-    ]
-    if spec.max_steps == 0:
-        found.append(
-            _problem(
-                "nothing_to_do", "max_steps = 0 trains nothing.", "max_steps", "-1 counts epochs"
-            )
-        )
-    if spec.eval_strategy != "no" and not spec.val_size and spec.eval_dataset is None:
-        hint = "set val_size or eval_dataset"
-        found.append(
-            _problem(
-                "conflicting_fields", "There is nothing to evaluate on.", "eval_strategy", hint
-            )
-        )
+    found = []
+    if "save_steps" in spec.model_fields_set and 0 < spec.max_steps < spec.save_steps:
+        message = f"save_steps = {spec.save_steps:g} is never reached in {spec.max_steps} steps"
+        found.append(Note(field="save_steps", message=message))
+    if (spec.val_size or spec.eval_dataset) and spec.eval_strategy == "no":
+        message = "rows are held out, and eval_strategy: no never looks at them"
+        found.append(Note(field="eval_strategy", message=message))
     return found
 
 
-def _missing(name: str, described: str) -> InputError:
-    return _problem("missing_field", f"{name} is missing.", name, described or None)
+def _takes_text(model: type[Spec], name: str) -> bool:
+    return not {int, float, bool} & set(leaves(model.model_fields[name].annotation))
 
 
-def _problem(code: str, message: str, field: str, hint: str | None) -> InputError:
-    return InputError(message, code=code, field=field, hint=hint)
+TEXT_FIELDS = frozenset(
+    name
+    for model in KINDS.values()
+    for name in model.model_fields
+    if _takes_text(model, name) and name not in ("layers_to_transform", "lr_scheduler_kwargs")
+) | {other for other, ours in SAME_AS.items() if ours in WHAT}
+"""Fields whose plain YAML scalars are texts, whatever they look like."""
 
 
-def describe_fields() -> list[tuple[str, str, str, str]]:
-    """(kind, field, default, sentence) of every field, for the reference page."""
-    rows = []
-    for kind, model in KINDS.items():
-        for name, field in model.model_fields.items():
-            default = (
-                "required"
-                if field.is_required()
-                else repr(field.get_default(call_default_factory=True))
-            )
-            rows.append((kind, name, default, field.description or ""))
-    return rows
+def describe_fields() -> list[FieldRow]:
+    """Every field of every kind, for the reference page."""
+    return [row for kind, model in KINDS.items() for row in field_rows(kind, model)]

@@ -4,6 +4,7 @@ Users bring YAML files that hold many names of which few change a result. Names 
 LLaMA-Factory 0.9.5 and transformers 5.23; what is ours to honour stands in specs/finetune.py.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 SAME_AS = {
@@ -17,33 +18,133 @@ SAME_AS = {
 }
 """Another name -> ours."""
 
-WITHOUT_EFFECT = frozenset(
-    """
-    average_tokens_across_devices batch_eval_metrics cache_dir data_shared_file_system
-    dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
-    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
-    dataset_dir ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
-    ddp_find_unused_parameters ddp_static_graph ddp_timeout disable_tqdm do_eval do_train
-    eval_accumulation_steps eval_do_concat_batches eval_on_start eval_use_gather_object
-    flash_attn fp16_opt_level full_determinism group_by_length hf_hub_token hub_always_push
-    hub_private_repo hub_strategy ignore_data_skip ignore_pad_token_for_loss
-    include_effective_tokens_per_second include_for_metrics include_num_input_tokens_seen
-    include_tokens_per_second infer_backend infer_dtype label_names local_rank log_level
-    log_level_replica log_on_each_node logging_dir logging_first_step logging_nan_inf_filter
-    logging_strategy low_cpu_mem_usage master_addr master_port media_dir ms_hub_token
-    no_cuda offload_folder om_hub_token output_dir overwrite_cache
-    overwrite_output_dir plot_loss prediction_loss_only preprocessing_batch_size
-    preprocessing_num_workers print_param_status project ray_init_kwargs ray_num_workers
-    remove_unused_columns report_to run_name save_on_each_node save_only_model
-    save_safetensors skip_memory_metrics tf32 tokenized_path torch_empty_cache_steps
-    trackio_space_id upcast_layernorm use_cache use_cpu use_fast_tokenizer use_kv_cache
-    use_reentrant_gc
-    """.split()  # noqa: SIM905 - a list of this length reads best as text
-)
-"""Names that change nothing here: a note says so, and the job runs."""
+_REASONS = {
+    "results, logs and checkpoints have their place here; `tuneyard show` tells where": """
+        data_shared_file_system logging_dir media_dir offload_folder output_dir
+        overwrite_output_dir save_on_each_node save_only_model cache_dir dataset_dir
+    """,
+    "rows are read the same whatever this says": """
+        dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
+        dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
+        low_cpu_mem_usage overwrite_cache preprocessing_batch_size preprocessing_num_workers
+        remove_unused_columns ignore_data_skip
+    """,
+    "progress, metrics and logs are always recorded": """
+        disable_tqdm include_effective_tokens_per_second include_for_metrics
+        include_num_input_tokens_seen include_tokens_per_second log_level log_level_replica
+        log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy plot_loss
+        print_param_status project report_to run_name skip_memory_metrics trackio_space_id
+    """,
+    "the scheduler and the worker see to it": """
+        ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
+        ddp_static_graph ddp_timeout local_rank master_addr master_port ray_init_kwargs
+        ray_num_workers
+    """,
+    "the held-out rows are evaluated as eval_strategy says, and once before the first step": """
+        batch_eval_metrics do_eval eval_accumulation_steps eval_do_concat_batches eval_on_start
+        eval_use_gather_object prediction_loss_only
+    """,
+    "nothing is pushed to a hub": "hub_always_push hub_private_repo hub_strategy",
+    "a spec holds no secrets, so it was not kept": "hf_hub_token ms_hub_token om_hub_token",
+    "the way of computing is chosen here": """
+        flash_attn fp16_opt_level full_determinism tf32 torch_empty_cache_steps use_cache
+        use_kv_cache use_reentrant_gc
+    """,
+    "files are safetensors anyway": "save_safetensors",
+    "rows come in random order, not by length": "group_by_length",
+    "it was the test of LLaMA-Factory's old evaluation": """
+        task task_dir lang n_shot save_dir download_mode
+    """,
+}
 
-NOT_YET: dict[str, Any] = {
+WITHOUT_EFFECT: Mapping[str, str] = {
+    name: reason for reason, names in _REASONS.items() for name in names.split()
+}
+"""Name that changes nothing here -> why; a note says so, and the job runs."""
+
+GENERATING = frozenset(
+    {"do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "repetition_penalty"}
+)
+"""Fields of an inference job that a training file may carry without effect."""
+
+TUNING = frozenset({"stage", "finetuning_type", "cutoff_len"})
+"""Fields of a fine-tune that a file for inference may carry without effect."""
+
+ON_CPU = frozenset({"use_cpu", "no_cuda"})
+"""Flags that mean ``device: cpu``."""
+
+SECRETS = frozenset({"hub_token", "swanlab_api_key", "swanlab_lark_secret"})
+"""Never shown again, not even in the refusal."""
+
+PATHS = frozenset({"resume_from_checkpoint", "tokenized_path", "adapter_folder"})
+"""What takes a path there, and cannot here."""
+
+ALSO_DEFAULT: Mapping[str, tuple[str, ...]] = {
+    "optim": ("adamw_torch_fused",),
+    "infer_backend": ("hf",),
+}
+"""Values that give the same result as the default."""
+
+LATER: Mapping[str, tuple[str, ...]] = {
+    "stage": ("pt", "rm", "ppo", "dpo", "kto"),
+    "finetuning_type": ("full", "freeze", "oft"),
+    "lr_scheduler_type": (
+        "reduce_lr_on_plateau",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ),
+}
+"""Field -> values that LLaMA-Factory knows and this version does not."""
+
+INSTEAD: Mapping[str, str] = {
+    "adapter": "name its base as model; going on from an adapter comes later",
+    "compute_accuracy": "use eval_strategy with val_size; eval_loss is measured",
+    "create_new_adapter": "leave it out: every fine-tune begins with a new adapter",
+    "deepspeed": "leave it out; gradient_checkpointing: true saves memory on one GPU",
+    "do_predict": "submit a job of kind inference",
+    "do_train": "submit a job of kind inference",
+    "early_stopping_steps": "use eval_strategy, and take the checkpoint that was best",
+    "enable_liger_kernel": "leave it out: it saves memory and changes nothing else",
+    "finetuning_type": "lora",
+    "fsdp": "leave it out; gradient_checkpointing: true saves memory on one GPU",
+    "infer_backend": "huggingface",
+    "load_best_model_at_end": "leave it out: the best checkpoint is kept beside the last two",
+    "lr_scheduler_type": "cosine, or cosine_with_min_lr",
     "optim": "adamw_torch",
+    "packing": "leave it out: rows are learned one by one",
+    "predict_with_generate": "submit a job of kind inference with the adapter",
+    "quantization_bit": "bf16: true halves the memory of fp32",
+    "resume_from_checkpoint": "`tuneyard retry JOB` goes on from its newest checkpoint",
+    "stage": "sft",
+    "streaming": "leave it out; max_samples bounds what is read",
+    "tokenized_path": "name the rows as dataset: they are tokenised when the job runs",
+    "train_from_scratch": "leave it out: an adapter learns over the base",
+    "use_unsloth": "leave it out",
+}
+"""What to use in the place of something that is not there yet."""
+
+MEANT: Mapping[str, str] = {
+    "alpha": "lora_alpha",
+    "base_model": "model",
+    "batch_size": "per_device_train_batch_size",
+    "dropout": "lora_dropout",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "max_seq_len": "cutoff_len",
+    "max_seq_length": "cutoff_len",
+    "n_epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "per_device_batch_size": "per_device_train_batch_size",
+    "r": "lora_rank",
+    "rank": "lora_rank",
+    "steps": "max_steps",
+    "system_prompt": "system",
+    "target_modules": "lora_target",
+    "train_file": "dataset",
+}
+"""What other programs call a field, where likeness would not find it."""
+
+NOT_YET: Mapping[str, Any] = {
     "accelerator_config": None,
     "account_for_embedding_in_pipeline_split": None,
     "account_for_loss_in_pipeline_split": None,
@@ -65,6 +166,7 @@ NOT_YET: dict[str, Any] = {
     "asft_alpha": 0.1,
     "audio_sampling_rate": 16000,
     "auto_find_batch_size": False,
+    "average_tokens_across_devices": True,
     "badam_mask_mode": "adjacent",
     "badam_mode": "layer",
     "badam_start_block": None,
@@ -72,7 +174,6 @@ NOT_YET: dict[str, Any] = {
     "badam_switch_mode": "ascending",
     "badam_update_ratio": 0.05,
     "badam_verbose": 0,
-    "batch_size": 4,
     "bf16_full_eval": False,
     "bias_activation_fusion": None,
     "buffer_size": 16384,
@@ -87,8 +188,8 @@ NOT_YET: dict[str, Any] = {
     "debug": "",
     "deepspeed": None,
     "do_predict": False,
+    "do_train": True,
     "double_quantization": True,
-    "download_mode": ...,
     "dpo_label_smoothing": 0.0,
     "eaft_alpha": 1.0,
     "early_stopping_steps": None,
@@ -139,9 +240,12 @@ NOT_YET: dict[str, Any] = {
     "hub_token": None,
     "hyper_parallel_args": None,
     "hyper_parallel_cp_size": 1,
+    "ignore_pad_token_for_loss": True,
     "image_do_pan_and_scan": False,
-    "image_max_pixels": ...,
-    "image_min_pixels": ...,
+    "image_max_pixels": 589824,
+    "image_min_pixels": 1024,
+    "infer_backend": "huggingface",
+    "infer_dtype": "auto",
     "init_special_tokens": "noise_init",
     "interleave_probs": None,
     "kt_cpu_activation": None,
@@ -153,8 +257,8 @@ NOT_YET: dict[str, Any] = {
     "kt_weight_path": None,
     "kto_chosen_weight": 1.0,
     "kto_rejected_weight": 1.0,
+    "label_names": None,
     "label_smoothing_factor": 0.0,
-    "lang": "en",
     "ld_alpha": None,
     "length_column_name": "length",
     "length_penalty": 1.0,
@@ -174,13 +278,13 @@ NOT_YET: dict[str, Any] = {
     "moe_aux_loss_coef": None,
     "moe_grouped_gemm": None,
     "moe_token_dispatcher_type": None,
-    "n_shot": 5,
     "neat_packing": False,
     "new_special_tokens_config": None,
     "num_beams": 1,
     "oft_block_size": 32,
     "oft_rank": 0,
     "oft_target": "all",
+    "optim": "adamw_torch",
     "optim_args": None,
     "optim_target_modules": None,
     "overlap_grad_reduce": True,
@@ -214,7 +318,7 @@ NOT_YET: dict[str, Any] = {
     "push_to_hub": False,
     "quantization_bit": None,
     "quantization_device_map": None,
-    "quantization_method": ...,
+    "quantization_method": "bnb",
     "quantization_type": "nf4",
     "recompute_granularity": None,
     "recompute_method": None,
@@ -230,7 +334,6 @@ NOT_YET: dict[str, Any] = {
     "reward_model_quantization_bit": None,
     "reward_model_type": "lora",
     "rope_scaling": None,
-    "save_dir": None,
     "sequence_parallel": False,
     "sglang_config": None,
     "sglang_lora_backend": "triton",
@@ -251,9 +354,8 @@ NOT_YET: dict[str, Any] = {
     "swanlab_project": "llamafactory",
     "swanlab_run_name": None,
     "swanlab_workspace": None,
-    "task": ...,
-    "task_dir": "evaluation",
     "tensor_model_parallel_size": 1,
+    "tokenized_path": None,
     "tool_format": None,
     "torch_compile": False,
     "torch_compile_backend": None,
@@ -263,6 +365,7 @@ NOT_YET: dict[str, Any] = {
     "train_from_scratch": False,
     "train_sampling_strategy": "random",
     "trust_remote_code": False,
+    "upcast_layernorm": False,
     "upcast_lmhead_output": False,
     "use_adam_mini": False,
     "use_apollo": False,
@@ -272,6 +375,7 @@ NOT_YET: dict[str, Any] = {
     "use_dft_loss": False,
     "use_distributed_optimizer": True,
     "use_eaft_loss": False,
+    "use_fast_tokenizer": True,
     "use_galore": False,
     "use_hyper_parallel": False,
     "use_kt": False,
@@ -286,9 +390,9 @@ NOT_YET: dict[str, Any] = {
     "use_unsloth_gc": False,
     "use_v1_kernels": False,
     "video_fps": 2.0,
-    "video_max_pixels": ...,
+    "video_max_pixels": 65536,
     "video_maxlen": 128,
-    "video_min_pixels": ...,
+    "video_min_pixels": 256,
     "virtual_pipeline_model_parallel_size": None,
     "vllm_config": None,
     "vllm_enforce_eager": False,
@@ -297,4 +401,4 @@ NOT_YET: dict[str, Any] = {
     "vllm_maxlen": 4096,
 }
 """Names that would change the result and cannot be honoured yet -> their default, at which they are
-accepted. ``...``: the default is computed; only an unset value is accepted."""
+accepted."""

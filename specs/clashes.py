@@ -1,0 +1,65 @@
+"""Combinations of a fine-tune's fields that cannot work, as LLaMA-Factory refuses them at start."""
+
+from collections.abc import Iterator
+
+from tuneyard.specs.errors import InputError
+from tuneyard.specs.fields import Spec
+from tuneyard.specs.finetune import SCHEDULE_OPTIONS, FinetuneSpec
+from tuneyard.specs.problems import nearest, problem
+
+
+def clashes_of(spec: Spec) -> list[InputError]:
+    """All that exclude each other in a spec whose fields are right by themselves."""
+    found = []
+    if spec.device == "cpu" and spec.gpus > 1:
+        found.append(_exclude("gpus", "device"))
+    if isinstance(spec, FinetuneSpec):
+        found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
+        if spec.max_steps == 0:
+            message, hint = "max_steps = 0 trains nothing.", "-1 counts epochs"
+            found.append(problem("nothing_to_do", message, "max_steps", hint))
+    return found
+
+
+def _pairs(spec: FinetuneSpec) -> Iterator[InputError]:
+    rules = [
+        (spec.val_size > 0 and spec.eval_dataset is not None, "val_size", "eval_dataset"),
+        (spec.train_on_prompt and spec.mask_history, "train_on_prompt", "mask_history"),
+        (spec.bf16 and spec.fp16, "bf16", "fp16"),
+        (spec.pure_bf16 and spec.fp16, "pure_bf16", "fp16"),
+        (
+            spec.gradient_checkpointing and spec.disable_gradient_checkpointing,
+            "gradient_checkpointing",
+            "disable_gradient_checkpointing",
+        ),
+    ]
+    yield from (_exclude(a, b) for clash, a, b in rules if clash)
+
+
+def _evaluation(spec: FinetuneSpec) -> Iterator[InputError]:
+    if spec.eval_strategy != "no" and not spec.val_size and spec.eval_dataset is None:
+        message, hint = "There is nothing to evaluate on.", "set val_size or eval_dataset"
+        yield problem("conflicting_fields", message, "eval_strategy", hint)
+
+
+def _schedule(spec: FinetuneSpec) -> Iterator[InputError]:
+    """Options that the schedule knows; it would fail on the GPU otherwise."""
+    name, options = spec.lr_scheduler_type, spec.lr_scheduler_kwargs or {}
+    allowed = SCHEDULE_OPTIONS.get(name, frozenset())
+    for option in options:
+        if option not in allowed:
+            near = nearest(option, sorted(allowed))
+            hint = f"did you mean {near}?" if near else f"one of: {', '.join(sorted(allowed))}"
+            message = f"The schedule {name} has no option {option[:60]!r}."
+            field = f"lr_scheduler_kwargs.{option[:60]}"
+            yield problem("unknown_field", message, field, hint if allowed else "leave it out")
+    if name == "cosine_with_min_lr" and not options.keys() & {"min_lr", "min_lr_rate"}:
+        message, hint = f"{name} needs min_lr or min_lr_rate.", "for example {min_lr_rate: 0.1}"
+        yield problem("missing_field", message, "lr_scheduler_kwargs", hint)
+    if name == "polynomial" and options.get("lr_end", 0) >= spec.learning_rate:
+        message = f"lr_end = {options['lr_end']:g} is not below learning_rate."
+        yield problem("out_of_range", message, "lr_scheduler_kwargs.lr_end", None)
+
+
+def _exclude(a: str, b: str) -> InputError:
+    return problem("conflicting_fields", f"{a} and {b} exclude each other.", a, "give one of them")
