@@ -1,12 +1,12 @@
 """Checking a file in a child process that can neither fill the memory nor run for ever."""
 
 import json
-import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tuneyard.checks.report import empty_report
 
 TIMEOUT_S = 600.0
 MEMORY_BYTES = 1024**3
@@ -20,8 +20,12 @@ def check_file(
     timeout_s: float = TIMEOUT_S,
     memory_bytes: int = MEMORY_BYTES,
 ) -> dict[str, Any]:
-    """The report on a file; a child that crashed or took too long is a report as well."""
+    """The report on a file; a child that crashed or took too long is a report as well.
+
+    The child limits itself before it opens the file: preexec_fn is not safe beside threads.
+    """
     command = [python, "-P", "-m", "tuneyard.checks", str(path), "--purpose", purpose]
+    command += ["--memory-bytes", str(memory_bytes), "--cpu-s", str(int(timeout_s) + 1)]
     try:
         done = subprocess.run(
             command,
@@ -30,7 +34,6 @@ def check_file(
             capture_output=True,
             timeout=timeout_s,
             check=False,
-            preexec_fn=_limits(memory_bytes, int(timeout_s) + 1),
         )
         report: dict[str, Any] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
@@ -40,17 +43,13 @@ def check_file(
     return report
 
 
-def _limits(memory_bytes: int, cpu_s: int) -> Callable[[], None]:
-    def set_limits() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-    return set_limits
-
-
 def _failed(message: str) -> dict[str, Any]:
-    problem = {"code": "check_failed", "message": f"The file could not be checked: {message}."}
-    empty = {"field": None, "line": None, "column": None, "hint": "split it, or look at its rows"}
-    return {"ok": False, "problems": [problem | empty], "problem_count": 1, "rows": 0}
+    problem = {
+        "code": "check_failed",
+        "message": f"The file could not be checked: {message}.",
+        "field": None,
+        "line": None,
+        "hint": "split it, or look at its rows",
+        "column": None,
+    }
+    return empty_report() | {"problems": [problem], "problem_count": 1}

@@ -4,142 +4,151 @@ import json
 import os
 import re
 import stat
-import struct
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tuneyard.checks.safetensors import product, read_header
 from tuneyard.specs.errors import InputError
 
-MAX_HEADER_BYTES = 100 * 1024**2
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1,
-    "U16": 2, "U32": 4, "U64": 8, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
+MAX_JSON_BYTES = 32 * 1024**2
+MAX_LAYERS = 10_000
+MAX_FILES = 10_000
 
-_LINEAR = re.compile(r"\.layers\.\d+\..*?([a-z0-9_]+)\.weight$")
+_LAYER = re.compile(r"\.(?:layers|h|blocks|block|layer)\.\d+\..*?(\w+)\.weight$")
+_PICKLES = tuple(bytes((0x80, version)) for version in range(2, 6))
+_OF_TORCH = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".pkl")
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
-    """linear_modules, max_position_embeddings, layers, has_chat_template, parameters.
+    """linear_modules, modules, layers, max_position_embeddings, has_chat_template, parameters.
 
-    Raises: InputError remote_code_forbidden, unsafe_format, bad_safetensors, not_a_regular_file.
+    Raises: InputError remote_code_forbidden, unsafe_format, bad_safetensors, not_a_regular_file,
+    missing_config, bad_config, too_large.
     """
+    files = list(_regular_files(folder))
     config = _read_json(folder / "config.json")
-    refuse_code(config)
+    refuse_code(config, "config.json")
     tensors: dict[str, Mapping[str, Any]] = {}
-    for path in sorted(folder.iterdir()):
-        _check_regular(path)
-        if path.suffix == ".safetensors":
+    for path in files:
+        if path.suffix == ".safetensors" and path.parent == folder:
             tensors |= read_header(path)
-    linear = {m.group(1) for name, t in tensors.items() if len(t["shape"]) == 2
-              and (m := _LINEAR.search(name))}  # fmt: skip
+    _check_index(folder, tensors)
     return {
-        "linear_modules": sorted(linear),
-        "layers": int(config.get("num_hidden_layers") or 0),
-        "max_position_embeddings": config.get("max_position_embeddings"),
+        "linear_modules": sorted(_linear_modules(tensors)),
+        "modules": sorted(_modules(tensors)),
+        "layers": _number(config, "num_hidden_layers", most=MAX_LAYERS) or 0,
+        "max_position_embeddings": _number(config, "max_position_embeddings"),
         "has_chat_template": _has_template(folder),
-        "parameters": sum(_count(t["shape"]) for t in tensors.values()),
+        "parameters": sum(product(tensor["shape"]) for tensor in tensors.values()),
     }
 
 
-def refuse_code(config: Any) -> None:
-    """Refuse a configuration that would run code of its own, however deep it stands."""
-    if isinstance(config, Mapping):
-        for name, value in config.items():
-            if name == "auto_map" or (name.startswith("_") and "implementation" in name):
-                message = f"config.json asks for code of its own ({name})."
-                raise InputError(message, code="remote_code_forbidden", field=name)
-            refuse_code(value)
-    elif isinstance(config, list):
-        for value in config:
-            refuse_code(value)
+def _regular_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, links and other things refused, nothing followed."""
+    pending, seen = [folder], 0
+    while pending:
+        for entry in sorted(os.scandir(pending.pop()), key=lambda each: each.name):
+            seen += 1
+            if seen > MAX_FILES:
+                raise InputError("The folder holds too many files.", code="too_large")
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(Path(entry.path))
+                continue
+            if not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+                message = f"{entry.name} is not a regular file."
+                raise InputError(message, code="not_a_regular_file", hint="copy the file itself")
+            _refuse_pickle(Path(entry.path))
+            yield Path(entry.path)
 
 
-def read_header(path: Path) -> dict[str, Mapping[str, Any]]:
-    """Name -> {dtype, shape, data_offsets} of a safetensors file, every claim checked.
-
-    Source: the format's description at huggingface/safetensors, docs/source/index.mdx.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
-            raise _bad(path, "its header's length is impossible")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_once)
-        except (ValueError, RecursionError) as error:
-            raise _bad(path, f"its header is no JSON: {error}") from None
-    header.pop("__metadata__", None)
-    _check_layout(path, header, size - 8 - length)
-    return dict(header)
-
-
-def _check_layout(path: Path, header: Mapping[str, Any], data_bytes: int) -> None:
-    spans = []
-    for name, tensor in header.items():
-        try:
-            width = DTYPE_BYTES[tensor["dtype"]]
-            begin, end = tensor["data_offsets"]
-            expected = width * _count(tensor["shape"])
-        except (KeyError, TypeError, ValueError):
-            raise _bad(path, f"tensor {name[:80]!r} is not described as one") from None
-        if end - begin != expected or begin < 0 or end > data_bytes:
-            raise _bad(path, f"tensor {name[:80]!r} does not lie within the file")
-        spans.append((begin, end, name))
-    spans.sort()
-    for (_, end, _), (begin, _, name) in pairwise(spans):
-        if begin < end:
-            raise _bad(path, f"tensor {name[:80]!r} overlaps another")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name is given twice")
-    return found
-
-
-def _count(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        if not isinstance(size, int) or size < 0:
-            raise ValueError("a size is no number")
-        total *= size
-    return total
-
-
-def _bad(path: Path, reason: str) -> InputError:
-    return InputError(f"{path.name} cannot be used: {reason}.", code="bad_safetensors")
-
-
-def _check_regular(path: Path) -> None:
-    if not stat.S_ISREG(os.lstat(path).st_mode):
-        message = f"{path.name} is not a regular file."
-        raise InputError(message, code="not_a_regular_file")
+def _refuse_pickle(path: Path) -> None:
+    """By content, not by name: a zip under a name of weights is what torch.save writes."""
     with path.open("rb") as file:
         head = file.read(4)
-    pickled = head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
-    zipped = head == b"PK\x03\x04" and path.suffix in (".bin", ".pt", ".pth", ".safetensors")
-    if pickled or zipped:
+    zipped = head == b"PK\x03\x04" and path.suffix in _OF_TORCH
+    named = path.suffix in (".pt", ".pth", ".ckpt", ".pkl") or path.name.endswith("model.bin")
+    if head.startswith(_PICKLES) or zipped or named:
         message = f"{path.name} holds a Python pickle, which may run code."
         raise InputError(message, code="unsafe_format", hint="save the weights as safetensors")
 
 
+def refuse_code(config: Any, name: str) -> None:
+    """Refuse a configuration that would run code of its own, however deep it stands."""
+    pending = [config]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, list):
+            pending += value
+        elif isinstance(value, Mapping):
+            pending += value.values()
+            odd = next((each for each in value if _runs_code(each)), None)
+            if odd is not None:
+                message = f"{name} asks for code of its own ({odd})."
+                hint = "take a model that transformers knows by itself"
+                raise InputError(message, code="remote_code_forbidden", field=odd, hint=hint)
+
+
+def _runs_code(name: str) -> bool:
+    return name == "auto_map" or (name.startswith("_") and "implementation" in name)
+
+
+def _check_index(folder: Path, tensors: Mapping[str, Any]) -> None:
+    """Every tensor that the index of a sharded model lists is there."""
+    path = folder / "model.safetensors.index.json"
+    if not path.exists():
+        return
+    listed = _read_json(path).get("weight_map")
+    missing = [name for name in listed if name not in tensors] if isinstance(listed, dict) else []
+    if missing:
+        message = f"{len(missing)} tensors of the index are missing, such as {missing[0][:80]!r}."
+        hint = "download the model again"
+        raise InputError(message, code="bad_safetensors", hint=hint)
+
+
+def _linear_modules(tensors: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    return {
+        found.group(1)
+        for name, tensor in tensors.items()
+        if len(tensor["shape"]) == 2 and (found := _LAYER.search(f".{name}"))
+    }
+
+
+def _modules(tensors: Mapping[str, Any]) -> set[str]:
+    """Last names of all that has weights; a tied output has none of its own and is there too."""
+    found = {name.split(".")[-2] for name in tensors if name.count(".")}
+    return found | ({"lm_head"} if "embed_tokens" in found else set())
+
+
+def _number(config: Mapping[str, Any], name: str, *, most: int = 2**40) -> int | None:
+    text = config.get("text_config")
+    value = config.get(name, text.get(name) if isinstance(text, Mapping) else None)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"config.json: {name} is no number.", code="bad_config", field=name)
+    if value > most:
+        raise InputError(f"config.json: {name} = {value}.", code="too_large", field=name)
+    return value
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path.name} is too large.", code="too_large")
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise InputError("The folder has no config.json.", code="missing_config") from None
+        raise InputError(f"The folder has no {path.name}.", code="missing_config") from None
     except (ValueError, RecursionError):
-        raise InputError("config.json is no JSON.", code="bad_config") from None
-    return value if isinstance(value, dict) else {}
+        raise InputError(f"{path.name} is no JSON.", code="bad_config") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path.name} is no JSON object.", code="bad_config")
+    return value
 
 
 def _has_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").exists():
-        return True
-    config = folder / "tokenizer_config.json"
-    return config.exists() and bool(_read_json(config).get("chat_template"))
+    tokenizer = folder / "tokenizer_config.json"
+    config = _read_json(tokenizer) if tokenizer.exists() else {}
+    refuse_code(config, tokenizer.name)
+    names = ("chat_template.jinja", "chat_template.json")
+    return bool(config.get("chat_template")) or any((folder / name).exists() for name in names)

@@ -1,67 +1,135 @@
 """The verdict over a file: its format, its rows, and the first things that are wrong with it."""
 
 import json
-from collections import Counter
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
 from tuneyard.checks.records import BadLine, Record, file_format, read_records
-from tuneyard.checks.rows import check_prompt, check_row
+from tuneyard.checks.rows import Judged, check_row
+from tuneyard.specs.conversations import check_prompt
 from tuneyard.specs.errors import InputError
 
 SHOWN = 5
-PREVIEW_CHARACTERS = 300
+PREVIEWED = 3
+MAX_CHARACTERS = 300
+
+
+def empty_report() -> dict[str, Any]:
+    """A report that says nothing yet; every report has these names."""
+    return {
+        "ok": False,
+        "format": None,
+        "rows_kind": None,
+        "kinds": {},
+        "rows": 0,
+        "bytes": 0,
+        "problems": [],
+        "problem_count": 0,
+        "warnings": [],
+        "preview": [],
+    }
 
 
 def report_on(path: Path, *, purpose: str) -> dict[str, Any]:
-    """Check a whole file; the report says ``ok`` or lists the first problems by line."""
-    report: dict[str, Any] = {"ok": False, "bytes": path.stat().st_size, "rows": 0}
-    report |= {"problems": [], "problem_count": 0, "warnings": [], "preview": []}
-    kinds: Counter[str] = Counter()
+    """Check a whole file; the report says ``ok`` or lists the first problems by line.
+
+    kinds: form of rows -> {"rows": how many, "line": where the first is}.
+    """
+    checking = _Checking(purpose)
     try:
-        report["format"] = format_ = file_format(path)
-        if format_ == "txt" and purpose != "prompts":
-            raise _no_json(path)
+        checking.report["bytes"] = _size(path)
+        checking.report["format"] = format_ = file_format(path, purpose=purpose)
         for record in read_records(path, format_):
-            _judge(record, purpose, report, kinds)
+            checking.take(record)
     except InputError as error:
-        _add(report, error)
-    if not report["rows"] and not report["problem_count"]:
-        _add(report, InputError("The file has no rows.", code="dataset_empty"))
-    report["rows_kind"] = kinds.most_common(1)[0][0] if kinds else None
-    if len(kinds) > 1:
-        report["warnings"].append(f"rows of several kinds: {dict(kinds)}")
-    report["ok"] = report["problem_count"] == 0
-    return report
+        checking.add(error)
+    return checking.finish()
 
 
-def _no_json(path: Path) -> InputError:
-    with path.open("rb") as file:
-        first = file.readline(2000)
-    looks = "CSV with a header" if first.count(b",") else "plain text"
-    hint = 'JSON lines: {"instruction": …, "output": …}, one a line'
-    return InputError(f"This looks like {looks}, no JSON.", code="wrong_format", line=1, hint=hint)
+def _size(path: Path) -> int:
+    found = os.lstat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError("This is not a regular file.", code="not_a_regular_file")
+    return found.st_size
 
 
-def _judge(
-    record: Record | BadLine, purpose: str, report: dict[str, Any], kinds: Counter[str]
-) -> None:
-    if isinstance(record, BadLine):
-        _add(report, record)
-        return
-    report["rows"] += 1
-    if len(report["preview"]) < 3:
-        report["preview"].append(json.dumps(record.value, ensure_ascii=False)[:PREVIEW_CHARACTERS])
-    try:
-        kinds[(check_prompt if purpose == "prompts" else check_row)(record.value)] += 1
-    except InputError as error:
-        error.line = record.line
-        error.message = f"Line {record.line}: {error.message}"
-        _add(report, error)
+class _Checking:
+    """A report in the making."""
+
+    def __init__(self, purpose: str) -> None:
+        self.report = empty_report()
+        self._purpose = purpose
+        self._empty_lines: list[int] = []
+        self._empty = 0
+
+    def take(self, record: Record | BadLine) -> None:
+        """Judge one record."""
+        if isinstance(record, BadLine):
+            self.add(record)
+            return
+        report = self.report
+        report["rows"] += 1
+        if len(report["preview"]) < PREVIEWED:
+            report["preview"].append(_clipped(json.dumps(record.value, ensure_ascii=False)))
+        try:
+            judged = self._judge(record.value)
+        except InputError as error:
+            error.line, error.message = record.line, f"Line {record.line}: {error.message}"
+            self.add(error)
+            return
+        counted = report["kinds"].setdefault(judged.kind, {"rows": 0, "line": record.line})
+        counted["rows"] += 1
+        if not judged.teaches:
+            self._empty += 1
+            if len(self._empty_lines) < SHOWN:
+                self._empty_lines.append(record.line)
+
+    def _judge(self, value: Any) -> Judged:
+        if self._purpose == "prompts":
+            check_prompt(value)
+            return Judged("prompts")
+        return check_row(value)
+
+    def add(self, error: InputError) -> None:
+        """Count a problem; the first ones are listed."""
+        self.report["problem_count"] += 1
+        if len(self.report["problems"]) < SHOWN:
+            listed = error.as_dict() | {"column": getattr(error, "column", None)}
+            texts = {k: _clipped(v) for k, v in listed.items() if isinstance(v, str)}
+            self.report["problems"].append(listed | texts)
+
+    def finish(self) -> dict[str, Any]:
+        """The report, once all records are judged."""
+        report, kinds = self.report, self.report["kinds"]
+        if not report["rows"] and not report["problem_count"]:
+            hint = "one JSON object a line"
+            self.add(InputError("The file has no rows.", code="dataset_empty", hint=hint))
+        if self._empty:
+            self._say_empty()
+        if kinds:
+            report["rows_kind"] = max(kinds, key=lambda kind: kinds[kind]["rows"])
+        if len(kinds) > 1:
+            counts = ", ".join(f"{each['rows']} {kind}" for kind, each in kinds.items())
+            report["warnings"].append(f"rows of several forms: {counts}")
+        report["ok"] = report["problem_count"] == 0
+        return report
+
+    def _say_empty(self) -> None:
+        lines = ", ".join(map(str, self._empty_lines))
+        said = (
+            f"{self._empty} rows have an empty answer (lines {lines}{'…' * (self._empty > SHOWN)})"
+        )
+        if self._empty < self.report["rows"]:
+            self.report["warnings"].append(said)
+            return
+        line = self._empty_lines[0]
+        message = "Every answer is empty: there is nothing to learn."
+        self.add(InputError(message, code="no_trainable_tokens", line=line))
 
 
-def _add(report: dict[str, Any], error: InputError) -> None:
-    report["problem_count"] += 1
-    if len(report["problems"]) < SHOWN:
-        column = getattr(error, "column", None)
-        report["problems"].append(error.as_dict() | {"column": column})
+def _clipped(text: str) -> str:
+    """Short, and without halves of characters, which no database holds."""
+    cut = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
+    return cut.encode("utf-8", "replace").decode().replace("\x00", "?")

@@ -1,145 +1,236 @@
-"""What a row of a data set must look like: alpaca, OpenAI's chat, ShareGPT; and prompts."""
+"""What a row of a data set must look like, in each of the forms that users bring.
+
+What is accepted for training here is what runners/rows.py reads; the other forms are known so that
+a submission can say that they are for another stage.
+"""
 
 import difflib
-from collections.abc import Mapping
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from tuneyard.specs.conversations import check_role, check_text
 from tuneyard.specs.errors import InputError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = ("human", "gpt", "system", "function_call", "observation", "user", "assistant")
-COLUMNS = (
-    "instruction",
-    "input",
-    "output",
-    "system",
-    "history",
-    "prompt",
-    "completion",
-    "response",
-    "messages",
-    "conversations",
-)
+Row = Mapping[str, Any]
+
 EXPECTED = (
     'expected {"instruction": …, "output": …}, {"messages": [{"role": …, "content": …}]}'
     ' or {"conversations": [{"from": …, "value": …}]}'
 )
+COLUMNS = (
+    "instruction", "input", "output", "system", "history", "prompt", "completion", "messages",
+    "conversations", "tools", "text", "chosen", "rejected",
+)  # fmt: skip
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+"""ShareGPT's ``from`` -> role."""
 
 
-def check_row(row: Any) -> str:
-    """The kind of a row: alpaca, openai or sharegpt. Raises: InputError without a line."""
+class MissingColumn(InputError):
+    """A row lacks a column; the near name is looked for only when the error is shown."""
+
+    code = "missing_column"
+
+    def __init__(self, row: Row, wanted: str) -> None:
+        super().__init__(f"There is no column {wanted!r}.", field=wanted)
+        self._columns = list(row)[:20]
+
+    def as_dict(self) -> dict[str, Any]:
+        """With the mend."""
+        return super().as_dict() | {"hint": self._near()}
+
+    def _near(self) -> str:
+        for name in self._columns:
+            near = difflib.get_close_matches(name[:40].lower(), COLUMNS, n=1, cutoff=0.7)
+            if near and name not in COLUMNS:
+                return f"did {name[:40]!r} mean {near[0]!r}? {EXPECTED}"
+        return EXPECTED
+
+
+class Judged(NamedTuple):
+    """A row in order. teaches: it holds an answer that is not empty."""
+
+    kind: str
+    teaches: bool = True
+
+
+def check_row(row: Any) -> Judged:
+    """The form of a row. Raises: InputError with its field, without a line."""
     if not isinstance(row, Mapping):
         raise InputError("A row must be an object.", code="wrong_type", hint=EXPECTED)
-    if "messages" in row:
-        _check_messages(row["messages"])
-        return "openai"
-    if "conversations" in row:
-        _check_conversations(row["conversations"])
-        return "sharegpt"
-    _check_alpaca(row)
-    return "alpaca"
+    for column, check in _FORMS.items():
+        if column in row:
+            return check(row)
+    raise MissingColumn(row, "instruction")
 
 
-def check_prompt(row: Any) -> str:
-    """A prompt: a text, {"prompt": …} or {"messages": […]}. Raises: InputError."""
-    if isinstance(row, str):
-        return "prompts"
-    if isinstance(row, Mapping) and "messages" in row:
-        _check_roles(row["messages"])
-        return "prompts"
-    text = row.get("prompt", row.get("instruction")) if isinstance(row, Mapping) else None
-    if not isinstance(text, str) or not text.strip():
-        hint = 'a text, {"prompt": …} or {"messages": […]}'
-        raise InputError("This is no prompt.", code="missing_column", hint=hint)
-    return "prompts"
+def _preference(row: Row) -> Judged:
+    if "rejected" not in row:
+        raise MissingColumn(row, "rejected")
+    for column in ("chosen", "rejected"):
+        answer = row[column]
+        if isinstance(answer, Mapping):
+            answer = answer.get("value", answer.get("content"))
+        check_text(answer, column)
+    return Judged("preference")
 
 
-def _check_alpaca(row: Mapping[str, Any]) -> None:
-    asked = next((name for name in ("instruction", "prompt") if name in row), None)
-    answered = next((name for name in ("output", "completion", "response") if name in row), None)
-    if asked is None:
-        raise _missing_column(row, "instruction")
-    if answered is None:
-        raise _missing_column(row, "output")
-    for name in (asked, answered):
-        _check_text(row[name], name)
-    for name in ("input", "system"):
-        if row.get(name) is not None:
-            _check_text(row[name], name)
-    if not row[answered].strip():
-        message = f"{answered} is empty: there is nothing to learn."
-        raise InputError(message, code="no_trainable_tokens", field=answered)
-    history = row.get("history") or []
+def _messages(row: Row) -> Judged:
+    messages = row["messages"]
+    _check_list(messages, "messages")
+    for position, message in enumerate(messages):
+        field = f"messages[{position}]"
+        check_role(message, field)
+        _check_content(message, field)
+        if message.get("weight", 1) not in (0, 1):
+            raise InputError("weight must be 0 or 1.", code="out_of_range", field=f"{field}.weight")
+    roles = ["system" if m["role"] == "developer" else m["role"] for m in messages]
+    _check_turns(roles, "messages")
+    _check_tools(row.get("tools"))
+    answers = [m for m in messages if m["role"] == "assistant" and m.get("weight", 1)]
+    teaches = any(m.get("tool_calls") or _has_text(m["content"]) for m in answers)
+    return Judged("kto" if _labelled(row) else "openai", teaches)
+
+
+def _check_content(message: Row, field: str) -> None:
+    content = message.get("content")
+    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+        return
+    if not isinstance(content, list):
+        check_text(content, f"{field}.content")
+        return
+    for position, part in enumerate(content):
+        text = part.get("text") if isinstance(part, Mapping) else None
+        check_text(text, f"{field}.content[{position}].text")
+
+
+def _has_text(content: Any) -> bool:
+    parts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+    return any(part.strip() for part in parts)
+
+
+def _check_tools(tools: Any) -> None:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            message = "tools is a text that is not JSON."
+            raise InputError(message, code="wrong_type", field="tools") from None
+    if tools and not isinstance(tools, list):
+        raise InputError("tools must be a list.", code="wrong_type", field="tools")
+
+
+def _conversations(row: Row) -> Judged:
+    turns = row["conversations"]
+    _check_list(turns, "conversations")
+    speakers = [_speaker(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
+    system = ["system"] if row.get("system") else []
+    _check_turns(system + [SPEAKERS[each] for each in speakers], "conversations")
+    if row.get("system") is not None:
+        check_text(row["system"], "system")
+    teaches = any(
+        SPEAKERS[speaker] == "assistant" and turn["value"].strip()
+        for speaker, turn in zip(speakers, turns, strict=True)
+    )
+    if _labelled(row):
+        return Judged("kto", teaches)
+    tools = "function_call" in speakers or "observation" in speakers
+    return Judged("sharegpt_tools" if tools else "sharegpt", teaches)
+
+
+def _speaker(turn: Any, field: str) -> str:
+    if not isinstance(turn, Mapping) or "from" not in turn:
+        message = f"{field} has no `from`."
+        raise InputError(message, code="missing_column", field=field, hint=EXPECTED)
+    speaker = turn["from"]
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        text = f"{field}.from = {str(speaker)[:40]!r} is unknown."
+        hint = f"one of {', '.join(SPEAKERS)}"
+        raise InputError(text, code="unknown_role", field=field, hint=hint)
+    check_text(turn.get("value"), f"{field}.value")
+    return speaker
+
+
+def _check_list(value: Any, field: str) -> None:
+    if not isinstance(value, list) or not value:
+        message = f"{field} must be a list that is not empty."
+        raise InputError(message, code="wrong_type", field=field, hint=EXPECTED)
+
+
+def _check_turns(roles: Sequence[str], field: str) -> None:
+    """Somebody asks first, the assistant has the last word: chat templates want it so."""
+    if "assistant" not in roles:
+        message = "No answer of the assistant to learn from."
+        raise InputError(message, code="no_trainable_tokens", field=field)
+    wrong = None
+    if roles[-1] != "assistant":
+        wrong = "The last message is not the assistant's"
+    elif "system" in roles[1:]:
+        wrong = "A system message comes first, once, or not at all"
+    elif roles[0] == "assistant" or roles[:2] == ["system", "assistant"]:
+        wrong = "The assistant speaks before anybody asked"
+    if wrong:
+        raise InputError(f"{wrong}.", code="bad_turns", field=field)
+
+
+def _alpaca(row: Row) -> Judged:
+    if "output" not in row:
+        raise MissingColumn(row, "output")
+    check_text(row["instruction"], "instruction")
+    check_text(row["output"], "output")
+    for column in ("input", "system"):
+        if row.get(column) is not None:
+            check_text(row[column], column)
+    _check_history(row.get("history"))
+    kind = "kto" if _labelled(row) else "alpaca"
+    return Judged(kind, bool(row["output"].strip()))
+
+
+def _check_history(history: Any) -> None:
+    if history is None:
+        return
     pairs = isinstance(history, list) and all(
-        isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in history
+        isinstance(pair, list) and len(pair) == 2 for pair in history
     )
     if not pairs:
         message = "history must be a list of [question, answer]."
         raise InputError(message, code="wrong_type", field="history")
+    for position, pair in enumerate(history):
+        for text in pair:
+            check_text(text, f"history[{position}]")
 
 
-def _missing_column(row: Mapping[str, Any], wanted: str) -> InputError:
-    near = [name for name in row if difflib.get_close_matches(str(name), COLUMNS, n=1, cutoff=0.7)]
-    odd = [name for name in near if name not in COLUMNS]
-    hint = EXPECTED
-    if odd:
-        meant = difflib.get_close_matches(str(odd[0]), COLUMNS, n=1, cutoff=0.7)[0]
-        hint = f"did {odd[0]!r} mean {meant!r}? {EXPECTED}"
-    return InputError(
-        f"There is no column {wanted!r}.", code="missing_column", field=wanted, hint=hint
-    )
+def _completion(row: Row) -> Judged:
+    if "completion" not in row:
+        raise MissingColumn(row, "completion")
+    check_text(row["prompt"], "prompt")
+    check_text(row["completion"], "completion")
+    return Judged("alpaca", bool(row["completion"].strip()))
 
 
-def _check_text(value: Any, name: str) -> None:
-    if not isinstance(value, str):
-        message = f"{name} must be a text, not {type(value).__name__}."
-        raise InputError(message, code="wrong_type", field=name)
+def _text(row: Row) -> Judged:
+    check_text(row["text"], "text")
+    return Judged("text", bool(row["text"].strip()))
 
 
-def _check_roles(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        message = "messages must be a list that is not empty."
-        raise InputError(message, code="wrong_type", field="messages", hint=EXPECTED)
-    for position, message in enumerate(messages):
-        field = f"messages[{position}]"
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise InputError(
-                f"{field} has no role.", code="missing_column", field=field, hint=EXPECTED
-            )
-        if message["role"] not in ROLES:
-            text = f"{field}.role = {str(message['role'])[:40]!r} is unknown."
-            hint = f"one of {', '.join(ROLES)}"
-            raise InputError(text, code="unknown_role", field=field, hint=hint)
-        if message.get("content") is None and message.get("tool_calls"):
-            continue
-        _check_text(message.get("content"), f"{field}.content")
+def _labelled(row: Row) -> bool:
+    return isinstance(row.get("kto_tag", row.get("label")), bool)
 
 
-def _check_messages(messages: Any) -> None:
-    _check_roles(messages)
-    learned = [m for m in messages if m["role"] == "assistant" and m.get("weight", 1) != 0]
-    if any(m.get("weight", 1) not in (0, 1) for m in messages):
-        raise InputError("weight must be 0 or 1.", code="out_of_range", field="messages")
-    if not any((m.get("content") or "").strip() or m.get("tool_calls") for m in learned):
-        message = "No answer of the assistant to learn from."
-        raise InputError(message, code="no_trainable_tokens", field="messages")
-
-
-def _check_conversations(turns: Any) -> None:
-    if not isinstance(turns, list) or not turns:
-        message = "conversations must be a list that is not empty."
-        raise InputError(message, code="wrong_type", field="conversations", hint=EXPECTED)
-    for position, turn in enumerate(turns):
-        field = f"conversations[{position}]"
-        if not isinstance(turn, Mapping) or "from" not in turn:
-            raise InputError(
-                f"{field} has no `from`.", code="missing_column", field=field, hint=EXPECTED
-            )
-        if turn["from"] not in SHAREGPT_ROLES:
-            text = f"{field}.from = {str(turn['from'])[:40]!r} is unknown."
-            hint = f"one of {', '.join(SHAREGPT_ROLES)}"
-            raise InputError(text, code="unknown_role", field=field, hint=hint)
-        _check_text(turn.get("value"), f"{field}.value")
-    if not any(t["from"] in ("gpt", "assistant") and t["value"].strip() for t in turns):
-        message = "No answer of the assistant to learn from."
-        raise InputError(message, code="no_trainable_tokens", field="conversations")
+_FORMS: Mapping[str, Callable[[Row], Judged]] = {
+    "chosen": _preference,
+    "messages": _messages,
+    "conversations": _conversations,
+    "instruction": _alpaca,
+    "prompt": _completion,
+    "text": _text,
+}
+"""Column that tells a form -> its check, in this order."""

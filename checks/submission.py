@@ -1,85 +1,123 @@
 """What can be known to fail once the data's report and the base model's facts are at hand."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.finetune import FinetuneSpec
+from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
+from tuneyard.specs.problems import problem
 
-TRAINABLE = ("alpaca", "openai", "sharegpt")
+Report = Mapping[str, Any]
+
+TRAINABLE = frozenset({"alpaca", "openai", "sharegpt"})
+FOR_OTHER_STAGES = {
+    "text": "rows of text are for stage pt, which comes later",
+    "preference": "rows of chosen and rejected are for stage dpo or rm, which come later",
+    "kto": "rows with a label are for stage kto, which comes later",
+    "prompts": "upload it with purpose dataset, as rows with answers",
+    "sharegpt_tools": "conversations with tools go into messages, tool_calls and tools",
+}
 
 
 def check_finetune(
     spec: FinetuneSpec,
-    report: Mapping[str, Any] | None,
+    report: Report | None,
     facts: Mapping[str, Any] | None,
+    *,
+    eval_report: Report | None = None,
 ) -> list[InputError]:
     """All problems of a fine-tune; what is not known yet (None) is not judged."""
     found: list[InputError] = []
     if report is not None:
-        found += _check_data(spec, report)
+        found += [*_check_kinds(spec, report, "dataset"), *_check_split(spec, report)]
+    if eval_report is not None:
+        found += _check_kinds(spec, eval_report, "eval_dataset")
     if facts is not None:
         found += _check_model(spec, facts)
     return found
 
 
-def _check_data(spec: FinetuneSpec, report: Mapping[str, Any]) -> list[InputError]:
-    found = []
-    kind, rows = report.get("rows_kind"), int(report.get("rows") or 0)
-    if kind not in TRAINABLE:
-        message = f"The file holds {kind or 'no rows'}, and stage {spec.stage} needs answers."
-        hint = "rows with instruction and output, messages, or conversations"
-        found.append(
-            InputError(message, code="wrong_dataset_kind", field="dataset", line=1, hint=hint)
-        )
-    held_out = spec.val_size if spec.val_size >= 1 else round(rows * spec.val_size)
-    if spec.val_size and not 0 < held_out < rows:
-        message = f"val_size = {spec.val_size:g} of {rows} rows leaves nothing on one side."
-        found.append(InputError(message, code="too_few_rows", field="val_size"))
-    return found
+def check_prompts(report: Report) -> list[InputError]:
+    """Whether a file that an inference job names holds prompts."""
+    if report.get("rows_kind") in ("prompts", None):
+        return []
+    message = f"The file holds {report['rows_kind']} rows, no prompts."
+    hint = "upload it with purpose prompts: a text a line, or {messages: […]}"
+    return [problem("wrong_dataset_kind", message, "prompts", hint)]
+
+
+def _check_kinds(spec: FinetuneSpec, report: Report, field: str) -> list[InputError]:
+    kinds = report.get("kinds") or {str(report.get("rows_kind")): {"line": 1}}
+    wrong = [kind for kind in kinds if kind not in TRAINABLE]
+    if not wrong:
+        return []
+    kind, line = wrong[0], kinds[wrong[0]].get("line")
+    message = f"Line {line} holds a {kind} row, and stage {spec.stage} needs answers."
+    default = "rows with instruction and output, messages, or conversations"
+    hint = FOR_OTHER_STAGES.get(kind, default)
+    return [InputError(message, code="wrong_dataset_kind", field=field, line=line, hint=hint)]
+
+
+def _check_split(spec: FinetuneSpec, report: Report) -> list[InputError]:
+    """The runner's own arithmetic: runners/batches.py, split."""
+    rows = min(int(report.get("rows") or 0), spec.max_samples or 10**12)
+    held_out = int(spec.val_size) if spec.val_size >= 1 else int(rows * spec.val_size)
+    if not spec.val_size or 0 < held_out < rows:
+        return []
+    message = f"val_size = {spec.val_size:g} of {rows} rows leaves nothing on one side."
+    return [problem("too_few_rows", message, "val_size", f"between 1 and {max(rows - 1, 1)} rows")]
 
 
 def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputError]:
-    found = []
+    found = [*_check_template(spec, facts), *_check_layers(spec, facts)]
     positions = facts.get("max_position_embeddings")
     if positions and spec.cutoff_len > positions and "cutoff_len" in spec.model_fields_set:
         message = f"cutoff_len = {spec.cutoff_len} is beyond the model's {positions} positions."
-        found.append(
-            InputError(message, code="too_long", field="cutoff_len", hint=f"at most {positions}")
-        )
-    if not facts.get("has_chat_template") and spec.template is None:
-        message = "The base model has no chat template."
-        found.append(InputError(message, code="no_template", field="template"))
-    if spec.template is not None:
-        message = "Named templates are not there yet."
-        hint = "leave it out: the tokenizer's own template is used"
-        found.append(InputError(message, code="not_supported_yet", field="template", hint=hint))
-    found += _check_targets(spec, list(facts.get("linear_modules") or []))
-    layers = int(facts.get("layers") or 0)
-    beyond = [i for i in spec.layers_to_transform or [] if layers and i >= layers]
-    if beyond:
-        message = f"layers_to_transform names layer {beyond[0]}; the model has {layers}."
-        hint = f"layers count from 0 to {layers - 1}"
-        found.append(
-            InputError(message, code="out_of_range", field="layers_to_transform", hint=hint)
-        )
+        found.append(problem("too_long", message, "cutoff_len", f"at most {positions}"))
+    linear = list(facts.get("linear_modules") or [])
+    modules = list(facts.get("modules") or linear)
+    found += _check_names("lora_target", spec.lora_target, linear, all_=("all", "all-linear"))
+    found += _check_names("additional_target", spec.additional_target, modules)
     return found
 
 
-def _check_targets(spec: FinetuneSpec, linear: list[str]) -> list[InputError]:
-    asked = spec.lora_target
-    names = asked.split(",") if isinstance(asked, str) else asked
-    names = [name.strip() for name in names]
-    if not linear or names == ["all"]:
+def _check_template(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputError]:
+    if facts.get("has_chat_template") or (spec.template and "{" in spec.template):
+        return []
+    hint = f"set template to one of {', '.join(TEMPLATES)}, or to jinja of your own"
+    if spec.template is None:
+        message = "The base model has no chat template."
+        return [problem("no_template", message, "template", hint)]
+    if spec.template in TEMPLATES:
+        return []
+    near = difflib.get_close_matches(spec.template[:80], TEMPLATES, n=1)
+    hint = f"did you mean {near[0]}? {hint}" if near else hint
+    message = f"There is no template {spec.template[:60]!r}, and the base brings none."
+    return [problem("unknown_template", message, "template", hint)]
+
+
+def _check_layers(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputError]:
+    layers = int(facts.get("layers") or 0)
+    beyond = [i for i in spec.layers_to_transform or [] if layers and i >= layers]
+    if not beyond:
+        return []
+    message = f"layers_to_transform names layer {beyond[0]}; the model has {layers}."
+    hint = f"layers count from 0 to {layers - 1}"
+    return [problem("out_of_range", message, "layers_to_transform", hint)]
+
+
+def _check_names(
+    field: str, asked: str | Sequence[str] | None, known: list[str], *, all_: Sequence[str] = ()
+) -> list[InputError]:
+    names = [name.strip() for name in (asked.split(",") if isinstance(asked, str) else asked or ())]
+    if not known or asked is None or (len(names) == 1 and names[0] in all_):
         return []
     found = []
-    for name in names or [""]:
-        if name.rpartition(".")[2] not in linear:
-            near = difflib.get_close_matches(name, linear, n=3) or linear
+    for name in names:
+        if name.rpartition(".")[2] not in known:
+            near = difflib.get_close_matches(name[:80], known, n=3) or sorted(known)[:8]
             hint = f"did you mean {', '.join(near)}?"
-            message = f"lora_target: no layer is named {name!r}."
-            found.append(
-                InputError(message, code="no_module_matches", field="lora_target", hint=hint)
-            )
+            message = f"{field}: no module is named {name[:60]!r}."
+            found.append(problem("no_module_matches", message, field, hint))
     return found

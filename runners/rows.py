@@ -1,7 +1,8 @@
 """Rows of a training file as conversations. Reads JSON lines or a JSON array; no torch.
 
-Forms: alpaca (instruction, input, output, system, history), OpenAI chat (messages, tools),
-ShareGPT (conversations of from and value, system). Nothing is substituted in the texts.
+Forms: alpaca (instruction, input, output, system, history; or prompt, completion), OpenAI chat
+(messages, tools), ShareGPT (conversations of from and value, system). Nothing is substituted in
+the texts.
 """
 
 import json
@@ -128,6 +129,11 @@ def _alpaca(row: Row, line: int) -> Conversation:
 ASKED = ("instruction", "input")
 
 
+def _completion(row: Row, line: int) -> Conversation:
+    answer = _text(row, "completion", line)
+    return _all_trained(_exchange(_text(row, "prompt", line), answer), line)
+
+
 def _exchange(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -209,6 +215,7 @@ _FORMS: Mapping[str, Callable[[Row, int], Conversation]] = {
     "messages": _openai,
     "conversations": _sharegpt,
     "instruction": _alpaca,
+    "prompt": _completion,
 }
 
 

@@ -1,17 +1,20 @@
-"""Checks of data files and model folders: the line, the reason, the mend; flat memory."""
+"""Checks of data files and of what a submission names: the line, the reason, the mend."""
 
 import json
-import struct
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tuneyard.checks.limits import check_file
-from tuneyard.checks.models import model_facts, read_header
 from tuneyard.checks.report import report_on
-from tuneyard.checks.submission import check_finetune
-from tuneyard.specs.errors import InputError
+from tuneyard.checks.submission import TRAINABLE, check_finetune, check_prompts
+from tuneyard.runners.prompts import read_prompts
+from tuneyard.runners.rows import read_conversations
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.jobs import read_spec
 
@@ -36,6 +39,21 @@ def report(tmp_path: Path, content: bytes | str, *, purpose: str = "dataset") ->
          "openai", 1),
         ('{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}',
          "sharegpt", 1),
+        ('{"conversations": [{"from": "human", "value": "a"}, {"from": "function_call",'
+         ' "value": "f"}, {"from": "observation", "value": "o"}, {"from": "gpt", "value": "b"}]}',
+         "sharegpt_tools", 1),
+        ('{"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content":'
+         ' [{"text": "a"}]}, {"role": "assistant", "content": null, "tool_calls": [{}]},'
+         ' {"role": "tool", "content": "t"},'
+         ' {"role": "assistant", "content": "b", "weight": 1}], "tools": "[]"}',
+         "openai", 1),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],'
+         ' "label": true}', "kto", 1),
+        ('{"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value":'
+         ' "b"}, "rejected": {"from": "gpt", "value": "c"}}', "preference", 1),
+        ('{"text": "once"}', "text", 1),
+        ('{"instruction": "a", "input": null, "output": "b", "history": [["c", "d"]]}',
+         "alpaca", 1),
     ],
 )  # fmt: skip
 def test_what_the_field_uses_is_accepted(
@@ -51,7 +69,22 @@ def test_what_the_field_uses_is_accepted(
         (b"", "dataset_empty", None),
         (b"\n\n", "dataset_empty", None),
         (b"[]", "dataset_empty", None),
+        (b" \n" * 600_000, "dataset_empty", None),
+        (b'{"instruction": "a", "output": "\\ud800"}', "bad_character", 1),
+        (b'{"instruction": "a", "output": "\\u0000"}', "bad_character", 1),
+        (b"{\n", "bad_line", 1),
+        (b'{"a": ' + b"1" * 5000 + b"}", "bad_line", 1),
+        (b'{"a": NaN}', "bad_line", 1),
+        (b'{"a": ' + b"[" * 100_000, "too_deep", 1),
+        (b"[" * 100_000, "too_deep", 1),
+        (b"[1e5]", "wrong_type", 1),
+        (b'["' + b"x" * 17 * 1024**2, "line_too_long", 1),
         (b"a,b,c\n1,2,3\n", "wrong_format", 1),
+        (b"PK\x03\x04..[Content_Types].xml", "wrong_format", None),
+        (b"\xd0\xcf\x11\xe0", "wrong_format", None),
+        (b"\x80\x03rest", "wrong_format", None),
+        (b"\x1f\x8brest", "wrong_format", None),
+        (b"abc\x00", "wrong_format", None),
         (b"PK\x03\x04rest", "wrong_format", None),
         (b"\x80\x04rest", "wrong_format", None),
         (b"PAR1rest", "wrong_format", None),
@@ -66,13 +99,31 @@ def test_what_the_field_uses_is_accepted(
         (b'{"instruction": null, "output": "b"}', "wrong_type", 1),
         (b'{"instruction": "a", "output": 3}', "wrong_type", 1),
         (b'{"instruction": "a", "output": " "}', "no_trainable_tokens", 1),
+        (b'{"text": 3}', "wrong_type", 1),
+        (b'{"prompt": "a"}', "missing_column", 1),
+        (b'{"prompt": "a", "chosen": "b"}', "missing_column", 1),
+        (b'{"prompt": "a", "chosen": "b", "rejected": 1}', "wrong_type", 1),
+        (b'{"instruction": "a", "output": "b", "history": "x"}', "wrong_type", 1),
+        (b'{"instruction": "a", "output": "b", "history": [["x", 1]]}', "wrong_type", 1),
+        (b'{"instruction": "a", "output": "b", "system": 1}', "wrong_type", 1),
         (b'{"messages": []}', "wrong_type", 1),
+        (b'{"messages": [3]}', "missing_column", 1),
+        (b'{"messages": [{"role": [], "content": "a"}]}', "unknown_role", 1),
+        (b'{"messages": [{"role": "user", "content": null}]}', "wrong_type", 1),
+        (b'{"messages": [{"role": "assistant", "content": "a"}]}', "bad_turns", 1),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},'
+         b' {"role": "user", "content": "c"}]}', "bad_turns", 1),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b",'
+         b' "weight": 2}]}', "out_of_range", 1),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],'
+         b' "tools": "{"}', "wrong_type", 1),
+        (b'{"conversations": [{"from": "bot", "value": "a"}]}', "unknown_role", 1),
         (b'{"messages": [{"role": "bot", "content": "a"}]}', "unknown_role", 1),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "no_trainable_tokens", 1),
         (b'{"conversations": [{"value": "a"}]}', "missing_column", 1),
         (b"{}\n[1]", "missing_column", 1),
     ],
-)
+)  # fmt: skip
 def test_a_bad_file_is_refused_with_its_line(
     tmp_path: Path, content: bytes, code: str, line: int | None
 ) -> None:
@@ -95,10 +146,112 @@ def test_the_first_five_bad_lines_are_named_and_all_are_counted(tmp_path: Path) 
 def test_a_line_that_never_ends_is_refused_at_flat_memory(tmp_path: Path) -> None:
     path = tmp_path / "long"
     with path.open("wb") as file:
-        file.write(b'{"instruction": "')
-        file.truncate(200 * 1024**2)
+        file.writelines([b'{"instruction": "', *[b"x" * 1024**2] * 200])
     found = check_file(path, memory_bytes=150 * 1024**2)
     assert found["problems"][0]["code"] == "line_too_long"
+
+
+def test_an_array_with_a_row_longer_than_a_piece_is_read(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "output": "long " * 700_000}, {"instruction": "a", "output": "b"}]
+    found = report(tmp_path, json.dumps(rows))
+    assert (found["ok"], found["rows"]) == (True, 2), found["problems"]
+
+
+def test_a_place_within_an_array_is_that_of_the_file(tmp_path: Path) -> None:
+    rows = ",\n".join([ROW] * 40_000)
+    found = report(tmp_path, f'[{rows},\n{ROW}, {{"a" 1}}]')["problems"][0]
+    assert (found["line"], found["column"]) == (40_001, len(ROW) + 8)
+    broken = f"[{rows},\n".encode() + b"\xc4]"
+    found = report(tmp_path, broken)["problems"][0]
+    assert (found["code"], found["line"]) == ("not_utf8", 40_001)
+    assert f"byte {len(broken) - 1} of the file is 0xc4" in found["message"]
+
+
+def test_an_empty_answer_is_a_warning_and_nothing_but_empty_ones_an_error(tmp_path: Path) -> None:
+    empty = '{"instruction": "a", "output": " "}'
+    found = report(tmp_path, f"{ROW}\n{empty}\n{empty}")
+    assert found["ok"]
+    assert found["warnings"] == ["2 rows have an empty answer (lines 2, 3)"]
+    assert report(tmp_path, f"{empty}\n{empty}")["problems"][0]["code"] == "no_trainable_tokens"
+
+
+def test_forms_are_counted_and_the_most_frequent_names_the_file(tmp_path: Path) -> None:
+    found = report(tmp_path, f'{{"text": "a"}}\n{ROW}\n{ROW}')
+    assert found["rows_kind"] == "alpaca"
+    assert found["kinds"] == {"text": {"rows": 1, "line": 1}, "alpaca": {"rows": 2, "line": 2}}
+
+
+def test_a_preview_is_short_and_can_be_stored(tmp_path: Path) -> None:
+    row = json.dumps({"instruction": "\ud800\x00" + "x" * 10_000, "output": "b"})
+    (shown,) = report(tmp_path, row)["preview"]
+    assert len(shown) == 301
+    assert "\ud800" not in shown
+
+
+@pytest.mark.parametrize("purpose", ["dataset", "prompts"])
+def test_a_pipe_is_refused_and_does_not_hang(tmp_path: Path, purpose: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    found = report_on(tmp_path / "pipe", purpose=purpose)
+    assert found["problems"][0]["code"] == "not_a_regular_file"
+
+
+@given(st.binary(max_size=60) | st.text('[]{}",:123.eE-ntfalsu \\\n').map(str.encode))
+def test_no_bytes_make_a_check_crash(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for purpose in ("dataset", "prompts"):
+            json.dumps(report(Path(folder), content, purpose=purpose), ensure_ascii=False).encode()
+
+
+ROWS = [
+    {"instruction": "a", "input": "b", "output": "c", "system": "s", "history": [["d", "e"]]},
+    {"prompt": "a", "completion": "b"},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    {
+        "messages": [
+            {"role": "user", "content": [{"text": "a"}]},
+            {"role": "assistant", "content": "b"},
+        ]
+    },
+    {"instruction": "a", "output": ""},
+]
+
+
+def test_what_is_accepted_for_training_is_what_the_runner_reads(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    found = report_on(path, purpose="dataset")
+    assert found["ok"], found["problems"]
+    assert set(found["kinds"]) <= TRAINABLE
+    assert len(read_conversations(path)) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["a?\nb?\n", '["a?", "b?"]', '{"prompt": "a?"}\n{"prompt": "b?"}', '"a?"\n"b?"',
+     "[INST] a?\n[INST] b?", "{name}, a?\nb?", "\ufeffa?\r\n\r\nb?"],
+)  # fmt: skip
+def test_prompts_are_told_from_json_as_the_runner_tells_them(tmp_path: Path, content: str) -> None:
+    found = report(tmp_path, content, purpose="prompts")
+    assert (found["ok"], found["rows"], found["rows_kind"]) == (True, 2, "prompts"), found
+    assert len(read_prompts(tmp_path / "data")) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        ('{"question": "a"}', "missing_column"),
+        ('{"instruction": "a"}', "missing_column"),
+        ('{"prompt": " "}', "empty_prompt"),
+        ('{"prompt": 3}', "wrong_type"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "bad_turns"),
+        ('{"prompt": "a"}\nb?', "bad_line"),
+        ("", "dataset_empty"),
+        ("a\x00b", "wrong_format"),
+    ],
+)
+def test_prompts_that_are_none_are_refused(tmp_path: Path, content: str, code: str) -> None:
+    assert report(tmp_path, content, purpose="prompts")["problems"][0]["code"] == code
 
 
 def test_characters_split_between_two_pieces_of_an_array_are_whole(tmp_path: Path) -> None:
@@ -107,109 +260,89 @@ def test_characters_split_between_two_pieces_of_an_array_are_whole(tmp_path: Pat
     assert (found["ok"], found["rows"]) == (True, 1500)
 
 
-def test_prompts_are_texts_or_messages(tmp_path: Path) -> None:
-    assert report(tmp_path, "a?\nb?\n", purpose="prompts")["rows"] == 2
-    assert report(tmp_path, '{"prompt": "a"}\n', purpose="prompts")["ok"]
-    assert not report(tmp_path, '{"question": "a"}\n', purpose="prompts")["ok"]
-
-
 def test_a_check_that_takes_too_long_is_a_report_as_well(tmp_path: Path) -> None:
     (tmp_path / "data").write_text(ROW)
     found = check_file(tmp_path / "data", timeout_s=0.0001)
     assert found["problems"][0]["code"] == "check_failed"
 
 
-def a_model(
-    folder: Path, *, config: dict[str, Any] | None = None, weights: bytes | None = None
-) -> Path:
-    folder.mkdir()
-    basics = {"model_type": "llama", "num_hidden_layers": 2, "max_position_embeddings": 128}
-    (folder / "config.json").write_text(json.dumps(basics | (config or {})))
-    (folder / "model.safetensors").write_bytes(safetensors() if weights is None else weights)
-    return folder
-
-
-def safetensors(**changes: Any) -> bytes:
-    tensor = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]} | changes
-    header = json.dumps({"model.layers.0.self_attn.q_proj.weight": tensor}).encode()
-    return struct.pack("<Q", len(header)) + header + bytes(16)
-
-
-def test_a_models_facts_come_from_its_headers(tmp_path: Path) -> None:
-    facts = model_facts(a_model(tmp_path / "m"))
-    assert facts["linear_modules"] == ["q_proj"]
-    assert (facts["layers"], facts["parameters"]) == (2, 4)
-
-
-@pytest.mark.parametrize(
-    ("config", "weights", "code"),
-    [
-        ({"auto_map": {}}, None, "remote_code_forbidden"),
-        ({"text_config": {"_attn_implementation_internal": "x"}}, None, "remote_code_forbidden"),
-        (None, b"\x80\x04pickle", "unsafe_format"),
-        (None, struct.pack("<Q", 2**63) + b"{}", "bad_safetensors"),
-        (None, struct.pack("<Q", 2) + b"{", "bad_safetensors"),
-        (None, safetensors(dtype="F33"), "bad_safetensors"),
-        (None, safetensors(shape=[9, 9]), "bad_safetensors"),
-        (None, safetensors(data_offsets=[0, 999]), "bad_safetensors"),
-        (None, safetensors(shape=[-1, 2]), "bad_safetensors"),
-        (None, b"", "bad_safetensors"),
-    ],
-)
-def test_a_hostile_model_folder_is_refused(
-    tmp_path: Path, config: dict[str, Any] | None, weights: bytes | None, code: str
-) -> None:
-    with pytest.raises(InputError) as refused:
-        model_facts(a_model(tmp_path / "m", config=config, weights=weights))
-    assert refused.value.code == code
-
-
-def test_a_link_in_a_model_folder_is_refused(tmp_path: Path) -> None:
-    folder = a_model(tmp_path / "m")
-    (folder / "extra.json").symlink_to("/etc/passwd")
-    with pytest.raises(InputError, match="not a regular file"):
-        model_facts(folder)
-
-
-def test_a_name_given_twice_in_a_header_is_refused(tmp_path: Path) -> None:
-    header = b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": {}}'
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + b"0")
-    with pytest.raises(InputError, match="given twice"):
-        read_header(path)
+def test_a_child_that_dies_is_a_report_with_all_its_names(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text(ROW)
+    found = check_file(tmp_path / "data", memory_bytes=1024**2)
+    assert found["problems"][0]["code"] == "check_failed"
+    assert found.keys() == report_on(tmp_path / "data", purpose="dataset").keys()
 
 
 FACTS = {
     "linear_modules": ["q_proj", "v_proj"],
+    "modules": ["embed_tokens", "lm_head", "q_proj", "v_proj"],
     "max_position_embeddings": 128,
     "layers": 2,
     "has_chat_template": True,
 }
-GOOD = {"rows_kind": "alpaca", "rows": 10}
+PLAIN = FACTS | {"has_chat_template": False}
+GOOD = {"kinds": {"alpaca": {"rows": 10, "line": 1}}, "rows_kind": "alpaca", "rows": 10}
+MIXED = {"kinds": {"alpaca": {"rows": 9}, "preference": {"rows": 1, "line": 7}}, "rows": 10}
+
+
+def finetune(changes: dict[str, Any]) -> FinetuneSpec:
+    spec, _ = read_spec({"kind": "finetune", "model": "m", "dataset": "d"} | changes)
+    assert isinstance(spec, FinetuneSpec)
+    return spec
 
 
 @pytest.mark.parametrize(
     ("changes", "report_", "facts", "code"),
     [
         ({"lora_target": "q_porj"}, GOOD, FACTS, "no_module_matches"),
+        ({"lora_target": "q_proj, v_porj"}, GOOD, FACTS, "no_module_matches"),
+        ({"lora_target": ["lm_head"]}, GOOD, FACTS, "no_module_matches"),
+        ({"lora_target": "(a+)+$"}, GOOD, FACTS, "no_module_matches"),
+        ({"additional_target": "embed_token"}, GOOD, FACTS, "no_module_matches"),
         ({"cutoff_len": 999}, GOOD, FACTS, "too_long"),
         ({"layers_to_transform": [2]}, GOOD, FACTS, "out_of_range"),
-        ({}, GOOD, FACTS | {"has_chat_template": False}, "no_template"),
+        ({}, GOOD, PLAIN, "no_template"),
+        ({"template": "chatlm"}, GOOD, PLAIN, "unknown_template"),
         ({"val_size": 0.01}, GOOD, FACTS, "too_few_rows"),
         ({"val_size": 10}, GOOD, FACTS, "too_few_rows"),
+        ({"val_size": 5, "max_samples": 5}, GOOD, FACTS, "too_few_rows"),
         ({}, {"rows_kind": "prompts", "rows": 3}, FACTS, "wrong_dataset_kind"),
+        ({}, MIXED, FACTS, "wrong_dataset_kind"),
     ],
 )
 def test_what_data_and_model_rule_out_is_refused_at_submission(
     changes: dict[str, Any], report_: dict[str, Any], facts: dict[str, Any], code: str
 ) -> None:
-    document = {"kind": "finetune", "model": "m", "dataset": "d"} | changes
-    spec, _ = read_spec(document)
-    assert isinstance(spec, FinetuneSpec)
-    assert [p.code for p in check_finetune(spec, report_, facts)] == [code]
+    assert [p.code for p in check_finetune(finetune(changes), report_, facts)] == [code]
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({}, FACTS),
+        ({"lora_target": "q_proj,model.layers.0.v_proj"}, FACTS),
+        ({"lora_target": "all-linear", "additional_target": ["lm_head"]}, FACTS),
+        ({"template": "llama3"}, FACTS),
+        ({"template": "chatml"}, PLAIN),
+        ({"template": "{{ messages }}"}, PLAIN),
+        ({"layers_to_transform": [0, 1], "val_size": 0.1, "cutoff_len": 128}, FACTS),
+    ],
+)
+def test_what_can_work_is_let_through(changes: dict[str, Any], facts: dict[str, Any]) -> None:
+    assert check_finetune(finetune(changes), GOOD, facts, eval_report=GOOD) == []
+
+
+def test_the_first_row_of_another_form_is_named() -> None:
+    (found,) = check_finetune(finetune({}), MIXED, None)
+    assert (found.line, found.field) == (7, "dataset")
+    (found,) = check_finetune(finetune({}), GOOD, None, eval_report=MIXED)
+    assert found.field == "eval_dataset"
+
+
+def test_a_file_of_rows_is_no_file_of_prompts() -> None:
+    assert [p.code for p in check_prompts(GOOD)] == ["wrong_dataset_kind"]
+    assert check_prompts({"rows_kind": "prompts"}) == []
 
 
 def test_what_is_not_known_yet_is_not_judged() -> None:
-    spec, _ = read_spec({"kind": "finetune", "model": "m", "dataset": "d", "cutoff_len": 10**6})
-    assert isinstance(spec, FinetuneSpec)
-    assert check_finetune(spec, None, None) == []
+    assert check_finetune(finetune({"cutoff_len": 10**6}), None, None) == []
