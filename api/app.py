@@ -10,6 +10,7 @@ from fastapi.security import HTTPBearer
 
 from tuneyard.api import artifacts, files, following, jobs, problems, things
 from tuneyard.api.access import Login, Yard
+from tuneyard.api.broker import Broker
 from tuneyard.api.checking import FileChecker
 from tuneyard.api.limits import Limits
 from tuneyard.api.paging import refuse_unknown_names
@@ -62,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.yard, app.state.streams, app.state.checker = yard, streams, checker
     app.state.uploads = Uploads(yard.store, max_file_bytes=settings.max_file_bytes)
-    app.state.broker = things.Broker(settings.broker_url.get_secret_value())
+    app.state.broker = Broker(settings.broker_url.get_secret_value())
     _include_routes(app)
     problems.register(app)
     # The last one added is the outermost.

@@ -1,6 +1,7 @@
 """The API's process."""
 
 import logging
+import signal
 import socket
 from types import FrameType
 
@@ -48,7 +49,10 @@ def _application(settings: Settings) -> FastAPI:
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises: InputError port_taken, bad_address."""
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns Nagle's delay off for sockets that say they are TCP, and for no others: without
+    # the protocol's number each answer takes 40 ms more.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
@@ -83,9 +87,10 @@ class Server(uvicorn.Server):
         self._streams: Streams = app.state.streams
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT."""
+        """SIGTERM or SIGINT: end in good order, with exit code 0; a second SIGINT does not wait."""
         self._streams.end_all()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 class Protocol(H11Protocol):

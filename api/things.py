@@ -1,10 +1,5 @@
 """/api/v1: models, nodes, who am I; and whether this process lives and is ready."""
 
-import logging
-import threading
-import time
-
-import redis
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import text
 
@@ -20,13 +15,8 @@ from tuneyard.specs.views import (
     ReadyView,
 )
 
-log = logging.getLogger(__name__)
-
 router = APIRouter()
 health = APIRouter(tags=["health"])
-
-BROKER_TIMEOUT_S = 0.5
-BROKER_KNOWN_S = 2.0
 
 
 @router.get("/api/v1/models", tags=["models"])
@@ -65,7 +55,7 @@ async def healthz() -> HealthView:
 @health.get("/readyz")
 def readyz(yard: TheYard, request: Request, response: Response) -> ReadyView:
     """ready; degraded (no broker: jobs run all the same); or unavailable (503: no database)."""
-    broker = "ok" if request.app.state.broker.reachable() else "unavailable"
+    broker = "ok" if request.app.state.broker.answers() else "unavailable"
     if not _database_answers(yard):
         response.status_code, response.headers["Retry-After"] = 503, "1"
         found = {"status": "unavailable", "database": "unavailable", "broker": broker}
@@ -81,36 +71,3 @@ def _database_answers(yard: Yard) -> bool:
     except Unavailable:
         return False
     return True
-
-
-class Broker:
-    """Whether Valkey answers; asked at most every two seconds, said once when it changes."""
-
-    def __init__(self, url: str) -> None:
-        self._client = redis.Redis.from_url(
-            url, socket_timeout=BROKER_TIMEOUT_S, socket_connect_timeout=BROKER_TIMEOUT_S
-        )
-        self._lock = threading.Lock()
-        self._asked_at, self._answered = 0.0, True
-
-    def reachable(self) -> bool:
-        """The newest answer."""
-        with self._lock:
-            if time.monotonic() - self._asked_at > BROKER_KNOWN_S:
-                self._asked_at = time.monotonic()
-                self._note(self._ping())
-            return self._answered
-
-    def _ping(self) -> bool:
-        try:
-            return bool(self._client.ping())
-        except (redis.RedisError, OSError):
-            return False
-
-    def _note(self, answered: bool) -> None:
-        if answered != self._answered:
-            log.warning(
-                "broker is back" if answered else "broker unreachable: jobs run without hints",
-                extra={"event": "broker"},
-            )
-        self._answered = answered
