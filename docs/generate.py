@@ -66,9 +66,10 @@ def _default(value: object) -> object:
 def specs_page() -> str:
     """Every field of every kind of job."""
     lines = ["# Fields of a job", "", "Generated from `specs/` by `make docs`.", ""]
-    lines += ["| kind | field | default | what it is |", "| --- | --- | --- | --- |"]
-    for kind, name, default, sentence in describe_fields():
-        lines.append(f"| {kind} | `{name}` | `{default}` | {sentence} |")
+    lines += ["| kind | field | type | default | range | what it is |", "| --- " * 6 + "|"]
+    for row in describe_fields():
+        cells = [row.kind, f"`{row.name}`", row.type, f"`{row.default}`", row.range, row.sentence]
+        lines.append(f"| {' | '.join(cells)} |".replace("  ", " "))
     return "\n".join(lines) + "\n"
 
 
