@@ -12,7 +12,7 @@ from tuneyard.api.access import TheCaller, TheYard, Yard, path_id
 from tuneyard.api.bodies import Document, IdempotencyKey
 from tuneyard.api.examples import RETRY_BODY, SUBMIT_BODY
 from tuneyard.api.paging import page, read_cursor
-from tuneyard.checks.submission import check_finetune
+from tuneyard.checks.submission import check_finetune, check_prompts
 from tuneyard.models import files, jobs, reading
 from tuneyard.models.inputs import resolve
 from tuneyard.models.keys import Caller
@@ -64,15 +64,25 @@ def _submit(
 
 
 def check_submission(tx: Connection, yard: Yard, spec: JobSpec) -> None:
-    """What the data's report and the base's headers rule out. Raises: SpecRejected."""
-    if not isinstance(spec, FinetuneSpec):
-        return
+    """What the data's reports and the base's headers rule out. Raises: SpecRejected."""
     inputs = resolve(tx, spec.references()).inputs
-    data, base = inputs.get("dataset", {}).get("file"), inputs.get("model", {}).get("base_model")
-    report = files.report_of(tx, UUID(data)) if data else None
-    problems = check_finetune(spec, report, yard.facts(UUID(base)) if base else None)
+    problems: list[InputError] = []
+    if isinstance(spec, FinetuneSpec):
+        base = inputs.get("model", {}).get("base_model")
+        facts = yard.facts(UUID(base)) if base else None
+        report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
+        problems = check_finetune(spec, report, facts, eval_report=eval_report)
+    elif report := _report(tx, inputs, "prompts"):
+        problems = check_prompts(report)
     if problems:
         raise SpecRejected(problems)
+
+
+def _report(
+    tx: Connection, inputs: Mapping[str, Mapping[str, str]], field: str
+) -> Mapping[str, Any] | None:
+    file = inputs.get(field, {}).get("file")
+    return files.report_of(tx, UUID(file)) if file else None
 
 
 @router.get("")

@@ -311,3 +311,23 @@ def test_a_file_name_cannot_forge_a_header(api: Api) -> None:
         file = http.post("/files", content=form, headers=media).json()
         content = http.get(f"/files/{file['id']}/content")
     assert "set-cookie" not in content.headers
+
+
+def test_rows_for_something_else_are_refused_at_submission(api: Api) -> None:
+    api.a_base()
+    pairs = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    with api.client() as http:
+        good, pair = (put(http, content).json()["id"] for content in (ROWS, pairs))
+        assert [checked(http, each)["state"] for each in (good, pair)] == ["processed"] * 2
+        asked: list[tuple[dict[str, Any], str]] = [
+            (ASK | {"prompts": good}, "prompts"),
+            (TUNE | {"dataset": pair}, "dataset"),
+            (TUNE | {"dataset": good, "eval_dataset": pair}, "eval_dataset"),
+        ]
+        for body, field in asked:
+            answer = http.post("/jobs", json=body)
+            problems = answer.json()["error"]["details"]
+            assert (answer.status_code, "wrong_dataset_kind", field) in [
+                (422, p["code"], p["field"]) for p in problems
+            ]
+        assert http.get("/jobs").json()["data"] == []
