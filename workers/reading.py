@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,8 @@ def read_last_words(workdir: Path) -> LastWords:
     failed = [event for event in events if isinstance(event, Failed)]
     lines = _tail(workdir / LOG_FILE, 4096)[-15:]
     return LastWords(
-        failed[-1] if failed else None, b"\n".join(lines).decode(errors="replace").strip()
+        failed[-1] if failed else None,
+        _storable(b"\n".join(lines).decode(errors="replace").strip()),
     )
 
 
@@ -112,14 +114,26 @@ def _tail(path: Path, size: int) -> list[bytes]:
 def parse_event(line: bytes) -> RunnerEvent | None:
     """One event; None for a type that this version does not know or a line that is none."""
     try:
-        return _EVENT.validate_python(json.loads(line))
+        return _EVENT.validate_python(_storable(json.loads(line)))
     except (ValueError, ValidationError, RecursionError):
         log.debug("event line skipped", extra={"event": "event_skipped", "line": line[:200]})
         return None
 
 
+def _storable(value: Any) -> Any:
+    """The same without what PostgreSQL cannot hold: NUL, half characters, numbers that are none."""
+    if isinstance(value, str):
+        return value.replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_storable(name): _storable(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_storable(inner) for inner in value]
+    return value
+
+
 def _progress(event: Progress) -> dict[str, Any]:
-    return {"done": event.done, "total": event.total, "unit": event.unit, "eta_s": event.eta_s}
+    eta_s = event.eta_s if event.eta_s is not None and math.isfinite(event.eta_s) else None
+    return {"done": event.done, "total": event.total, "unit": event.unit, "eta_s": eta_s}
 
 
 def _read_from(path: Path, offset: int, limit: int) -> bytes:
