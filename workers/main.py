@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 
 from celery import Celery
+from celery.platforms import EX_OK
+from celery.worker import state
 
 from tuneyard.specs.errors import InputError, Unavailable
 from tuneyard.specs.messages import node_queue
@@ -30,8 +32,7 @@ PR_SET_DUMPABLE = 4
 def run(settings: Settings) -> None:
     """Serve this node until SIGTERM. Raises: InputError when another worker serves this home."""
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    _stop_on_signals(stop)
     # Runners may have the worker's uid: they shall not read its environment and memory.
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     with _alone(settings.home):
@@ -40,9 +41,21 @@ def run(settings: Settings) -> None:
             return
         supervisor.start()
         log.info("worker ready", extra={"event": "worker_ready", "node": str(supervisor.node.id)})
-        silent = _consume(settings, supervisor)
+        silent = _consume(settings, supervisor, stop)
         supervisor.shut_down(keep_runners=settings.keep_runners or silent)
         supervisor.node.db.close()
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    """Heed SIGTERM and SIGINT while Celery has not set handlers of its own, or no more."""
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        stop.set()
+        # A consumer that is only starting looks here before it takes its first message.
+        state.should_stop = EX_OK
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, handle)
 
 
 @contextmanager
@@ -66,7 +79,7 @@ def _register(settings: Settings, stop: threading.Event) -> Supervisor | None:
     said = False
     while not stop.is_set():
         try:
-            return register(settings, {"tuneyard": version("tuneyard")})
+            return register(settings, {"tuneyard": version("tuneyard")}, stop)
         except Unavailable as error:
             if not said:
                 log.warning(error.message, extra={"event": "database_away", "code": error.code})
@@ -75,7 +88,7 @@ def _register(settings: Settings, stop: threading.Event) -> Supervisor | None:
     return None
 
 
-def _consume(settings: Settings, supervisor: Supervisor) -> bool:
+def _consume(settings: Settings, supervisor: Supervisor, stop: threading.Event) -> bool:
     """Run Celery until SIGTERM; a consumer that breaks is made anew, the supervisor goes on.
 
     Returns whether it ended because its consumer had fallen silent.
@@ -83,15 +96,9 @@ def _consume(settings: Settings, supervisor: Supervisor) -> bool:
     app = celery_app(settings.broker_url.get_secret_value(), supervisor.node.id)
     Observers(app, supervisor)
     watch = ConsumerWatch(app, node_queue(supervisor.node.id))
-    watch.start(supervisor.stopping)
-
-    def stop(_signal: int, _frame: FrameType | None) -> None:
-        supervisor.stopping.set()
-
-    while not supervisor.stopping.is_set():
-        # Celery sets handlers of its own while it consumes; these hold before and between.
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGINT, stop)
+    watch.start(stop)
+    while not stop.is_set():
+        _stop_on_signals(stop)
         try:
             _work(app, supervisor, settings)
         except SystemExit:
@@ -99,7 +106,7 @@ def _consume(settings: Settings, supervisor: Supervisor) -> bool:
         except Exception as error:
             fields = {"event": "consumer_broke", "error": repr(error)}
             log.warning("consumer broke: %r", error, extra=fields)
-        supervisor.stopping.wait(RECONNECT_S)
+        stop.wait(RECONNECT_S)
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)
     return watch.silent

@@ -45,8 +45,8 @@ class Supervisor:
     name: str
     inventory: Inventory
     boot_id: str
+    stopping: threading.Event
     keepers: dict[UUID, Keeper] = field(default_factory=dict)
-    stopping: threading.Event = field(default_factory=threading.Event)
     woken: threading.Event = field(default_factory=threading.Event)
     on_end: Callable[[Keeper], None] = lambda keeper: None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -270,7 +270,9 @@ class Supervisor:
         self.node.store.sweep_aside()
 
 
-def register(settings: Settings, capabilities: Mapping[str, object]) -> Supervisor:
+def register(
+    settings: Settings, capabilities: Mapping[str, object], stopping: threading.Event
+) -> Supervisor:
     """Write this node and its devices into the database. Raises: Unavailable."""
     db = Database(settings.database_url.get_secret_value(), f"ty-worker@{node_name(settings)}")
     for folder in ("work", "cache"):
@@ -286,4 +288,4 @@ def register(settings: Settings, capabilities: Mapping[str, object]) -> Supervis
             devices=offered_devices(inventory, settings.cpu_slots),
         )
     node = Node(node_id, db, Store(settings.store_root), settings)
-    return Supervisor(node, node_name(settings), inventory, boot_id)
+    return Supervisor(node, node_name(settings), inventory, boot_id, stopping)
