@@ -113,16 +113,24 @@ def job_logs(
     request: Request,
     attempt: Annotated[int | None, Query(ge=1, le=10_000)] = None,
     tail: Annotated[int | None, Query(ge=0, le=100_000)] = None,
+    start: Annotated[
+        int | None, Query(ge=0, le=MAX_NUMBER, description="From this byte on.")
+    ] = None,
     follow: bool = False,
     range_: Annotated[str | None, Header(alias="Range")] = None,
 ) -> StreamingResponse:
-    """The log of all attempts, or of one: a Range of its bytes, its last lines, or as it grows."""
+    """The log of all attempts, or of one: a Range of its bytes, its last lines, or as it grows.
+
+    A broken `follow` goes on with `start`: X-Log-Start of the first answer, and the bytes since.
+    """
     job_id = path_id("job", job)
     with yard.begin(caller.team_id) as tx:
         reading.standing(tx, job_id)
         pieces, position = logs.lay_out(tx, job_id, attempt=attempt)
         total = sum(piece.length for piece in pieces)
-        first = logs.last_lines(tx, pieces, tail) if tail is not None else 0
+        first = min(start or 0, total)
+        if tail is not None:
+            first = max(first, logs.last_lines(tx, pieces, tail))
     part = part_of(None if follow else range_, total, first=first)
     wanted = list(logs.cut(pieces, part.first, part.last))
 
@@ -132,6 +140,6 @@ def job_logs(
                 yield b"".join(logs.read_parts(tx, batch))
 
     if follow:
-        streams = request.app.state.streams
-        return Stream(streams.log(caller, job_id, attempt, content(), position), media_type=PLAIN)
+        stream = request.app.state.streams.log(caller, job_id, attempt, content(), position)
+        return Stream(stream, media_type=PLAIN, headers={"X-Log-Start": str(first)})
     return StreamingResponse(content(), part.status, part.headers, media_type=PLAIN)

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 from uuid import UUID
@@ -228,9 +228,15 @@ def _log_after(
 class Stream(StreamingResponse):
     """A response without an end in sight; a reader who takes nothing for a while is dropped."""
 
-    def __init__(self, content: AsyncIterator[bytes], *, media_type: str) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(content, headers=headers, media_type=media_type)
+    def __init__(
+        self,
+        content: AsyncIterator[bytes],
+        *,
+        media_type: str,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        live = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(content, headers={**live, **(headers or {})}, media_type=media_type)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_soon(message: Message) -> None:

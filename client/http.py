@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from tuneyard.client.connection import Connection
 from tuneyard.client.download import fetch, file_sha256, inside
-from tuneyard.client.stream import watch_events
+from tuneyard.client.stream import follow_log, watch_events
 
 Thing = dict[str, Any]
 
@@ -87,11 +87,13 @@ class Client:
         tail: int | None = None,
         attempt: int | None = None,
     ) -> Iterator[str]:
-        """The log, piece by piece; with ``follow`` to the job's end."""
-        asked = {"follow": 1 if follow else None, "tail": tail, "attempt": attempt}
+        """The log, piece by piece; with ``follow`` to the job's end, whatever breaks between."""
+        asked = {"tail": tail, "attempt": attempt}
         params = {name: value for name, value in asked.items() if value is not None}
-        silence = {"silence_s": None} if follow else {}
-        with self._connection.stream(f"{_job(job)}/logs", params=params, **silence) as answer:
+        if follow:
+            yield from follow_log(self._connection, _job(job), params)
+            return
+        with self._connection.stream(f"{_job(job)}/logs", params=params) as answer:
             yield from answer.iter_text()
 
     def watch(self, job: str, *, after: int = 0) -> Iterator[tuple[str, Thing]]:

@@ -1,8 +1,9 @@
-"""A job's events as they happen, over connections that may break."""
+"""A job's events and log as they happen, over connections that may break."""
 
+import codecs
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,35 @@ def _is_over(connection: Connection, path: str, seen: int) -> bool:
         return False
     later = connection.send("GET", f"{path}/events", params={"after": seen})
     return not later.get("data")
+
+
+def follow_log(connection: Connection, path: str, params: Mapping[str, Any]) -> Iterator[str]:
+    """A job's log as it grows, to the job's end; a broken stream goes on where it broke off.
+
+    params: tail and attempt, as the first answer heeds them. Raises: Refused, Unreachable.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    start: int | None = None
+    away_since, patience_s = time.monotonic(), FIRST_PATIENCE_S
+    while True:
+        asked = {**params, "follow": 1} | ({} if start is None else {"start": start, "tail": None})
+        asked = {name: value for name, value in asked.items() if value is not None}
+        try:
+            over = connection.send("GET", path).get("state") in TERMINAL
+            with connection.stream(f"{path}/logs", params=asked, silence_s=None) as answer:
+                patience_s = PATIENCE_S
+                start = int(answer.headers.get("X-Log-Start", start or 0))
+                for piece in answer.iter_bytes():
+                    start += len(piece)
+                    yield decoder.decode(piece)
+                    away_since = time.monotonic()
+            if over:
+                return
+            away_since = time.monotonic()
+        except Unreachable:
+            if time.monotonic() - away_since > patience_s:
+                raise
+            time.sleep(FIRST_PAUSE_S)
 
 
 def read_events(chunks: Iterable[bytes]) -> Iterator[StreamEvent]:

@@ -49,18 +49,18 @@ def lay_out(
 ) -> tuple[list[Piece], LogPosition]:
     """A job's log after a position, as pieces in order, and the position after them.
 
-    ``--- attempt N ---`` stands before each attempt where there is more than one.
+    ``--- attempt N ---`` stands before each attempt but the first, so that what was read once
+    keeps its place however many follow.
     """
     values = {"job": job_id, "attempt": attempt, "limit": limit}
     rows = tx.execute(
         CHUNKS, values | {"after_attempt": after.attempt, "after_seq": after.seq}
     ).all()
-    several = len({row.number for row in rows} | ({after.attempt} - {0})) > 1
     pieces: list[Piece] = []
     position = after
     for row in rows:
         if row.number != position.attempt:
-            pieces += [_said(f"--- attempt {row.number} ---\n")] if several else []
+            pieces += [_said(f"--- attempt {row.number} ---\n")] if position.attempt else []
             position = LogPosition(row.number)
         if row.start > position.end:
             pieces.append(_said(f"\n--- {row.start - position.end} bytes left out ---\n"))

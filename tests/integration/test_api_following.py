@@ -212,7 +212,7 @@ def test_attempts_stand_one_after_the_other_in_a_log(running: Running) -> None:
     assert running.log() == "first\n"
     running.again()
     running.api.ship(running.ref, log=b"second\n")
-    assert running.log() == "--- attempt 1 ---\nfirst\n--- attempt 2 ---\nsecond\n"
+    assert running.log() == "first\n--- attempt 2 ---\nsecond\n"
     assert running.log(attempt=2) == "second\n"
     assert running.log(attempt=3) == ""
 
@@ -235,6 +235,18 @@ def test_a_log_is_followed_to_the_jobs_end(running: Running) -> None:
     assert [follower.line(), follower.line()] == ["--- attempt 2 ---", "three"]
     running.api.finish(running.ref)
     assert follower.line() is None
+
+
+def test_a_followed_log_goes_on_where_it_broke_off(running: Running) -> None:
+    running.api.ship(running.ref, log="één\n".encode())
+    first = running.http.get(f"{running.path}/logs", params={"start": 3})
+    assert first.content == "én\n".encode()[1:]
+    running.again()
+    running.api.ship(running.ref, log=b"two\n")
+    running.api.finish(running.ref)
+    params = {"follow": 1, "start": 6}
+    later = running.http.get(f"{running.path}/logs", params=params)
+    assert (later.headers["X-Log-Start"], later.text) == ("6", "--- attempt 2 ---\ntwo\n")
 
 
 def test_following_may_begin_with_the_last_lines(running: Running) -> None:

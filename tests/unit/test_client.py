@@ -327,10 +327,24 @@ def test_no_server_can_write_outside_of_the_folder(
 
 def test_a_log_is_followed_as_it_grows(api: RecordedApi, client: Client) -> None:
     more = threading.Event()
-    api.on("GET", f"/jobs/{JOB}/logs", Answer(b"step 1\n", open_until=more))
+    api.on("GET", f"/jobs/{JOB}", {"state": "running"}, {"state": "succeeded"})
+    api.on(
+        "GET",
+        f"/jobs/{JOB}/logs",
+        Answer(b"step 1\n", headers={"X-Log-Start": "10"}, open_until=more),
+        Answer(b"step 2\n", headers={"X-Log-Start": "17"}),
+    )
     pieces = client.logs(JOB, follow=True, tail=3, attempt=2)
     assert next(pieces) == "step 1\n"
     more.set()
-    assert list(pieces) == []
-    query = api.asked[0].query
-    assert (query["follow"], query["tail"], query["attempt"]) == (["1"], ["3"], ["2"])
+    assert list(pieces) == ["step 2\n"]
+    first, second = (each.query for each in api.asked if each.path.endswith("/logs"))
+    assert first == {"follow": ["1"], "tail": ["3"], "attempt": ["2"]}
+    assert second == {"follow": ["1"], "start": ["17"], "attempt": ["2"]}
+
+
+def test_a_letter_that_a_break_cut_in_two_is_whole(api: RecordedApi, client: Client) -> None:
+    api.on("GET", f"/jobs/{JOB}", {"state": "succeeded"})
+    broken = Answer("één".encode()[:4], says_bytes=9)
+    api.on("GET", f"/jobs/{JOB}/logs", broken, Answer("één".encode()[4:]))
+    assert "".join(client.logs(JOB, follow=True)) == "één"
