@@ -14,6 +14,8 @@ def start_logging(level: str, *, as_json: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if as_json else _Plain())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # Alembic lists its plugins at INFO each time it is loaded.
+    logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
 
 
 class _Plain(logging.Formatter):

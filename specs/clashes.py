@@ -11,8 +11,9 @@ from tuneyard.specs.problems import nearest, problem
 def clashes_of(spec: Spec) -> list[InputError]:
     """All that exclude each other in a spec whose fields are right by themselves."""
     found = []
-    if spec.device == "cpu" and spec.gpus > 1:
-        found.append(_exclude("gpus", "device"))
+    if spec.gpus > 1:
+        message = f"gpus = {spec.gpus}: a job uses one GPU; several at once come later."
+        found.append(problem("not_supported_yet", message, "gpus", "leave gpus out"))
     if isinstance(spec, FinetuneSpec):
         found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
         if spec.max_steps == 0:

@@ -113,6 +113,11 @@ def after_stop(verdict: Verdict, stop_reason: StopReason | None) -> Verdict:
     return Verdict(Outcome.STOPPED)
 
 
+def after_stall(verdict: Verdict) -> Verdict:
+    """What an end means when the worker ended a runner that had fallen silent."""
+    return Verdict(Outcome.LOST, Cause.STALLED) if verdict.outcome is Outcome.LOST else verdict
+
+
 def _judge_end(end: RunnerEnd) -> Verdict:
     if end.code == ExitCode.DONE:
         return Verdict(Outcome.SUCCEEDED)

@@ -83,6 +83,12 @@ class Settings(BaseModel):
         default=5.0, ge=0.0, description="Pause before a charged retry; doubles each time."
     )
 
+    stall_s: float = Field(
+        default=1800.0,
+        gt=0.0,
+        description="A runner that writes nothing for so many seconds is ended and tried again.",
+    )
+
     node_name: str = Field(default="", description="This node's name. Empty: the host's name.")
     cpu_slots: int = Field(
         default=1, ge=0, le=1024, description="CPU slots of this node; they split its cores."

@@ -20,9 +20,17 @@ from tuneyard.models import attempts
 from tuneyard.models.attempts import AttemptRef, End
 from tuneyard.models.engine import Database
 from tuneyard.specs.errors import StaleToken, TuneyardError, Unavailable
-from tuneyard.specs.exits import Cause, Outcome, RunnerEnd, StopReason, Verdict, judge
+from tuneyard.specs.exits import (
+    Cause,
+    Outcome,
+    RunnerEnd,
+    StopReason,
+    Verdict,
+    after_stall,
+    judge,
+)
 from tuneyard.specs.ids import show_id
-from tuneyard.specs.runner import GUARD_FILE
+from tuneyard.specs.runner import EVENTS_FILE, GUARD_FILE, LOG_FILE
 from tuneyard.specs.settings import Settings
 from tuneyard.store.remote import Store
 from tuneyard.workers.guarding import (
@@ -72,6 +80,7 @@ class Keeper:
         self._node = node
         self._workdir = node.workdir(self.ref)
         self._adopting = assignment.claimed
+        self._stalled = False
         self._control = Control(node.settings, renewed_at)
         self._thread = threading.Thread(target=self._run, name=f"keep-{self.ref.id.hex[-6:]}")
         self._thread.daemon = True
@@ -153,6 +162,7 @@ class Keeper:
     def _watch(self, link: GuardLink) -> RunnerEnd:
         """Ship each second until the guard has seen the runner's end."""
         started, shipped_at = False, time.monotonic()
+        silence = Silence(self._workdir)
         while (end := link.exit()) is None:
             if not link.alive():
                 return link.exit() or self._end_of_a_lost_guard()
@@ -161,6 +171,9 @@ class Keeper:
             if time.monotonic() - shipped_at >= SHIP_EVERY_S:
                 shipped_at = time.monotonic()
                 self._ship()
+                if silence.seconds() > self._node.settings.stall_s:
+                    self._stalled = True
+                    self._control.end()
             time.sleep(LOOK_EVERY_S)
         if not started:
             self._try(lambda tx: attempts.report_started(tx, self.ref))
@@ -184,6 +197,9 @@ class Keeper:
             self._publish(end)
         else:
             evidence, patch = words.evidence(end)
+            if self._stalled:
+                verdict = after_stall(verdict)
+                evidence = f"the runner wrote nothing for {self._node.settings.stall_s:g} s"
             self._finish(End(verdict, evidence, patch, exit=vars(end)))
 
     def _publish(self, end: RunnerEnd) -> None:
@@ -264,6 +280,24 @@ class Keeper:
         }
 
 
+class Silence:
+    """How long a runner has written neither an event nor a line of its log."""
+
+    def __init__(self, workdir: Path) -> None:
+        self._files = [workdir / EVENTS_FILE, workdir / LOG_FILE]
+        self._written, self._since = self._bytes(), time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds since the files last grew."""
+        written = self._bytes()
+        if written != self._written:
+            self._written, self._since = written, time.monotonic()
+        return time.monotonic() - self._since
+
+    def _bytes(self) -> int:
+        return sum(file.stat().st_size for file in self._files if file.exists())
+
+
 class Control:
     """What the supervisor's threads say to a keeper's runner: extend, stop, kill."""
 
@@ -297,6 +331,11 @@ class Control:
         with self._lock:
             self.fenced.set()
             self._tell(lambda link: link.stop(0.0))
+
+    def end(self) -> None:
+        """End a runner that does not answer, without a wish of anybody's."""
+        with self._lock:
+            self._tell(lambda link: link.stop(self._settings.lease_grace_s))
 
     def stop(self, reason: StopReason) -> None:
         """Ask for a checkpoint and the end; the first asking counts."""

@@ -1,5 +1,6 @@
 """Real worker and scheduler processes on real PostgreSQL and Valkey; the runner hashes."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -126,6 +127,32 @@ def test_a_killed_guard_or_runner_costs_no_more_than_the_steps_since_the_checkpo
     last = max(step for number, step in steps if number == first.number)
     assert resumed_at > 1
     assert last - resumed_at < 10  # shipped each second, recorded a moment later
+
+
+def test_a_worker_that_is_told_to_stop_while_it_starts_stops(
+    a_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = a_cluster()
+    for after_s in (0.2, 0.4, 0.6, 0.8, 1.0):
+        cluster.kill("worker")
+        process = cluster.start("worker")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(after_s)
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+
+
+def test_a_runner_that_falls_silent_is_ended_and_the_job_tried_again(
+    a_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = a_cluster(stall_s=3)
+    job = cluster.submit(steps=60, step_s=0.05)
+    cluster.wait_checkpoint(job)
+    os.kill(cluster.guard_file(job)["runner_pid"], signal.SIGSTOP)
+    assert cluster.finish(job) == "succeeded"
+    first, _ = cluster.attempts(job)
+    assert (first.outcome, first.cause, first.charged) == ("lost", "stalled", False)
+    assert first.evidence == "the runner wrote nothing for 3 s"
 
 
 def test_a_worker_that_is_told_to_stop_stops_its_runner_at_a_checkpoint(
