@@ -56,11 +56,21 @@ class Yard:
     @contextmanager
     def begin(self, team: UUID | None) -> Iterator[Connection]:
         """A transaction that sees one team's rows. Raises: Unavailable db_busy."""
+        with self._turn(), self.db.begin(team=team) as tx:
+            yield tx
+
+    @contextmanager
+    def snapshot(self, team: UUID) -> Iterator[Connection]:
+        """One moment of a team's rows, to read several of them. Raises: Unavailable db_busy."""
+        with self._turn(), self.db.snapshot(team=team) as tx:
+            yield tx
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
         if not self._turns.acquire(timeout=WAIT_FOR_TURN_S):
             raise Unavailable("Too many requests at once; ask again.", code="db_busy")
         try:
-            with self.db.begin(team=team) as tx:
-                yield tx
+            yield
         finally:
             self._turns.release()
 

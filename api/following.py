@@ -57,7 +57,7 @@ def events(
     between the numbered events come `progress` events without a number.
     """
     job_id = path_id("job", job)
-    with yard.begin(caller.team_id) as tx:
+    with yard.snapshot(caller.team_id) as tx:
         standing = reading.standing(tx, job_id)
         if "text/event-stream" in accept:
             if last_event_id is not None:

@@ -99,7 +99,7 @@ def list_jobs(
     wanted = reading.JobFilter(_states(state or []), kind, name)
     listing = ("jobs", caller.team_id.hex, [*wanted.states], kind, name)
     before = read_cursor(cursor, *listing)
-    with yard.begin(caller.team_id) as tx:
+    with yard.snapshot(caller.team_id) as tx:
         rows = reading.list_jobs(tx, caller.team, wanted, before=before, limit=limit + 1)
     shown, next_cursor = page(rows, limit, *listing)
     return JobList(data=shown, next_cursor=next_cursor)
@@ -119,7 +119,7 @@ def _states(asked: list[str]) -> list[JobState]:
 def show(job: str, caller: TheCaller, yard: TheYard) -> JobView:
     """One job, with its attempts, progress and reason for waiting."""
     job_id = path_id("job", job)
-    with yard.begin(caller.team_id) as tx:
+    with yard.snapshot(caller.team_id) as tx:
         return reading.show_job(tx, caller.team, job_id)
 
 

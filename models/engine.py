@@ -51,12 +51,17 @@ class Database:
         kept, or (at the commit) whether it was is unknown and must be asked by key or token.
         """
         with _translated(), self._engine.begin() as tx:
-            if team is not None:
-                # SET LOCAL takes no parameter.
-                tx.execute(
-                    text("SELECT set_config('tuneyard.team', :team, true)"), {"team": str(team)}
-                )
+            _see_as(tx, team)
             yield tx
+
+    @contextmanager
+    def snapshot(self, *, team: UUID | None = None) -> Iterator[Connection]:
+        """A transaction that only reads, all its statements at one moment. Raises: Unavailable."""
+        with _translated(), self._engine.connect() as tx:
+            tx.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            with tx.begin():
+                _see_as(tx, team)
+                yield tx
 
     @contextmanager
     def begin_reserved(self) -> Iterator[Connection]:
@@ -89,6 +94,12 @@ class Database:
         """Close all connections."""
         self._engine.dispose()
         self._reserved.dispose()
+
+
+def _see_as(tx: Connection, team: UUID | None) -> None:
+    """Let row level security show one team's rows; SET LOCAL takes no parameter."""
+    if team is not None:
+        tx.execute(text("SELECT set_config('tuneyard.team', :team, true)"), {"team": str(team)})
 
 
 def libpq_url(url: str) -> str:
