@@ -4,15 +4,16 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from uuid import UUID
 
 from sqlalchemy import Connection
 
 from tuneyard.api.access import Yard
-from tuneyard.api.jobs import check_submission
+from tuneyard.api.submissions import check_inputs
 from tuneyard.checks.limits import check_file
 from tuneyard.models import files
-from tuneyard.models.dependencies import blocked_jobs, reconsider_blocked, refuse, spec_of
-from tuneyard.specs.errors import InputError, SpecRejected, Unavailable
+from tuneyard.models.dependencies import jobs_waiting_for_file, reconsider, refuse, spec_of
+from tuneyard.specs.errors import SpecRejected, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,7 @@ class FileChecker:
             report = check_file(self._yard.store.file(file.id), purpose=file.purpose)
         with self._yard.db.begin(team=file.team_id) as tx:
             files.finish_check(tx, file.id, report, accepted=bool(report["ok"]))
-            refuse_unfit(tx, self._yard)
-            reconsider_blocked(tx)
+            decide_waiting(tx, self._yard, file.id)
         return True
 
     @contextmanager
@@ -91,12 +91,12 @@ class FileChecker:
             renewing.join()
 
 
-def refuse_unfit(tx: Connection, yard: Yard) -> None:
-    """End blocked jobs that their data sets, now that they are checked, do not fit."""
-    for job_id, document in blocked_jobs(tx):
+def decide_waiting(tx: Connection, yard: Yard, file_id: UUID) -> None:
+    """Free the jobs that waited for a file's check, or end those that it does not fit."""
+    for job_id, document, inputs in jobs_waiting_for_file(tx, file_id):
         try:
-            check_submission(tx, yard, spec_of(document))
+            check_inputs(tx, yard, spec_of(document), inputs)
         except SpecRejected as problem:
             refuse(tx, job_id, problem)
-        except InputError:
-            continue  # a reference that leads nowhere any more: reconsidering ends the job
+        else:
+            reconsider(tx, job_id)

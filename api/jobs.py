@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
-from uuid import UUID
 
 from fastapi import APIRouter, Query, Response
 from sqlalchemy import Connection
@@ -12,13 +12,11 @@ from tuneyard.api.access import TheCaller, TheYard, Yard, path_id
 from tuneyard.api.bodies import Document, IdempotencyKey
 from tuneyard.api.examples import RETRY_BODY, SUBMIT_BODY
 from tuneyard.api.paging import page, read_cursor
-from tuneyard.checks.submission import check_finetune, check_prompts
-from tuneyard.models import files, jobs, reading
-from tuneyard.models.inputs import resolve
+from tuneyard.api.submissions import check_inputs
+from tuneyard.models import jobs, reading
 from tuneyard.models.keys import Caller
-from tuneyard.specs.errors import InputError, SpecRejected
-from tuneyard.specs.finetune import FinetuneSpec
-from tuneyard.specs.jobs import JobSpec, read_spec
+from tuneyard.specs.errors import InputError
+from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.states import JobState
 from tuneyard.specs.views import JobList, JobView
 
@@ -52,37 +50,15 @@ def _digest(value: object) -> str:
 def _submit(
     tx: Connection, yard: Yard, caller: Caller, submission: jobs.Submission, response: Response
 ) -> JobView:
-    job_id, replayed = jobs.submit_job(tx, caller.team_id, submission)
-    if replayed:
-        # Its inputs may be gone by now: the first answer holds all the same.
+    submitted = jobs.submit_job(tx, caller.team_id, submission)
+    if submitted.replayed:
+        # Its inputs may be gone by now: what was accepted stays accepted.
         response.headers["Idempotency-Replayed"] = "true"
     else:
-        check_submission(tx, yard, submission.spec)
-    view = reading.show_job(tx, caller.team, job_id)
+        check_inputs(tx, yard, submission.spec, submitted.inputs)
+    view = reading.show_job(tx, caller.team, submitted.id)
     response.headers["Location"] = f"/api/v1/jobs/{view.id}"
     return view
-
-
-def check_submission(tx: Connection, yard: Yard, spec: JobSpec) -> None:
-    """What the data's reports and the base's headers rule out. Raises: SpecRejected."""
-    inputs = resolve(tx, spec.references()).inputs
-    problems: list[InputError] = []
-    if isinstance(spec, FinetuneSpec):
-        base = inputs.get("model", {}).get("base_model")
-        facts = yard.facts(UUID(base)) if base else None
-        report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
-        problems = check_finetune(spec, report, facts, eval_report=eval_report)
-    elif report := _report(tx, inputs, "prompts"):
-        problems = check_prompts(report)
-    if problems:
-        raise SpecRejected(problems)
-
-
-def _report(
-    tx: Connection, inputs: Mapping[str, Mapping[str, str]], field: str
-) -> Mapping[str, Any] | None:
-    file = inputs.get(field, {}).get("file")
-    return files.report_of(tx, UUID(file)) if file else None
 
 
 @router.get("")
@@ -146,7 +122,7 @@ def retry(
     with yard.begin(caller.team_id) as tx:
         again = jobs.retry_job(tx, job_id, patch)
         digest = _digest([job, body])
-        submission = jobs.Submission(again.spec, again.notes, key, digest, again.retry_of)
+        submission = replace(again, key=key, body_sha256=digest)
         return _submit(tx, yard, caller, submission, response)
 
 

@@ -1,8 +1,11 @@
 """From what a spec names (ids, names, other jobs) to the artifacts and files that a runner gets.
 
-``jobs.inputs`` maps each field to what it became, written when the job leaves ``blocked``:
+``jobs.inputs`` maps each field to what it became. It is written when the job is submitted, so that
+nothing of the same name that comes later takes a thing's place; what another job has still to
+bring forth stands there as that job, until it has:
 
     {"model": {"base_model": uuid}, "adapter": {"artifact": uuid}, "dataset": {"file": uuid}}
+    {"model": {"job": uuid, "output": "base_model"}, "prompts": {"file": uuid}}
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +17,7 @@ from sqlalchemy import Connection, Row, select
 
 from tuneyard.models.tables import ArtifactRow, BaseModelRow, FileRow, JobRow, ModelRow
 from tuneyard.specs.errors import InputError, NotFound
+from tuneyard.specs.fields import WHAT
 from tuneyard.specs.ids import is_id, parse_id, show_id
 from tuneyard.specs.jobs import Reference
 from tuneyard.specs.states import TERMINAL, JobState
@@ -21,70 +25,108 @@ from tuneyard.specs.states import TERMINAL, JobState
 OUTPUTS = {"download": "base_model", "finetune": "adapter", "inference": "results"}
 """Kind of job -> kind of what it brings forth."""
 
+Inputs = Mapping[str, Mapping[str, str]]
+
 
 @dataclass(frozen=True)
 class Resolved:
-    """What references came to: inputs that are there, and jobs or files that they wait for."""
+    """What references came to, and what of it is waited for: other jobs and files' checks."""
 
-    inputs: Mapping[str, dict[str, str]]
-    parents: Sequence[tuple[UUID, str]] = ()  # (job, output)
-    files: Sequence[UUID] = ()
+    inputs: Inputs
+    unchecked: Sequence[UUID] = ()
+
+    @property
+    def parents(self) -> list[tuple[UUID, str]]:
+        """The jobs that have still to bring an input forth, and what."""
+        awaited = [value for value in self.inputs.values() if "job" in value]
+        return list(dict.fromkeys((UUID(each["job"]), each["output"]) for each in awaited))
 
     @property
     def ready(self) -> bool:
         """Whether nothing is waited for."""
-        return not self.parents and not self.files
+        return not self.parents and not self.unchecked
 
     @property
     def wait_reason(self) -> str | None:
         """What is waited for, in a sentence for the job's owner; None when all is there."""
         awaited = [f"{show_id('job', job)} ({output})" for job, output in self.parents]
-        awaited += [f"the check of {show_id('file', file)}" for file in self.files]
-        return f"waits for {', '.join(dict.fromkeys(awaited))}" if awaited else None
+        awaited += [f"the check of {show_id('file', file)}" for file in self.unchecked]
+        return f"waits for {', '.join(awaited)}" if awaited else None
 
 
-def resolve(tx: Connection, references: Sequence[Reference]) -> Resolved:
-    """Look up all references of a spec. Raises: InputError that names the field and the mend."""
-    inputs: dict[str, dict[str, str]] = {}
-    parents: list[tuple[UUID, str]] = []
-    files: list[UUID] = []
+def resolve(
+    tx: Connection, team_id: UUID, references: Sequence[Reference], *, kept: Inputs | None = None
+) -> Resolved:
+    """Look up all references of a team's spec, but for fields that are ``kept`` as they were.
+
+    Raises: InputError that names the field and the mend.
+    """
+    inputs: dict[str, Mapping[str, str]] = dict(kept or {})
     for reference in references:
-        found = _resolve_one(tx, reference)
-        inputs |= found.inputs
-        parents += found.parents
-        files += found.files
-    return Resolved(inputs, parents, files)
+        if reference.field not in inputs:
+            inputs |= _resolve_one(tx, team_id, reference)
+    return complete(tx, team_id, inputs)
 
 
-def _resolve_one(tx: Connection, reference: Reference) -> Resolved:
-    if isinstance(reference.value, Mapping):
-        return _output_of(tx, reference, str(reference.value.get("from", "")))
-    if is_id("job", reference.value):
-        return _output_of(tx, reference, reference.value)
-    if reference.what in ("dataset", "prompts"):
-        return _file(tx, reference)
-    return _model(tx, reference)
+def complete(tx: Connection, team_id: UUID, inputs: Inputs) -> Resolved:
+    """Put what jobs have brought forth by now in their place, and look at the files' checks.
+
+    Raises: InputError where an input can never be had.
+    """
+    found: dict[str, Mapping[str, str]] = {}
+    for field, value in inputs.items():
+        found |= _published(tx, team_id, field, value) if "job" in value else {field: value}
+    files = {field: UUID(value["file"]) for field, value in found.items() if "file" in value}
+    unchecked = [file for field, file in files.items() if not _is_checked(tx, team_id, field, file)]
+    return Resolved(found, tuple(dict.fromkeys(unchecked)))
 
 
-def _file(tx: Connection, reference: Reference) -> Resolved:
-    name = str(reference.value)
-    by = FileRow.id == parse_id("file", name) if is_id("file", name) else FileRow.name == name
+def _is_checked(tx: Connection, team_id: UUID, field: str, file: UUID) -> bool:
+    """Raises: InputError for a file that its check rejected, or that is gone."""
     row = tx.execute(
-        select(FileRow.id, FileRow.name, FileRow.state, FileRow.report)
-        .where(by, FileRow.deleted_at.is_(None))
-        .order_by(FileRow.id.desc())
-        .limit(1)
+        select(FileRow.name, FileRow.state, FileRow.report).where(
+            FileRow.id == file, FileRow.team_id == team_id, FileRow.deleted_at.is_(None)
+        )
     ).one_or_none()
     if row is None:
-        raise NotFound(
-            f"There is no file {name[:80]!r}.",
-            field=reference.field,
-            hint="upload it first (`tuneyard files put FILE`) and name its id",
-        )
+        raise _no_file(field, show_id("file", file))
     if row.state == "rejected":
-        raise rejected_file(row, reference.field)
-    waits_for = [] if row.state == "processed" else [row.id]
-    return Resolved({reference.field: {"file": str(row.id)}}, files=waits_for)
+        raise rejected_file(row, field)
+    return bool(row.state == "processed")
+
+
+def _resolve_one(tx: Connection, team_id: UUID, reference: Reference) -> Inputs:
+    if isinstance(reference.value, Mapping):
+        return _output_of(tx, team_id, reference, str(reference.value.get("from", "")))
+    if is_id("job", reference.value):
+        return _output_of(tx, team_id, reference, reference.value)
+    if reference.what in ("dataset", "prompts"):
+        return _file(tx, team_id, reference)
+    return _model(tx, team_id, reference)
+
+
+def _file(tx: Connection, team_id: UUID, reference: Reference) -> Inputs:
+    """An upload by id or name; its row is held so that nobody deletes it meanwhile."""
+    name = str(reference.value)
+    by = FileRow.id == parse_id("file", name) if is_id("file", name) else FileRow.name == name
+    file = tx.execute(
+        select(FileRow.id)
+        .where(by, FileRow.team_id == team_id, FileRow.deleted_at.is_(None))
+        .order_by(FileRow.id.desc())
+        .limit(1)
+        .with_for_update(read=True)
+    ).scalar_one_or_none()
+    if file is None:
+        raise _no_file(reference.field, name)
+    return {reference.field: {"file": str(file)}}
+
+
+def _no_file(field: str, name: str) -> NotFound:
+    return NotFound(
+        f"There is no file {name[:80]!r}.",
+        field=field,
+        hint="upload it first (`tuneyard files put FILE`) and name its id",
+    )
 
 
 def rejected_file(row: Row[Any], field: str) -> InputError:
@@ -99,7 +141,7 @@ def rejected_file(row: Row[Any], field: str) -> InputError:
     )
 
 
-def _model(tx: Connection, reference: Reference) -> Resolved:
+def _model(tx: Connection, team_id: UUID, reference: Reference) -> Inputs:
     name = str(reference.value)
     if is_id("base_model", name):
         base_by = BaseModelRow.id == parse_id("base_model", name)
@@ -109,34 +151,37 @@ def _model(tx: Connection, reference: Reference) -> Resolved:
         select(BaseModelRow.id).where(base_by).order_by(BaseModelRow.published_at.desc()).limit(1)
     ).scalar_one_or_none()
     if base is not None and reference.what == "model":
-        return Resolved({reference.field: {"base_model": str(base)}})
+        return {reference.field: {"base_model": str(base)}}
     by = ModelRow.id == parse_id("model", name) if is_id("model", name) else ModelRow.name == name
-    tuned = tx.execute(select(ModelRow.artifact_id, ModelRow.base_model_id).where(by)).one_or_none()
+    tuned = tx.execute(
+        select(ModelRow.artifact_id, ModelRow.base_model_id).where(by, ModelRow.team_id == team_id)
+    ).one_or_none()
     if tuned is not None:
-        return _tuned(reference, tuned.artifact_id, tuned.base_model_id)
-    return _downloading(tx, reference, name)
+        return _tuned(reference.field, tuned.artifact_id, tuned.base_model_id)
+    return _downloading(tx, team_id, reference, name)
 
 
-def _tuned(reference: Reference, artifact_id: UUID, base_model_id: UUID) -> Resolved:
+def _tuned(field: str, artifact_id: UUID, base_model_id: UUID) -> Inputs:
     adapter = {"adapter": {"artifact": str(artifact_id)}}
-    if reference.what == "model":
-        return Resolved({reference.field: {"base_model": str(base_model_id)}} | adapter)
-    return Resolved(adapter)
+    if WHAT[field] == "model":
+        return {field: {"base_model": str(base_model_id)}} | adapter
+    return adapter
 
 
-def _downloading(tx: Connection, reference: Reference, name: str) -> Resolved:
+def _downloading(tx: Connection, team_id: UUID, reference: Reference, name: str) -> Inputs:
     """A model of this name that is on its way, or a refusal that lists what there is."""
     job = tx.execute(
         select(JobRow.id)
         .where(JobRow.kind == "download", JobRow.spec["model_name"].astext == name)
-        .where(JobRow.finished_at.is_(None))
+        .where(JobRow.team_id == team_id, JobRow.finished_at.is_(None))
         .order_by(JobRow.id.desc())
         .limit(1)
     ).scalar_one_or_none()
     if job is not None and reference.what == "model":
-        return Resolved({}, parents=[(job, "base_model")])
+        return {reference.field: {"job": str(job), "output": "base_model"}}
     bases = tx.execute(select(BaseModelRow.name).distinct().limit(10)).scalars().all()
-    tuned = tx.execute(select(ModelRow.name).order_by(ModelRow.id.desc()).limit(10)).scalars().all()
+    newest = select(ModelRow.name).where(ModelRow.team_id == team_id)
+    tuned = tx.execute(newest.order_by(ModelRow.id.desc()).limit(10)).scalars().all()
     known = ", ".join([*bases, *tuned] if reference.what == "model" else tuned) or "none yet"
     raise NotFound(
         f"There is no {reference.what} {name[:80]!r}.",
@@ -146,27 +191,17 @@ def _downloading(tx: Connection, reference: Reference, name: str) -> Resolved:
     )
 
 
-def _output_of(tx: Connection, reference: Reference, name: str) -> Resolved:
+def _output_of(tx: Connection, team_id: UUID, reference: Reference, name: str) -> Inputs:
     job_name, _, output = name.partition(".")
-    job = tx.execute(
-        select(JobRow.id, JobRow.kind, JobRow.state, JobRow.inputs).where(
-            JobRow.id == parse_id("job", job_name)
-        )
-    ).one_or_none()
-    if job is None:
+    job_id = parse_id("job", job_name)
+    kind = tx.execute(
+        select(JobRow.kind).where(JobRow.id == job_id, JobRow.team_id == team_id)
+    ).scalar_one_or_none()
+    if kind is None:
         raise NotFound(f"There is no job {job_name[:60]}.", field=reference.field)
-    output = output or OUTPUTS[job.kind]
-    _check_fits(reference, job.kind, output)
-    if job.state == JobState.SUCCEEDED:
-        return _published(tx, reference, job)
-    if JobState(job.state) in TERMINAL:
-        raise InputError(
-            f"Job {job_name} {job.state}: it brings forth no {output}.",
-            code="dependency_failed",
-            field=reference.field,
-            hint="name a job that succeeded or still runs",
-        )
-    return Resolved({}, parents=[(job.id, output)])
+    output = output or OUTPUTS[kind]
+    _check_fits(reference, kind, output)
+    return {reference.field: {"job": str(job_id), "output": output}}
 
 
 def _check_fits(reference: Reference, kind: str, output: str) -> None:
@@ -180,25 +215,44 @@ def _check_fits(reference: Reference, kind: str, output: str) -> None:
         )
 
 
-def _published(tx: Connection, reference: Reference, job: Row[Any]) -> Resolved:
+def _published(tx: Connection, team_id: UUID, field: str, value: Mapping[str, str]) -> Inputs:
+    """What a job brought forth, or the job itself while it may still do so."""
+    job = tx.execute(
+        select(JobRow.id, JobRow.kind, JobRow.state, JobRow.inputs).where(
+            JobRow.id == UUID(value["job"]), JobRow.team_id == team_id
+        )
+    ).one()
+    if JobState(job.state) not in TERMINAL:
+        return {field: value}
+    if job.state != JobState.SUCCEEDED:
+        raise InputError(
+            f"Job {show_id('job', job.id)} {job.state}: it brings forth no {OUTPUTS[job.kind]}.",
+            code="dependency_failed",
+            field=field,
+            hint="name a job that succeeded or still runs",
+        )
     if job.kind == "download":
-        base = tx.execute(
-            select(BaseModelRow.id)
-            .join(JobRow, JobRow.spec["model_name"].astext == BaseModelRow.name)
-            .where(JobRow.id == job.id)
-            .order_by(BaseModelRow.published_at.desc())
-            .limit(1)
-        ).scalar_one()
-        return Resolved({reference.field: {"base_model": str(base)}})
+        return {field: {"base_model": str(_downloaded(tx, job.id))}}
     artifact = tx.execute(
         select(ArtifactRow.id).where(
             ArtifactRow.job_id == job.id, ArtifactRow.kind == OUTPUTS[job.kind]
         )
     ).scalar_one()
-    return _tuned(reference, artifact, UUID(job.inputs["model"]["base_model"]))
+    return _tuned(field, artifact, UUID(job.inputs["model"]["base_model"]))
+
+
+def _downloaded(tx: Connection, job_id: UUID) -> UUID:
+    found: UUID = tx.execute(
+        select(BaseModelRow.id)
+        .join(JobRow, JobRow.spec["model_name"].astext == BaseModelRow.name)
+        .where(JobRow.id == job_id)
+        .order_by(BaseModelRow.published_at.desc())
+        .limit(1)
+    ).scalar_one()
+    return found
 
 
 def show_input(value: Mapping[str, str]) -> str:
-    """An input as its readers know it: ``file_…``, ``artifact_…`` or ``base_…``."""
-    ((kind, uuid),) = value.items()
-    return show_id(kind, UUID(uuid))
+    """An input as its readers know it: ``file_…``, ``artifact_…``, ``base_…``, or ``job_…``."""
+    kind = next(iter(set(value) - {"output"}))
+    return show_id(kind, UUID(value[kind]))

@@ -1,8 +1,8 @@
 """Submitting, cancelling and retrying jobs: what a person asks for."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -18,7 +18,7 @@ from tuneyard.models.events import (
     notify,
     record_submission,
 )
-from tuneyard.models.inputs import Resolved, resolve
+from tuneyard.models.inputs import Inputs, resolve
 from tuneyard.models.tables import (
     DeviceRow,
     IdempotencyKeyRow,
@@ -41,10 +41,20 @@ class Submission:
     key: str | None = None  # Idempotency-Key
     body_sha256: str = ""
     retry_of: UUID | None = None
+    kept: Inputs = field(default_factory=dict)  # of the job that this one retries
 
 
-def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> tuple[UUID, bool]:
-    """Write a job with all that belongs to it. Returns its id and whether it was there already.
+@dataclass(frozen=True)
+class Submitted:
+    """A job that was written just now or, under the same key, before."""
+
+    id: UUID
+    inputs: Inputs
+    replayed: bool = False
+
+
+def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Submitted:
+    """Write a job with all that belongs to it, or find the one that its key has made.
 
     Raises: Conflict (the key was used with another body), InputError (a reference leads nowhere).
     """
@@ -52,9 +62,9 @@ def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> tuple[U
     if submission.key is not None:
         earlier = _take_key(tx, team_id, job_id, submission)
         if earlier is not None:
-            return earlier, True
+            return Submitted(earlier, {}, replayed=True)
     spec = submission.spec
-    resolved = resolve(tx, spec.references())
+    resolved = resolve(tx, team_id, spec.references(), kept=submission.kept)
     state = JobState.QUEUED if resolved.ready else JobState.BLOCKED
     tx.execute(
         insert(JobRow).values(
@@ -67,14 +77,14 @@ def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> tuple[U
             state=state.value,
             priority=spec.priority,
             demand=_demand(tx, spec),
-            inputs=dict(resolved.inputs) if resolved.ready else None,
+            inputs=dict(resolved.inputs),
             wait_reason=resolved.wait_reason,
             retry_of=submission.retry_of,
         )
     )
-    _write_edges(tx, team_id, job_id, resolved)
+    _write_edges(tx, team_id, job_id, resolved.parents)
     record_submission(tx, job_id, team_id, state)
-    return job_id, False
+    return Submitted(job_id, resolved.inputs)
 
 
 def body_hash(body: bytes) -> str:
@@ -128,10 +138,12 @@ def _demand(tx: Connection, spec: JobSpec) -> dict[str, Any]:
     }
 
 
-def _write_edges(tx: Connection, team_id: UUID, job_id: UUID, resolved: Resolved) -> None:
+def _write_edges(
+    tx: Connection, team_id: UUID, job_id: UUID, parents: Sequence[tuple[UUID, str]]
+) -> None:
     edges = [
         {"team_id": team_id, "child": job_id, "parent": parent, "output": output}
-        for parent, output in dict.fromkeys(resolved.parents)
+        for parent, output in parents
     ]
     if edges:
         tx.execute(insert(JobEdgeRow), edges)
@@ -167,6 +179,18 @@ def retry_job(tx: Connection, job_id: UUID, patch: Mapping[str, Any]) -> Submiss
             code="not_ended",
             hint="wait for its end, or cancel it first",
         )
-    old = tx.execute(select(JobRow.spec).where(JobRow.id == job_id)).scalar_one()
-    spec, notes = read_spec(old | dict(patch))
-    return Submission(spec, tuple(notes), retry_of=job_id)
+    old = tx.execute(select(JobRow.spec, JobRow.inputs).where(JobRow.id == job_id)).one()
+    spec, notes = read_spec(old.spec | dict(patch))
+    kept = _kept_inputs(old.inputs, patch)
+    return Submission(spec, tuple(notes), retry_of=job_id, kept=kept)
+
+
+def _kept_inputs(inputs: Inputs, patch: Mapping[str, Any]) -> Inputs:
+    """What a retry takes as its origin had it: the same bytes, whatever bears the name by now.
+
+    A tuned model is named by one field and becomes two, so these change together.
+    """
+    changed = set(patch)
+    if changed & {"model", "adapter"}:
+        changed |= {"model", "adapter"}
+    return {name: value for name, value in inputs.items() if name not in changed}

@@ -86,7 +86,7 @@ def test_a_job_waits_blocked_until_its_file_is_checked(
     with unchecked.client() as http:
         file = put(http).json()["id"]
         job = http.post("/jobs", json=TUNE | {"dataset": file}).json()
-        assert (job["state"], job["inputs"]) == ("blocked", None)
+        assert (job["state"], job["inputs"]["dataset"]) == ("blocked", file)
         monkeypatch.undo()
         with serve_again(unchecked):
 

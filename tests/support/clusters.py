@@ -83,8 +83,7 @@ class Cluster:
         document = {"kind": "download", "model_name": "m", "source": json.dumps(asked)}
         spec, _ = read_spec(document | {"device": device})
         with self.db.api.begin(team=self.team) as tx:
-            job, _ = submit_job(tx, self.team, Submission(spec))
-        return job
+            return submit_job(tx, self.team, Submission(spec)).id
 
     def cancel(self, job: UUID) -> None:
         """Cancel as the API does."""
