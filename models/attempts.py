@@ -5,10 +5,11 @@ Lock order everywhere: job, attempt, members, allocations, devices.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, func, select, text, update
+from sqlalchemy import Connection, Update, func, select, text, update
 
 from tuneyard.models.dependencies import settle_children
 from tuneyard.models.events import apply_event, lock_job, record_event
@@ -116,13 +117,10 @@ RENEW = text("""
 def renew_leases(
     tx: Connection, refs: Sequence[AttemptRef], node_id: UUID, *, lease_s: float
 ) -> set[UUID]:
-    """Renew a node's leases in one statement, and say that the node is alive.
+    """Renew a node's leases in one statement.
 
     Returns the attempts that were renewed; any other is over and must stop at once.
     """
-    tx.execute(
-        text("UPDATE nodes SET seen_at = clock_timestamp() WHERE id = :node"), {"node": node_id}
-    )
     if not refs:
         return set()
     values = {"ids": [r.id for r in refs], "tokens": [r.token for r in refs]}
@@ -278,19 +276,22 @@ class PastEnds:
     workers_lost_in_a_row: int
 
 
+PAST_ENDS = text("""
+    SELECT a.charged, a.outcome,
+           -- One that nobody had claimed took no worker along.
+           a.cause = 'node_lost' AND EXISTS (
+               SELECT 1 FROM members m WHERE m.attempt_id = a.id AND m.claimed_at IS NOT NULL
+           ) AS lost_its_worker
+    FROM attempts a WHERE a.job_id = :job AND a.ended_at IS NOT NULL
+    ORDER BY a.number DESC
+""")
+
+
 def past_ends(tx: Connection, job_id: UUID) -> PastEnds:
     """Count a job's ended attempts by who is charged."""
-    rows = tx.execute(
-        select(AttemptRow.charged, AttemptRow.outcome, AttemptRow.cause)
-        .where(AttemptRow.job_id == job_id, AttemptRow.ended_at.is_not(None))
-        .order_by(AttemptRow.number.desc())
-    ).all()
-    lost_in_a_row = 0
-    for row in rows:
-        if row.cause != Cause.NODE_LOST:
-            break
-        lost_in_a_row += 1
+    rows = tx.execute(PAST_ENDS, {"job": job_id}).all()
     lost = [row for row in rows if row.outcome == Outcome.LOST]
+    lost_in_a_row = len(list(takewhile(lambda row: row.lost_its_worker, rows)))
     return PastEnds(sum(row.charged for row in rows), len(lost), lost_in_a_row)
 
 
@@ -325,18 +326,26 @@ def pause_s(event: JobEvent, past: PastEnds, *, backoff_s: float) -> float:
 def ask_to_stop(tx: Connection, job_id: UUID, reason: StopReason) -> UUID | None:
     """Note on a job's live attempt why it shall stop; the first reason but cancel stays.
 
-    Returns the attempt, or None where none lives.
+    The job's row is held. Returns the attempt, or None where none lives.
     """
     return tx.execute(
-        update(AttemptRow)
-        .where(
-            AttemptRow.job_id == job_id,
-            AttemptRow.ended_at.is_(None),
-            AttemptRow.stop_reason.is_(None) | (reason is StopReason.CANCEL),
-        )
-        .values(stop_reason=reason.value, stop_asked_at=func.clock_timestamp())
-        .returning(AttemptRow.id)
+        _asking(reason).where(AttemptRow.job_id == job_id).returning(AttemptRow.id)
     ).scalar_one_or_none()
+
+
+def note_shutdown(tx: Connection, ref: AttemptRef) -> None:
+    """The worker ends and stops this attempt; one that is over stays as it is."""
+    asking = _asking(StopReason.SHUTDOWN)
+    tx.execute(asking.where(AttemptRow.id == ref.id, AttemptRow.token == ref.token))
+
+
+def _asking(reason: StopReason) -> Update:
+    return (
+        update(AttemptRow)
+        .where(AttemptRow.ended_at.is_(None))
+        .where(AttemptRow.stop_reason.is_(None) | (reason is StopReason.CANCEL))
+        .values(stop_reason=reason.value, stop_asked_at=func.clock_timestamp())
+    )
 
 
 def nodes_of(tx: Connection, attempt_id: UUID) -> list[UUID]:

@@ -132,7 +132,6 @@ class JobRow(Row):
     not_before: Mapped[datetime | None]
     last_seq: Mapped[int] = _big()
     wait_reason: Mapped[str | None]
-    wait_reason_at: Mapped[datetime | None]
     error: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
@@ -149,7 +148,7 @@ class JobEdgeRow(Row):
 
 
 class NodeRow(Row):
-    """A machine with a worker; ``seen_at`` is written by its worker at each renewal."""
+    """A machine with a worker, which writes ``seen_at`` and ``disk_low`` at each renewal."""
 
     __tablename__ = "nodes"
     id: Mapped[UUID] = _key()
@@ -157,6 +156,7 @@ class NodeRow(Row):
     boot_id: Mapped[str]
     state: Mapped[str]
     capabilities: Mapped[dict[str, Any]]
+    disk_low: Mapped[bool]
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
 

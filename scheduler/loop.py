@@ -60,7 +60,10 @@ class Scheduler:
         self.reap(epoch)
         with self.db.begin() as tx:
             placements.stop_overdue(tx, epoch=epoch)
-            dependencies.reconsider_blocked(tx)
+            decided = dependencies.decided_jobs(tx)
+        for job_id in decided:
+            with self.db.begin() as tx:
+                dependencies.reconsider(tx, job_id)
         placed = self.place(epoch)
         self.hint_again()
         return placed
@@ -79,7 +82,9 @@ class Scheduler:
             return
         for ref in expired:
             with self.db.begin() as tx:
-                state = placements.reap(tx, ref, epoch=epoch)
+                state = placements.reap(
+                    tx, ref, epoch=epoch, backoff_s=self.settings.retry_backoff_s
+                )
             if state is not None:
                 fields = {"event": "attempt_lost", "attempt": str(ref.id), "state": state}
                 log.warning("attempt lost", extra=fields)
@@ -137,12 +142,14 @@ def run(settings: Settings, stop: threading.Event) -> None:
         try:
             scheduler.tick()
             if away:
-                away, scheduler.connected_at = False, time.monotonic()
+                away = False
                 log.warning("database is back", extra={"event": "database_back"})
         except Unavailable as error:
             if not away:
                 log.warning(error.message, extra={"event": "database_away", "code": error.code})
             away = True
+            # Whoever could not be heard through us gets a lease's time to be heard again.
+            scheduler.connected_at = time.monotonic()
         except StaleToken:
             log.warning("lead lost within a tick", extra={"event": "leadership"})
         woken.wait(settings.tick_s * random.uniform(0.8, 1.0))  # noqa: S311 - jitter

@@ -16,7 +16,7 @@ from tuneyard.models import artifacts, attempts, nodes
 from tuneyard.models.engine import Database
 from tuneyard.models.events import node_channel
 from tuneyard.specs.errors import BadId, Unavailable
-from tuneyard.specs.exits import StopReason
+from tuneyard.specs.exits import Cause, Outcome, StopReason, Verdict
 from tuneyard.specs.ids import parse_id, show_id
 from tuneyard.specs.settings import Settings
 from tuneyard.store.remote import Store
@@ -52,6 +52,7 @@ class Supervisor:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _empty_looks: dict[UUID, int] = field(default_factory=dict)
     _swept_at: float = 0.0
+    _was_low: bool = False
 
     def start(self) -> None:
         """Look once, so that what runs already is kept again, then go on in threads."""
@@ -88,7 +89,7 @@ class Supervisor:
         for keeper in keepers:
             try:
                 with self.node.db.begin() as tx:
-                    attempts.ask_to_stop(tx, keeper.ref.job_id, StopReason.SHUTDOWN)
+                    attempts.note_shutdown(tx, keeper.ref)
             except Unavailable:
                 pass  # unasked, its end counts as lease_fenced, which is uncharged too
             keeper.stop(StopReason.SHUTDOWN)
@@ -145,15 +146,27 @@ class Supervisor:
         return keeper
 
     def _claim(self, ref: attempts.AttemptRef) -> bool:
-        free = shutil.disk_usage(self.node.settings.home).free
-        if free < self.node.settings.disk_floor_bytes:
-            fields = {"event": "disk_low", "free_bytes": free}
-            log.warning("too little disk to claim anything", extra=fields)
-            return False
         with self.node.db.begin() as tx:
-            return attempts.claim(
+            claimed = attempts.claim(
                 tx, ref, self.node.id, boot_id=self.boot_id, lease_s=self.node.settings.lease_s
             )
+            if not claimed or not self._disk_low():
+                return claimed
+            # The scheduler did not know yet: hand it back at once, for another node.
+            evidence = f"the disk of {self.name} is nearly full"
+            end = attempts.End(Verdict(Outcome.LOST, Cause.DISK_LOW), evidence)
+            attempts.finish_attempt(tx, ref, end, backoff_s=self.node.settings.retry_backoff_s)
+            nodes.report_alive(tx, self.node.id, disk_low=True)
+        return False
+
+    def _disk_low(self) -> bool:
+        free = shutil.disk_usage(self.node.settings.home).free
+        low = free < self.node.settings.disk_floor_bytes
+        if low != self._was_low:
+            fields = {"event": "disk_low" if low else "disk_freed", "free_bytes": free}
+            log.warning("disk nearly full" if low else "disk has room again", extra=fields)
+        self._was_low = low
+        return low
 
     def _listen(self) -> None:
         """Look soon at each NOTIFY; a lost connection is made anew."""
@@ -191,7 +204,9 @@ class Supervisor:
         """Renew all leases in one statement; what was not renewed is over."""
         keepers = self._live()
         requested_at = boottime()
+        disk_low = self._disk_low()
         with self.node.db.begin_reserved() as tx:
+            nodes.report_alive(tx, self.node.id, disk_low=disk_low)
             renewed = attempts.renew_leases(
                 tx, [k.ref for k in keepers], self.node.id, lease_s=self.node.settings.lease_s
             )

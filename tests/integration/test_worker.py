@@ -104,7 +104,7 @@ def test_a_killed_worker_finds_its_runner_again(a_cluster: Callable[..., Cluster
     cluster.wait_checkpoint(job)
     before = cluster.guard_file(job)
     cluster.kill("worker")
-    cluster.start("worker")
+    cluster.start("worker", disk_floor_bytes=0)
     assert cluster.finish(job) == "succeeded"
     assert len(cluster.attempts(job)) == 1
     assert [step for _, step in cluster.steps(job)] == list(range(1, 61))
@@ -164,7 +164,7 @@ def test_a_worker_that_is_told_to_stop_stops_its_runner_at_a_checkpoint(
     cluster.kill("worker", signal.SIGTERM)
     cluster.wait_state(job, "queued")
     assert cluster.attempts(job)[0].stop_reason == "shutdown"
-    cluster.start("worker")
+    cluster.start("worker", disk_floor_bytes=0)
     assert cluster.finish(job) == "succeeded"
 
 
@@ -183,7 +183,7 @@ def test_a_node_that_vanishes_loses_its_lease_and_the_job_goes_on_elsewhere_late
     assert [r.state for r in cluster.db.rows("SELECT state FROM devices WHERE kind = 'gpu'")] == [
         "unconfirmed"
     ]
-    cluster.start("worker")
+    cluster.start("worker", disk_floor_bytes=0)
     assert cluster.finish(job) == "succeeded"
     assert cluster.attempts(job)[0].cause == "node_lost"
 
@@ -209,3 +209,19 @@ def test_only_one_worker_serves_a_home(a_cluster: Callable[..., Cluster]) -> Non
     process: subprocess.Popen[bytes] = second.start("worker")
     assert process.wait(20) != 0
     assert "Another worker serves" in (cluster.home / "worker.log").read_text()
+
+
+def test_a_node_whose_disk_is_nearly_full_gets_nothing_and_the_job_waits_for_room(
+    a_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = a_cluster(disk_floor_bytes=10**18)
+    job = cluster.submit()
+    wait_for(
+        lambda: "nearly full" in (cluster.job(job).wait_reason or ""),
+        within_s=20,
+        what="a wait reason that names the disk",
+    )
+    assert {attempt.cause for attempt in cluster.attempts(job)} <= {"disk_low"}
+    cluster.kill("worker", signal.SIGTERM)
+    cluster.start("worker", disk_floor_bytes=0)
+    assert cluster.finish(job) == "succeeded"

@@ -1,11 +1,12 @@
 """Placing: gangs whole or not at all, on one node, in order; properties without a database."""
 
+from collections import Counter
 from uuid import UUID
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneyard.models.placements import FreeSlot, QueuedJob
+from tuneyard.models.placements import Capacity, FreeSlot, QueuedJob
 from tuneyard.scheduler.placing import place, plan
 from tuneyard.specs.ids import new_id
 
@@ -19,11 +20,11 @@ def slots_of(node: str, count: int, kind: str = "gpu") -> list[FreeSlot]:
     return [FreeSlot(new_id(), node_id, node, f"{node}-{i}", kind, 0) for i in range(count)]
 
 
-def capacity_of(slots: list[FreeSlot]) -> dict[str, dict[str, int]]:
-    found: dict[str, dict[str, int]] = {}
-    for slot in slots:
-        nodes = found.setdefault(slot.kind, {})
-        nodes[slot.node_name] = nodes.get(slot.node_name, 0) + 1
+def capacity_of(slots: list[FreeSlot]) -> dict[str, dict[str, Capacity]]:
+    counted = Counter((slot.kind, slot.node_name) for slot in slots)
+    found: dict[str, dict[str, Capacity]] = {}
+    for (kind, node), count in counted.items():
+        found.setdefault(kind, {})[node] = Capacity(count)
     return found
 
 
@@ -45,7 +46,7 @@ def test_a_gpu_job_does_not_take_a_cpu_slot() -> None:
 def test_a_waiting_gang_keeps_its_node_from_smaller_jobs_behind_it() -> None:
     free = slots_of("a", 1)
     gang, small = a_job(2), a_job(1)
-    decided = plan([gang, small], free, {"gpu": {"a": 2}})
+    decided = plan([gang, small], free, {"gpu": {"a": Capacity(2)}})
     assert decided.placements == []
     assert set(decided.wait_reasons) == {gang.id, small.id}
 
@@ -53,21 +54,45 @@ def test_a_waiting_gang_keeps_its_node_from_smaller_jobs_behind_it() -> None:
 def test_jobs_behind_a_waiting_gang_use_the_other_nodes() -> None:
     gang, small = a_job(2), a_job(1)
     free = slots_of("a", 1) + slots_of("b", 1)
-    decided = plan([gang, small], free, {"gpu": {"a": 2, "b": 1}})
+    decided = plan([gang, small], free, {"gpu": {"a": Capacity(2), "b": Capacity(1)}})
     assert [(job.id, chosen.node_name) for job, chosen in decided.placements] == [(small.id, "b")]
 
 
 def test_a_job_larger_than_every_node_holds_nothing_back() -> None:
     giant, small = a_job(9), a_job(1)
-    decided = plan([giant, small], slots_of("a", 1), {"gpu": {"a": 1}})
+    decided = plan([giant, small], slots_of("a", 1), {"gpu": {"a": Capacity(1)}})
     assert [job.id for job, _ in decided.placements] == [small.id]
     assert decided.wait_reasons[giant.id] == "waits for 9 GPUs: the largest node has 1"
 
 
 def test_the_wait_reason_counts_what_is_busy() -> None:
     third = a_job()
-    decided = plan([third], [], {"gpu": {"a": 2}})
+    decided = plan([third], [], {"gpu": {"a": Capacity(2)}})
     assert decided.wait_reasons[third.id] == "waits for 1 GPU: 2 of 2 busy"
+
+
+def test_the_wait_reason_counts_those_ahead_that_wait_for_the_same_kind() -> None:
+    jobs = [a_job(kind="cpu"), a_job(), a_job(), a_job()]
+    capacity = {"gpu": {"a": Capacity(1)}, "cpu": {"a": Capacity(1)}}
+    decided = plan(jobs, slots_of("a", 1), capacity)
+    reasons = [decided.wait_reasons.get(job.id) for job in jobs]
+    assert reasons == [
+        "waits for 1 CPU slot: 1 of 1 busy",
+        None,
+        "waits for 1 GPU: 1 of 1 busy",
+        "waits for 1 GPU: 1 of 1 busy, 1 ahead of it",
+    ]
+
+
+def test_the_wait_reason_names_nodes_whose_disk_is_nearly_full() -> None:
+    job = a_job()
+    full = {"a": Capacity(2, disk_low=True)}
+    decided = plan([job], [], {"gpu": full})
+    assert decided.wait_reasons[job.id] == "waits for 1 GPU: the disk of a is nearly full"
+    decided = plan([job], [], {"gpu": full | {"b": Capacity(1)}})
+    assert decided.wait_reasons[job.id] == (
+        "waits for 1 GPU: 1 of 1 busy; the disk of a is nearly full"
+    )
 
 
 @given(
