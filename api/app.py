@@ -35,7 +35,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "Away or busy: ask again after Retry-After."},
 }
 
-ROUTERS = (jobs.router, following.router, artifacts.router, files.router, things.router)
+ROUTERS = (
+    jobs.router,
+    jobs.pipelines,
+    following.router,
+    artifacts.router,
+    files.router,
+    things.router,
+)
 
 
 def create_app(settings: Settings) -> FastAPI:

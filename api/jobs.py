@@ -1,8 +1,7 @@
 """/api/v1/jobs: submit, list, show, cancel, retry. Check, one transaction, a view."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -16,48 +15,86 @@ from tuneyard.api.submissions import check_inputs
 from tuneyard.models import jobs, reading
 from tuneyard.models.keys import Caller
 from tuneyard.specs.errors import InputError
+from tuneyard.specs.ids import new_id
 from tuneyard.specs.jobs import read_spec
+from tuneyard.specs.pipelines import Step, in_step, read_pipeline
 from tuneyard.specs.states import JobState
-from tuneyard.specs.views import JobList, JobView
+from tuneyard.specs.views import JobList, JobView, PipelineView
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["jobs"])
+pipelines = APIRouter(prefix="/api/v1/pipelines", tags=["pipelines"])
 
 
 @router.post("", status_code=201, openapi_extra=SUBMIT_BODY)
 def submit(
     body: Document, caller: TheCaller, yard: TheYard, response: Response, key: IdempotencyKey
-) -> JobView:
-    """Submit a job. Once this answers 201 it is on disk and will run.
+) -> JobView | PipelineView:
+    """Submit a job, or a pipeline of jobs: all of them or none.
 
-    Asked again with the same Idempotency-Key and body it answers the same job, with the header
-    `Idempotency-Replayed: true`.
+    Once this answers 201 it is on disk and will run. Asked again with the same Idempotency-Key
+    and body it answers the same job, with the header `Idempotency-Replayed: true`.
     """
+    request = _request_key(key, body)
     if "pipeline" in body:
-        message = "Pipelines are not there yet."
-        hint = 'submit the jobs one by one; {"from": "job_…"} makes one wait for another'
-        raise InputError(message, code="not_supported_yet", field="pipeline", hint=hint)
+        steps = read_pipeline(body)
+        with yard.begin(caller.team_id) as tx:
+            return _submit_pipeline(tx, yard, caller, steps, request, response)
     spec, notes = read_spec(body)
-    submission = jobs.Submission(spec, tuple(notes), key, _digest(body))
+    submission = jobs.Submission(spec, tuple(notes))
     with yard.begin(caller.team_id) as tx:
-        return _submit(tx, yard, caller, submission, response)
+        return _submit(tx, yard, caller, submission, request, response)
 
 
-def _digest(value: object) -> str:
-    """The hash of a body by what it says, however its names are ordered and spaced."""
-    return jobs.body_hash(json.dumps(value, sort_keys=True).encode())
+def _request_key(key: str | None, body: object) -> jobs.RequestKey | None:
+    """A body counts by what it says, however its names are ordered and spaced."""
+    if key is None:
+        return None
+    return jobs.RequestKey(key, jobs.body_hash(json.dumps(body, sort_keys=True).encode()))
 
 
 def _submit(
-    tx: Connection, yard: Yard, caller: Caller, submission: jobs.Submission, response: Response
+    tx: Connection,
+    yard: Yard,
+    caller: Caller,
+    submission: jobs.Submission,
+    request: jobs.RequestKey | None,
+    response: Response,
 ) -> JobView:
-    submitted = jobs.submit_job(tx, caller.team_id, submission)
-    if submitted.replayed:
+    earlier = jobs.take_key(tx, caller.team_id, submission.id, request)
+    if earlier is None:
+        inputs = jobs.submit_job(tx, caller.team_id, submission)
+        check_inputs(tx, yard, submission.spec, inputs)
+    else:
         # Its inputs may be gone by now: what was accepted stays accepted.
         response.headers["Idempotency-Replayed"] = "true"
-    else:
-        check_inputs(tx, yard, submission.spec, submitted.inputs)
-    view = reading.show_job(tx, caller.team, submitted.id)
+    view = reading.show_job(tx, caller.team, earlier or submission.id)
     response.headers["Location"] = f"/api/v1/jobs/{view.id}"
+    return view
+
+
+def _submit_pipeline(
+    tx: Connection,
+    yard: Yard,
+    caller: Caller,
+    steps: Sequence[Step],
+    request: jobs.RequestKey | None,
+    response: Response,
+) -> PipelineView:
+    pipeline_id = new_id()
+    earlier = jobs.take_key(tx, caller.team_id, steps[0].id, request)
+    if earlier is None:
+        for step in steps:
+            submission = jobs.Submission(step.spec, step.notes, step.id, pipeline_id)
+            try:
+                inputs = jobs.submit_job(tx, caller.team_id, submission)
+                check_inputs(tx, yard, step.spec, inputs)
+            except InputError as error:
+                raise in_step(step.position, error) from None
+    else:
+        response.headers["Idempotency-Replayed"] = "true"
+        pipeline_id = reading.pipeline_of(tx, earlier)
+    view = reading.show_pipeline(tx, caller.team, pipeline_id)
+    response.headers["Location"] = f"/api/v1/pipelines/{view.id}"
     return view
 
 
@@ -108,6 +145,23 @@ def cancel(job: str, caller: TheCaller, yard: TheYard) -> JobView:
         return reading.show_job(tx, caller.team, job_id)
 
 
+@pipelines.get("/{pipeline}")
+def show_pipeline(pipeline: str, caller: TheCaller, yard: TheYard) -> PipelineView:
+    """A pipeline with its jobs, each after those that it needs."""
+    pipeline_id = path_id("pipeline", pipeline)
+    with yard.snapshot(caller.team_id) as tx:
+        return reading.show_pipeline(tx, caller.team, pipeline_id)
+
+
+@pipelines.post("/{pipeline}/cancel")
+def cancel_pipeline(pipeline: str, caller: TheCaller, yard: TheYard) -> PipelineView:
+    """Cancel all jobs of a pipeline that have not ended."""
+    pipeline_id = path_id("pipeline", pipeline)
+    with yard.begin(caller.team_id) as tx:
+        jobs.cancel_pipeline(tx, pipeline_id)
+        return reading.show_pipeline(tx, caller.team, pipeline_id)
+
+
 @router.post("/{job}/retry", status_code=201, openapi_extra=RETRY_BODY)
 def retry(
     job: str,
@@ -121,9 +175,8 @@ def retry(
     job_id, patch = path_id("job", job), _patch(body)
     with yard.begin(caller.team_id) as tx:
         again = jobs.retry_job(tx, job_id, patch)
-        digest = _digest([job, body])
-        submission = replace(again, key=key, body_sha256=digest)
-        return _submit(tx, yard, caller, submission, response)
+        request = _request_key(key, [job, body])
+        return _submit(tx, yard, caller, again, request, response)
 
 
 def _patch(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,14 @@ class Client:
         """Cancel a job."""
         return self._post(f"{_job(job)}/cancel")
 
+    def pipeline(self, pipeline: str) -> Thing:
+        """A pipeline with its jobs."""
+        return self._get(f"/pipelines/{_part(pipeline)}")
+
+    def cancel_pipeline(self, pipeline: str) -> Thing:
+        """Cancel all jobs of a pipeline that have not ended."""
+        return self._post(f"/pipelines/{_part(pipeline)}/cancel")
+
     def retry(self, job: str, *, patch: Mapping[str, Any], from_scratch: bool = False) -> Thing:
         """Try an ended job again, as a new job."""
         body = {"patch": dict(patch), "from_scratch": from_scratch}

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, delete, func, insert, select
-from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy import Connection, delete, func, select
+from sqlalchemy.dialects.postgresql import insert
 
 from tuneyard.models.attempts import ask_to_stop, nodes_of
 from tuneyard.models.dependencies import settle_children
@@ -25,7 +25,7 @@ from tuneyard.models.tables import (
     JobEdgeRow,
     JobRow,
 )
-from tuneyard.specs.errors import Conflict
+from tuneyard.specs.errors import Conflict, NotFound
 from tuneyard.specs.exits import StopReason
 from tuneyard.specs.ids import new_id, show_id
 from tuneyard.specs.jobs import JobSpec, Note, read_spec
@@ -38,40 +38,34 @@ class Submission:
 
     spec: JobSpec
     notes: tuple[Note, ...] = ()
-    key: str | None = None  # Idempotency-Key
-    body_sha256: str = ""
+    id: UUID = field(default_factory=new_id)
+    pipeline_id: UUID | None = None
     retry_of: UUID | None = None
     kept: Inputs = field(default_factory=dict)  # of the job that this one retries
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """A job that was written just now or, under the same key, before."""
+class RequestKey:
+    """The client's own name for a request (Idempotency-Key), and the hash of its body."""
 
-    id: UUID
-    inputs: Inputs
-    replayed: bool = False
+    key: str
+    body_sha256: str
 
 
-def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Submitted:
-    """Write a job with all that belongs to it, or find the one that its key has made.
+def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Inputs:
+    """Write a job with all that belongs to it; its inputs as far as they are there.
 
-    Raises: Conflict (the key was used with another body), InputError (a reference leads nowhere).
+    Raises: InputError (a reference leads nowhere).
     """
-    job_id = new_id()
-    if submission.key is not None:
-        earlier = _take_key(tx, team_id, job_id, submission)
-        if earlier is not None:
-            return Submitted(earlier, {}, replayed=True)
     spec = submission.spec
     resolved = resolve(tx, team_id, spec.references(), kept=submission.kept)
     state = JobState.QUEUED if resolved.ready else JobState.BLOCKED
     tx.execute(
         insert(JobRow).values(
-            id=job_id,
+            id=submission.id,
             team_id=team_id,
             kind=spec.kind,
-            name=spec.name or f"{spec.kind}-{job_id.hex[-6:]}",
+            name=spec.name or f"{spec.kind}-{submission.id.hex[-6:]}",
             spec=spec.document(),
             notes=[note.model_dump() for note in submission.notes],
             state=state.value,
@@ -79,12 +73,13 @@ def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Submitt
             demand=_demand(tx, spec),
             inputs=dict(resolved.inputs),
             wait_reason=resolved.wait_reason,
+            pipeline_id=submission.pipeline_id,
             retry_of=submission.retry_of,
         )
     )
-    _write_edges(tx, team_id, job_id, resolved.parents)
-    record_submission(tx, job_id, team_id, state)
-    return Submitted(job_id, resolved.inputs)
+    _write_edges(tx, team_id, submission.id, resolved.parents)
+    record_submission(tx, submission.id, team_id, state)
+    return resolved.inputs
 
 
 def body_hash(body: bytes) -> str:
@@ -92,23 +87,28 @@ def body_hash(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-def _take_key(tx: Connection, team_id: UUID, job_id: UUID, submission: Submission) -> UUID | None:
-    """Write the key with the job; the earlier job where the key stands already.
+def take_key(
+    tx: Connection, team_id: UUID, job_id: UUID, request: RequestKey | None
+) -> UUID | None:
+    """Write a request's key for the job that it will make; the job that it has made before, if any.
 
     Two at once: the second waits in the insert until the first has committed or rolled back.
+    Raises: Conflict (the key was used with another body).
     """
-    same_key = (IdempotencyKeyRow.team_id == team_id, IdempotencyKeyRow.key == submission.key)
+    if request is None:
+        return None
+    same_key = (IdempotencyKeyRow.team_id == team_id, IdempotencyKeyRow.key == request.key)
     expired = IdempotencyKeyRow.expires < func.clock_timestamp()
     tx.execute(delete(IdempotencyKeyRow).where(*same_key, expired))
-    row = upsert(IdempotencyKeyRow).values(
-        team_id=team_id, key=submission.key, body_sha256=submission.body_sha256, job_id=job_id
+    row = insert(IdempotencyKeyRow).values(
+        team_id=team_id, key=request.key, body_sha256=request.body_sha256, job_id=job_id
     )
     if tx.execute(row.on_conflict_do_nothing().returning(IdempotencyKeyRow.key)).one_or_none():
         return None
     earlier = tx.execute(
         select(IdempotencyKeyRow.job_id, IdempotencyKeyRow.body_sha256).where(*same_key)
     ).one()
-    if earlier.body_sha256 != submission.body_sha256:
+    if earlier.body_sha256 != request.body_sha256:
         raise Conflict(
             "This Idempotency-Key was used with another body.",
             code="idempotency_conflict",
@@ -168,6 +168,27 @@ def cancel_job(tx: Connection, job_id: UUID) -> JobState:
     if state in TERMINAL:
         settle_children(tx, job_id, state)
     return state
+
+
+def cancel_pipeline(tx: Connection, pipeline_id: UUID) -> None:
+    """Cancel whatever of a pipeline has not ended. Raises: NotFound, Conflict."""
+    jobs = tx.execute(
+        select(JobRow.id, JobRow.finished_at)
+        .where(JobRow.pipeline_id == pipeline_id)
+        .order_by(JobRow.id)
+    ).all()
+    if not jobs:
+        raise NotFound("There is no such pipeline here.", field="pipeline")
+    open_ = [job.id for job in jobs if job.finished_at is None]
+    if not open_:
+        raise Conflict(
+            "All jobs of this pipeline have ended already.",
+            code="already_ended",
+            hint="a job that has ended cannot be cancelled",
+        )
+    for job_id in open_:
+        if lock_job(tx, job_id).state not in TERMINAL:  # its parent's end may have taken it along
+            cancel_job(tx, job_id)
 
 
 def retry_job(tx: Connection, job_id: UUID, patch: Mapping[str, Any]) -> Submission:

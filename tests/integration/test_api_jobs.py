@@ -119,13 +119,6 @@ def test_a_missing_model_is_refused_with_those_there_are(api: Api) -> None:
     assert count(api) == 0
 
 
-def test_pipelines_are_refused_as_not_there_yet(api: Api) -> None:
-    with api.client() as http:
-        answer = http.post("/jobs", json={"pipeline": [ASK]})
-    assert answer.status_code == 422
-    assert answer.json()["error"]["code"] == "not_supported_yet"
-
-
 def test_pages_show_every_job_once_newest_first(api: Api) -> None:
     api.a_base()
     with api.client() as http:

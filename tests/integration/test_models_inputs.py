@@ -9,16 +9,18 @@ from support.databases import TestDatabase
 
 from tuneyard.models import dependencies, files
 from tuneyard.models.files import StoredFile
-from tuneyard.models.jobs import Submission, Submitted, cancel_job, retry_job, submit_job
+from tuneyard.models.jobs import Submission, cancel_job, retry_job, submit_job
 from tuneyard.specs.errors import Conflict
 from tuneyard.specs.ids import new_id
 from tuneyard.specs.jobs import read_spec
 
 
-def submit(db: TestDatabase, team: UUID, **document: Any) -> Submitted:
+def submit(db: TestDatabase, team: UUID, **document: Any) -> UUID:
     spec, _ = read_spec({"kind": "inference", "model": "tiny"} | document)
+    submission = Submission(spec)
     with db.api.begin(team=team) as tx:
-        return submit_job(tx, team, Submission(spec))
+        submit_job(tx, team, submission)
+    return submission.id
 
 
 def upload(db: TestDatabase, team: UUID, name: str, *, checked: bool = True) -> UUID:
@@ -60,7 +62,7 @@ def test_a_file_that_is_uploaded_later_under_the_same_name_is_not_taken(
     db: TestDatabase, team: UUID
 ) -> None:
     mine = upload(db, team, "p.jsonl", checked=False)
-    job = submit(db, team, prompts="p.jsonl").id
+    job = submit(db, team, prompts="p.jsonl")
     upload(db, team, "p.jsonl")
     check(db, mine)
     decide(db)
@@ -72,7 +74,7 @@ def test_another_teams_file_of_the_same_name_is_not_taken(
     db: TestDatabase, team: UUID, a_team: Callable[[], UUID]
 ) -> None:
     mine = upload(db, team, "p.jsonl", checked=False)
-    job = submit(db, team, prompts="p.jsonl").id
+    job = submit(db, team, prompts="p.jsonl")
     theirs = upload(db, a_team(), "p.jsonl")
     check(db, mine)
     decide(db)
@@ -82,7 +84,7 @@ def test_another_teams_file_of_the_same_name_is_not_taken(
 
 def test_a_job_whose_file_is_rejected_fails_with_the_reason(db: TestDatabase, team: UUID) -> None:
     file = upload(db, team, "p.jsonl", checked=False)
-    job = submit(db, team, prompts="p.jsonl").id
+    job = submit(db, team, prompts="p.jsonl")
     db.run(
         "UPDATE files SET state = 'rejected', report = CAST(:report AS jsonb) WHERE id = :id",
         id=file,
@@ -104,7 +106,7 @@ def test_a_job_that_still_waits_is_left_alone(db: TestDatabase, team: UUID) -> N
 def test_no_file_of_an_open_job_can_be_deleted(db: TestDatabase, team: UUID, field: str) -> None:
     file, other = upload(db, team, "a.jsonl"), upload(db, team, "b.jsonl")
     names = {"dataset": "b.jsonl", "eval_dataset": "b.jsonl"} | {field: "a.jsonl"}
-    job = submit(db, team, kind="finetune", **names).id
+    job = submit(db, team, kind="finetune", **names)
     for each in (file, other):
         with pytest.raises(Conflict), db.api.begin(team=team) as tx:
             files.delete_file(tx, each)
@@ -117,12 +119,14 @@ def test_a_retry_takes_the_same_file_though_a_newer_one_bears_its_name(
     db: TestDatabase, team: UUID
 ) -> None:
     first = upload(db, team, "p.jsonl")
-    job = submit(db, team, prompts="p.jsonl").id
+    job = submit(db, team, prompts="p.jsonl")
     second = upload(db, team, "p.jsonl")
     taken = []
     for patch in ({}, {"temperature": 0.5}, {"prompts": "p.jsonl"}):
         with db.api.begin(team=team) as tx:
             cancel_job(tx, job)
-            job = submit_job(tx, team, retry_job(tx, job, patch)).id
+            again = retry_job(tx, job, patch)
+            submit_job(tx, team, again)
+        job = again.id
         taken.append(job_row(db, job).inputs["prompts"]["file"])
     assert taken == [str(first), str(first), str(second)]

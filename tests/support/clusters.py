@@ -82,8 +82,10 @@ class Cluster:
         """A job of the hashing runner; what it is asked travels as the download's source."""
         document = {"kind": "download", "model_name": "m", "source": json.dumps(asked)}
         spec, _ = read_spec(document | {"device": device})
+        submission = Submission(spec)
         with self.db.api.begin(team=self.team) as tx:
-            return submit_job(tx, self.team, Submission(spec)).id
+            submit_job(tx, self.team, submission)
+        return submission.id
 
     def cancel(self, job: UUID) -> None:
         """Cancel as the API does."""
