@@ -22,6 +22,7 @@ CLAIM_S = 30.0
 
 RENEW_EVERY_S = 10.0
 LOOK_EVERY_S = 2.0
+END_WITHIN_S = 5.0
 
 
 class FileChecker:
@@ -30,19 +31,22 @@ class FileChecker:
     def __init__(self, yard: Yard) -> None:
         self._yard = yard
         self._woken, self._stopping = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="check-files", daemon=True)
 
     def start(self) -> None:
         """Begin."""
-        threading.Thread(target=self._run, name="check-files", daemon=True).start()
+        self._thread.start()
 
     def wake(self) -> None:
         """There is a new file."""
         self._woken.set()
 
     def stop(self) -> None:
-        """End after the file in hand."""
+        """End after the file in hand; a large one is left to another process, or the next."""
         self._stopping.set()
         self._woken.set()
+        if self._thread.is_alive():
+            self._thread.join(END_WITHIN_S)
 
     def _run(self) -> None:
         while not self._stopping.is_set():

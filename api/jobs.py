@@ -105,12 +105,15 @@ def list_jobs(
     state: Annotated[list[str] | None, Query(description="Repeat it or part by commas.")] = None,
     kind: str | None = None,
     name: str | None = None,
+    all_: Annotated[
+        bool, Query(alias="all", description="Also those made for other jobs.")
+    ] = False,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: str | None = None,
 ) -> JobList:
     """A page of the team's jobs, newest first."""
-    wanted = reading.JobFilter(_states(state or []), kind, name)
-    listing = ("jobs", caller.team_id.hex, [*wanted.states], kind, name)
+    wanted = reading.JobFilter(_states(state or []), kind, name, None if all_ else False)
+    listing = ("jobs", caller.team_id.hex, [*wanted.states], kind, name, all_)
     before = read_cursor(cursor, *listing)
     with yard.snapshot(caller.team_id) as tx:
         rows = reading.list_jobs(tx, caller.team, wanted, before=before, limit=limit + 1)

@@ -75,6 +75,7 @@ def submit(
 def list_jobs(
     state: Annotated[JobState | None, typer.Option(help="Only this state.")] = None,
     kind: Annotated[Kind | None, typer.Option(help="Only this kind.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Also those made for other jobs.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="This many at most.")] = 20,
     json: Json = False,
 ) -> None:
@@ -83,7 +84,7 @@ def list_jobs(
     Example: tuneyard list --state running
     """
     with connect() as client:
-        found = client.jobs(state=state, kind=kind, limit=limit)
+        found = client.jobs(state=state, kind=kind, all_=all_, limit=limit)
     if json:
         print_json(found)
         return

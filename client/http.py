@@ -52,10 +52,11 @@ class Client:
         state: str | None = None,
         kind: str | None = None,
         name: str | None = None,
+        all_: bool = False,
         limit: int = 20,
     ) -> list[Thing]:
-        """Jobs, newest first."""
-        filters = {"state": state, "kind": kind, "name": name}
+        """Jobs, newest first; with ``all_`` also those made for other jobs."""
+        filters = {"state": state, "kind": kind, "name": name, "all": "true" if all_ else None}
         return list(self._pages("/jobs", limit, **filters))
 
     def job(self, job: str) -> Thing:

@@ -22,7 +22,12 @@ from tuneyard.specs.ids import is_id, parse_id, show_id
 from tuneyard.specs.jobs import Reference
 from tuneyard.specs.states import TERMINAL, JobState
 
-OUTPUTS = {"download": "base_model", "finetune": "adapter", "inference": "results"}
+OUTPUTS = {
+    "download": "base_model",
+    "finetune": "adapter",
+    "inference": "results",
+    "prepare": "tokens",
+}
 """Kind of job -> kind of what it brings forth."""
 
 Inputs = Mapping[str, Mapping[str, str]]
@@ -238,6 +243,8 @@ def _published(tx: Connection, team_id: UUID, field: str, value: Mapping[str, st
             ArtifactRow.job_id == job.id, ArtifactRow.kind == OUTPUTS[job.kind]
         )
     ).scalar_one()
+    if job.kind == "prepare":
+        return {field: {"artifact": str(artifact)}}
     return _tuned(field, artifact, UUID(job.inputs["model"]["base_model"]))
 
 

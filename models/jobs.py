@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, delete, func, select
+from sqlalchemy import Connection, delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import IntegrityError
 
 from tuneyard.models.attempts import ask_to_stop, nodes_of
 from tuneyard.models.dependencies import settle_children
@@ -18,7 +19,8 @@ from tuneyard.models.events import (
     notify,
     record_submission,
 )
-from tuneyard.models.inputs import Inputs, resolve
+from tuneyard.models.implied import Work, implied_by
+from tuneyard.models.inputs import OUTPUTS, Inputs, complete, resolve
 from tuneyard.models.tables import (
     DeviceRow,
     IdempotencyKeyRow,
@@ -41,7 +43,8 @@ class Submission:
     id: UUID = field(default_factory=new_id)
     pipeline_id: UUID | None = None
     retry_of: UUID | None = None
-    kept: Inputs = field(default_factory=dict)  # of the job that this one retries
+    kept: Inputs = field(default_factory=dict)  # inputs that are known by id already
+    work_key: str | None = None  # of a system job: what it does
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Inputs:
     """
     spec = submission.spec
     resolved = resolve(tx, team_id, spec.references(), kept=submission.kept)
+    shared = {
+        field: {"job": str(_share(tx, team_id, work)), "output": OUTPUTS[work.spec.kind]}
+        for field, work in implied_by(spec, resolved.inputs).items()
+    }
+    if shared:
+        resolved = complete(tx, team_id, {**resolved.inputs, **shared})
     state = JobState.QUEUED if resolved.ready else JobState.BLOCKED
     tx.execute(
         insert(JobRow).values(
@@ -75,11 +84,36 @@ def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Inputs:
             wait_reason=resolved.wait_reason,
             pipeline_id=submission.pipeline_id,
             retry_of=submission.retry_of,
+            system=submission.work_key is not None,
+            work_key=submission.work_key,
         )
     )
     _write_edges(tx, team_id, submission.id, resolved.parents)
     record_submission(tx, submission.id, team_id, state)
     return resolved.inputs
+
+
+def _share(tx: Connection, team_id: UUID, work: Work) -> UUID:
+    """The job that does this work or has done it; it is made where there is none."""
+    found = _doing(tx, team_id, work.key)
+    if found is not None:
+        return found
+    submission = Submission(work.spec, kept=work.inputs, work_key=work.key)
+    try:
+        with tx.begin_nested():
+            submit_job(tx, team_id, submission)
+    except IntegrityError:
+        found = _doing(tx, team_id, work.key)
+        if found is None:
+            raise
+        return found  # another submission made it meanwhile
+    return submission.id
+
+
+def _doing(tx: Connection, team_id: UUID, work_key: str) -> UUID | None:
+    same = select(JobRow.id).where(JobRow.team_id == team_id, JobRow.work_key == work_key)
+    going = same.where(JobRow.state.not_in([JobState.FAILED.value, JobState.CANCELLED.value]))
+    return tx.execute(going).scalar_one_or_none()
 
 
 def body_hash(body: bytes) -> str:
@@ -149,8 +183,24 @@ def _write_edges(
         tx.execute(insert(JobEdgeRow), edges)
 
 
+SERVES_IT_ALONE = text("""
+    SELECT p.id FROM job_edges e JOIN jobs p ON p.id = e.parent
+    WHERE e.child = :job AND p.system AND p.finished_at IS NULL
+      AND NOT EXISTS (
+          SELECT 1 FROM job_edges other JOIN jobs c ON c.id = other.child
+          WHERE other.parent = p.id AND c.id <> :job AND c.finished_at IS NULL)
+    ORDER BY p.id
+""")
+
+
 def cancel_job(tx: Connection, job_id: UUID) -> JobState:
-    """Cancel a job, at once or through its live attempt. Raises: NotFound, Conflict."""
+    """Cancel a job, at once or through its live attempt, and what was to be done for it alone.
+
+    Raises: NotFound, Conflict.
+    """
+    for parent in tx.execute(SERVES_IT_ALONE, {"job": job_id}).scalars().all():
+        if next_state(lock_job(tx, parent).state, JobEvent.CANCEL) is not None:
+            _cancel(tx, parent)
     job = lock_job(tx, job_id)
     if job.state in (JobState.CANCELLING, JobState.CANCELLED):
         return job.state
@@ -160,6 +210,10 @@ def cancel_job(tx: Connection, job_id: UUID) -> JobState:
             code="already_ended",
             hint="a job that has ended cannot be cancelled",
         )
+    return _cancel(tx, job_id)
+
+
+def _cancel(tx: Connection, job_id: UUID) -> JobState:
     state = apply_event(tx, job_id, JobEvent.CANCEL)
     attempt = ask_to_stop(tx, job_id, StopReason.CANCEL)
     if attempt is not None:
@@ -209,9 +263,10 @@ def retry_job(tx: Connection, job_id: UUID, patch: Mapping[str, Any]) -> Submiss
 def _kept_inputs(inputs: Inputs, patch: Mapping[str, Any]) -> Inputs:
     """What a retry takes as its origin had it: the same bytes, whatever bears the name by now.
 
-    A tuned model is named by one field and becomes two, so these change together.
+    A tuned model is named by one field and becomes two, so these change together; what other jobs
+    prepare is found again by what it is.
     """
-    changed = set(patch)
+    changed = {*patch, "tokens"}
     if changed & {"model", "adapter"}:
         changed |= {"model", "adapter"}
     return {name: value for name, value in inputs.items() if name not in changed}

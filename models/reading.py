@@ -45,6 +45,7 @@ class JobFilter:
     states: Sequence[JobState] = ()
     kind: str | None = None
     name: str | None = None
+    system: bool | None = False  # None: both
 
 
 def list_jobs(
@@ -58,6 +59,8 @@ def list_jobs(
         query = query.where(JobRow.state.in_([state.value for state in wanted.states]))
     if wanted.kind is not None:
         query = query.where(JobRow.kind == wanted.kind)
+    if wanted.system is not None:
+        query = query.where(JobRow.system.is_(wanted.system))
     if wanted.name is not None:
         query = query.where(JobRow.name == wanted.name)
     return _views(tx, team, tx.execute(query).all())
@@ -117,14 +120,13 @@ def _view(team: str, row: Row[Any], attempts: Sequence[Row[Any]], model: str | N
         inputs=_shown_inputs(row.inputs),
         pipeline=show_id("pipeline", row.pipeline_id) if row.pipeline_id else None,
         retry_of=show_id("job", row.retry_of) if row.retry_of else None,
+        system=row.system,
         allowed_actions=allowed_actions(state),
         model=model,
     )
 
 
-def _shown_inputs(inputs: Mapping[str, Mapping[str, str]] | None) -> dict[str, str] | None:
-    if inputs is None:
-        return None
+def _shown_inputs(inputs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     return {field: show_input(value) for field, value in inputs.items()}
 
 

@@ -125,10 +125,11 @@ class JobRow(Row):
     priority: Mapped[int] = mapped_column(SmallInteger)
     demand: Mapped[dict[str, Any]]
     device_kind: Mapped[str] = mapped_column(Computed("demand ->> 'kind'"))
-    inputs: Mapped[dict[str, Any] | None]
+    inputs: Mapped[dict[str, Any]]
     pipeline_id: Mapped[UUID | None]
     retry_of: Mapped[UUID | None]
     system: Mapped[bool]
+    work_key: Mapped[str | None]
     not_before: Mapped[datetime | None]
     last_seq: Mapped[int] = _big()
     wait_reason: Mapped[str | None]

@@ -22,12 +22,23 @@ _OF_THE_JOB = {
 """Fields of a submission that stand beside the runner's arguments and are not for it."""
 
 
-class FinetuneArguments(BaseModel):
-    """What `kind: finetune` may say."""
+class PrepareArguments(BaseModel):
+    """What `kind: prepare` may say, and `kind: finetune` as well: what decides about tokens."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
     stage: Literal["sft"] = "sft"
+    template: str | None = None
+    default_system: str | None = None
+    cutoff_len: int = Field(2048, ge=2)
+    train_on_prompt: bool = False
+    mask_history: bool = False
+    max_samples: int | None = Field(None, ge=1)
+
+
+class FinetuneArguments(PrepareArguments):
+    """What `kind: finetune` may say."""
+
     finetuning_type: Literal["lora"] = "lora"
 
     lora_rank: int = Field(8, ge=1)
@@ -39,12 +50,6 @@ class FinetuneArguments(BaseModel):
     use_rslora: bool = False
     use_dora: bool = False
 
-    template: str | None = None
-    default_system: str | None = None
-    cutoff_len: int = Field(2048, ge=2)
-    train_on_prompt: bool = False
-    mask_history: bool = False
-    max_samples: int | None = Field(None, ge=1)
     val_size: float = Field(0.0, ge=0)
 
     per_device_train_batch_size: int = Field(8, ge=1)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import Spec
-from tuneyard.specs.finetune import SCHEDULE_OPTIONS, FinetuneSpec
+from tuneyard.specs.finetune import SCHEDULE_OPTIONS, FinetuneSpec, RowsSpec
 from tuneyard.specs.problems import nearest, problem
 
 
@@ -14,6 +14,8 @@ def clashes_of(spec: Spec) -> list[InputError]:
     if spec.gpus > 1:
         message = f"gpus = {spec.gpus}: a job uses one GPU; several at once come later."
         found.append(problem("not_supported_yet", message, "gpus", "leave gpus out"))
+    if isinstance(spec, RowsSpec):
+        found += _row_pairs(spec)
     if isinstance(spec, FinetuneSpec):
         found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
         if spec.max_steps == 0:
@@ -22,10 +24,14 @@ def clashes_of(spec: Spec) -> list[InputError]:
     return found
 
 
+def _row_pairs(spec: RowsSpec) -> Iterator[InputError]:
+    if spec.train_on_prompt and spec.mask_history:
+        yield _exclude("train_on_prompt", "mask_history")
+
+
 def _pairs(spec: FinetuneSpec) -> Iterator[InputError]:
     rules = [
         (spec.val_size > 0 and spec.eval_dataset is not None, "val_size", "eval_dataset"),
-        (spec.train_on_prompt and spec.mask_history, "train_on_prompt", "mask_history"),
         (spec.bf16 and spec.fp16, "bf16", "fp16"),
         (spec.pure_bf16 and spec.fp16, "pure_bf16", "fp16"),
         (

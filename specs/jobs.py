@@ -27,17 +27,19 @@ from tuneyard.specs.llamafactory import (
     TUNING,
     WITHOUT_EFFECT,
 )
+from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
 from tuneyard.specs.wording import FieldRow, field_rows, leaves
 
 __all__ = ["TEXT_FIELDS", "JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
 
-JobSpec = FinetuneSpec | InferenceSpec | DownloadSpec
+JobSpec = FinetuneSpec | InferenceSpec | DownloadSpec | PrepareSpec
 
 KINDS: dict[str, type[Spec]] = {
     "finetune": FinetuneSpec,
     "inference": InferenceSpec,
     "download": DownloadSpec,
+    "prepare": PrepareSpec,
 }
 
 READ_ONLY = frozenset(

@@ -84,11 +84,12 @@ class JobView(_View):
     priority: int = 50
     device: str = Field(examples=["gpu"])
     demand: dict[str, Any] = {}
-    inputs: dict[str, str] | None = Field(
-        default=None, description="Field of the spec -> what it became, or the job to bring it."
+    inputs: dict[str, str] = Field(
+        default={}, description="Field of the spec -> what it became, or the job to bring it."
     )
     pipeline: str | None = Field(default=None, description="The pipeline that it is a step of.")
     retry_of: str | None = None
+    system: bool = Field(default=False, description="Made for other jobs, not by a person.")
     allowed_actions: list[str] = Field(default=[], examples=[["cancel"]])
     model: str | None = Field(default=None, description="Name of the tuned model, once it is there")
 

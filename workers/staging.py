@@ -102,7 +102,7 @@ def read_errand(tx: Connection, ref: AttemptRef) -> Errand:
         device_kind=job.device_kind,
         device_uuids=tuple(d.uuid for d in devices),
         cores=tuple(sorted({core for d in devices for core in d.cores})),
-        inputs=tuple(_stored(tx, name, value) for name, value in (job.inputs or {}).items()),
+        inputs=tuple(_stored(tx, name, value) for name, value in job.inputs.items()),
         checkpoints=tuple(checkpoints_to_resume(tx, ref.job_id)),
     )
 
@@ -210,6 +210,7 @@ RUNNER_MODULES = {
     "finetune": "tuneyard.runners.finetune",
     "inference": "tuneyard.runners.infer",
     "download": "tuneyard.runners.download",
+    "prepare": "tuneyard.runners.prepare",
 }
 
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "TMPDIR")
