@@ -101,7 +101,8 @@ def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[st
 
 
 WORDS = """up down status api scheduler worker migrate submit list show watch logs cancel retry
-infer nodes artifacts download files.put files.list files.show files.rm models.list models.show"""
+infer nodes artifacts download files.put files.list files.show files.rm models.list models.show
+fixtures.tiny-llama"""
 
 
 def test_the_commands_are_those_that_other_programs_rely_on() -> None:
