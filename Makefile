@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test unit integration e2e docs demo clean
+.PHONY: help setup check format test unit integration hubs e2e docs demo clean
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z/-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -43,7 +43,10 @@ integration: setup ## tests on real PostgreSQL and Valkey
 e2e: setup ## tests with real processes, kill -9 and real training steps
 	$(BIN)/pytest tests/e2e
 
-test: check unit integration e2e ## everything that CI runs
+hubs: setup ## tests of downloads by the hubs' real clients, from a stub that misbehaves
+	$(BIN)/pytest tests/hubs
+
+test: check unit integration hubs e2e ## everything that CI runs
 
 docs: setup ## write the pages that are derived from code
 	$(BIN)/python docs/generate.py

@@ -1,7 +1,9 @@
 """/api/v1/jobs: submit, list, show, cancel, retry. Check, one transaction, a view."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
@@ -12,11 +14,14 @@ from tuneyard.api.bodies import Document, IdempotencyKey
 from tuneyard.api.examples import RETRY_BODY, SUBMIT_BODY
 from tuneyard.api.paging import page, read_cursor
 from tuneyard.api.submissions import check_inputs
+from tuneyard.checks.hubs import ask_hubs
 from tuneyard.models import jobs, reading
+from tuneyard.models.inputs import knows_model
 from tuneyard.models.keys import Caller
-from tuneyard.specs.errors import InputError
+from tuneyard.specs.download import DownloadSpec, implied_download
+from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.ids import new_id
-from tuneyard.specs.jobs import read_spec
+from tuneyard.specs.jobs import JobSpec, Note, read_spec
 from tuneyard.specs.pipelines import Step, in_step, read_pipeline
 from tuneyard.specs.states import JobState
 from tuneyard.specs.views import JobList, JobView, PipelineView
@@ -36,13 +41,39 @@ def submit(
     """
     request = _request_key(key, body)
     if "pipeline" in body:
-        steps = read_pipeline(body)
+        steps = [
+            replace(step, notes=(*step.notes, *_hubs_notes(yard, caller, step.spec)))
+            for step in read_pipeline(body)
+        ]
         with yard.begin(caller.team_id) as tx:
             return _submit_pipeline(tx, yard, caller, steps, request, response)
     spec, notes = read_spec(body)
-    submission = jobs.Submission(spec, tuple(notes))
+    submission = jobs.Submission(spec, (*notes, *_hubs_notes(yard, caller, spec)))
     with yard.begin(caller.team_id) as tx:
         return _submit(tx, yard, caller, submission, request, response)
+
+
+def _hubs_notes(yard: Yard, caller: Caller, spec: JobSpec) -> list[Note]:
+    """What hubs say of what a job makes download, asked before its transaction begins.
+
+    Raises: SpecRejected where no hub has it.
+    """
+    if isinstance(spec, DownloadSpec):
+        return ask_hubs(spec, yard.settings.hubs, os.environ)
+    notes: list[Note] = []
+    for reference in spec.references():
+        download = isinstance(reference.value, str) and implied_download(reference.value)
+        if reference.what != "model" or not download:
+            continue
+        with yard.snapshot(caller.team_id) as tx:
+            if knows_model(tx, caller.team_id, str(reference.value)):
+                continue
+        try:
+            notes += ask_hubs(download, yard.settings.hubs, os.environ)
+        except SpecRejected as error:
+            error.field = error.problems[0].field = reference.field
+            raise
+    return notes
 
 
 def _request_key(key: str | None, body: object) -> jobs.RequestKey | None:

@@ -7,9 +7,11 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from tuneyard.api.access import Yard
+from tuneyard.checks.hubs import check_place
 from tuneyard.checks.submission import check_finetune, check_prompts
 from tuneyard.models import files
 from tuneyard.models.inputs import Inputs
+from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.jobs import JobSpec
@@ -23,6 +25,8 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
         facts = yard.facts(UUID(base)) if base else None
         report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
         problems = check_finetune(spec, report, facts, eval_report=eval_report)
+    elif isinstance(spec, DownloadSpec):
+        problems = check_place(spec, yard.settings.roots)
     elif report := _report(tx, inputs, "prompts"):
         problems = check_prompts(report)
     if problems:

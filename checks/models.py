@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuneyard.checks.safetensors import product, read_header
 from tuneyard.specs.errors import InputError
+from tuneyard.store.safetensors import product, read_header
 
 MAX_JSON_BYTES = 32 * 1024**2
 MAX_LAYERS = 10_000

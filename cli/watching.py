@@ -111,7 +111,7 @@ def describe(data: Mapping[str, Any]) -> str:
     if (data.get("attempt") or 1) > 1:
         parts.append(f"attempt {data['attempt']}")
     if progress.get("total"):
-        parts.append(f"{progress['unit']} {progress['done']}/{progress['total']}")
+        parts.append(_amount(progress))
     return "  ".join([*parts, *_measured(values), *_left(progress)])
 
 
@@ -124,6 +124,12 @@ def _measured(values: Mapping[str, float | None]) -> Iterator[str]:
     memory = next((values[name] for name in MEMORY if values.get(name)), None)
     if memory:
         yield size(memory)
+
+
+def _amount(progress: Mapping[str, Any]) -> str:
+    if progress["unit"] == "bytes":
+        return f"{size(progress['done'])} of {size(progress['total'])}"
+    return f"{progress['unit']} {progress['done']}/{progress['total']}"
 
 
 def _left(progress: Mapping[str, Any]) -> list[str]:

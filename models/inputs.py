@@ -6,6 +6,9 @@ bring forth stands there as that job, until it has:
 
     {"model": {"base_model": uuid}, "adapter": {"artifact": uuid}, "dataset": {"file": uuid}}
     {"model": {"job": uuid, "output": "base_model"}, "prompts": {"file": uuid}}
+
+Of a data set with several files, ``data_file`` beside the job says which one is meant. A model that
+is not here yet but could be brought is {"source": name}, until a download job is made for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import ColumnElement, Connection, Row, select
 
 from tuneyard.models.tables import ArtifactRow, BaseModelRow, FileRow, JobRow, ModelRow
+from tuneyard.specs.download import implied_download
 from tuneyard.specs.errors import InputError, NotFound
-from tuneyard.specs.fields import WHAT
-from tuneyard.specs.ids import is_id, parse_id, show_id
+from tuneyard.specs.fields import DATA_FILES, WHAT
+from tuneyard.specs.ids import PREFIXES, is_id, parse_id, show_id
 from tuneyard.specs.jobs import Reference
 from tuneyard.specs.states import TERMINAL, JobState
 
@@ -28,9 +32,16 @@ OUTPUTS = {
     "inference": "results",
     "prepare": "tokens",
 }
-"""Kind of job -> kind of what it brings forth."""
+"""Kind of job -> kind of what it brings forth; a download of a data set: see output_of."""
 
 Inputs = Mapping[str, Mapping[str, str]]
+
+
+def output_of(kind: str, document: Mapping[str, Any]) -> str:
+    """What a job of this spec brings forth."""
+    if kind == "download" and document.get("what") == "dataset":
+        return "dataset"
+    return OUTPUTS[kind]
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,9 @@ def _resolve_one(tx: Connection, team_id: UUID, reference: Reference) -> Inputs:
         return _output_of(tx, team_id, reference, str(reference.value.get("from", "")))
     if is_id("job", reference.value):
         return _output_of(tx, team_id, reference, reference.value)
+    if reference.what == "dataset" and is_id("artifact", reference.value):
+        by = ArtifactRow.id == parse_id("artifact", reference.value)
+        return _dataset(tx, team_id, reference.field, by, reference.data_file)
     if reference.what in ("dataset", "prompts"):
         return _file(tx, team_id, reference)
     return _model(tx, team_id, reference)
@@ -124,6 +138,42 @@ def _file(tx: Connection, team_id: UUID, reference: Reference) -> Inputs:
     if file is None:
         raise _no_file(reference.field, name)
     return {reference.field: {"file": str(file)}}
+
+
+def _dataset(
+    tx: Connection, team_id: UUID, field: str, by: ColumnElement[bool], picked: str | None
+) -> Inputs:
+    """A downloaded data set, once it is sure which of its files is meant, and that it is fit."""
+    row = tx.execute(
+        select(ArtifactRow.id, ArtifactRow.manifest).where(
+            by, ArtifactRow.team_id == team_id, ArtifactRow.kind == "dataset"
+        )
+    ).one_or_none()
+    if row is None:
+        hint = "`tuneyard artifacts JOB` lists what a job brought"
+        raise NotFound("There is no such data set here.", field=field, hint=hint)
+    _check_data_file(row.manifest.get("data_files") or [], field, picked)
+    return {field: {"artifact": str(row.id)}}
+
+
+def _check_data_file(files: Sequence[Mapping[str, Any]], field: str, picked: str | None) -> None:
+    picks = DATA_FILES[field]
+    names = [str(each["path"]) for each in files]
+    found = [each for each in files if picked is None or each["path"] == picked]
+    if len(found) != 1:
+        what = "has several files" if picked is None else f"has no file {picked[:80]!r}"
+        hint = f"set {picks} to one of: {', '.join(names[:10])}"
+        message = f"The data set {what}."
+        raise InputError(message, code="data_file_unclear", field=picks, hint=hint)
+    problem = found[0].get("problem")
+    if problem:
+        raise InputError(
+            f"{found[0]['path']} cannot be trained on: {problem.get('message')}",
+            code="bad_data",
+            field=field,
+            line=problem.get("line"),
+            hint=problem.get("hint"),
+        )
 
 
 def _no_file(field: str, name: str) -> NotFound:
@@ -166,6 +216,15 @@ def _model(tx: Connection, team_id: UUID, reference: Reference) -> Inputs:
     return _downloading(tx, team_id, reference, name)
 
 
+def knows_model(tx: Connection, team_id: UUID, name: str) -> bool:
+    """Whether a name or id is that of a model which is here or on its way."""
+    reference = Reference(field="model", what="model", value=name)
+    try:
+        return "source" not in _resolve_one(tx, team_id, reference)["model"]
+    except InputError:
+        return False
+
+
 def _tuned(field: str, artifact_id: UUID, base_model_id: UUID) -> Inputs:
     adapter = {"adapter": {"artifact": str(artifact_id)}}
     if WHAT[field] == "model":
@@ -174,7 +233,7 @@ def _tuned(field: str, artifact_id: UUID, base_model_id: UUID) -> Inputs:
 
 
 def _downloading(tx: Connection, team_id: UUID, reference: Reference, name: str) -> Inputs:
-    """A model of this name that is on its way, or a refusal that lists what there is."""
+    """A model of this name that is on its way or can be, or a refusal that lists what there is."""
     job = tx.execute(
         select(JobRow.id)
         .where(JobRow.kind == "download", JobRow.spec["model_name"].astext == name)
@@ -182,8 +241,11 @@ def _downloading(tx: Connection, team_id: UUID, reference: Reference, name: str)
         .order_by(JobRow.id.desc())
         .limit(1)
     ).scalar_one_or_none()
-    if job is not None and reference.what == "model":
-        return {reference.field: {"job": str(job), "output": "base_model"}}
+    if reference.what == "model":
+        if job is not None:
+            return {reference.field: {"job": str(job), "output": "base_model"}}
+        if implied_download(name) is not None:
+            return {reference.field: {"source": name}}
     bases = tx.execute(select(BaseModelRow.name).distinct().limit(10)).scalars().all()
     newest = select(ModelRow.name).where(ModelRow.team_id == team_id)
     tuned = tx.execute(newest.order_by(ModelRow.id.desc()).limit(10)).scalars().all()
@@ -199,24 +261,28 @@ def _downloading(tx: Connection, team_id: UUID, reference: Reference, name: str)
 def _output_of(tx: Connection, team_id: UUID, reference: Reference, name: str) -> Inputs:
     job_name, _, output = name.partition(".")
     job_id = parse_id("job", job_name)
-    kind = tx.execute(
-        select(JobRow.kind).where(JobRow.id == job_id, JobRow.team_id == team_id)
-    ).scalar_one_or_none()
-    if kind is None:
+    job = tx.execute(
+        select(JobRow.kind, JobRow.spec).where(JobRow.id == job_id, JobRow.team_id == team_id)
+    ).one_or_none()
+    if job is None:
         raise NotFound(f"There is no job {job_name[:60]}.", field=reference.field)
-    output = output or OUTPUTS[kind]
-    _check_fits(reference, kind, output)
-    return {reference.field: {"job": str(job_id), "output": output}}
+    brings = output_of(job.kind, job.spec)
+    output = output or brings
+    _check_fits(reference, job.kind, output, brings)
+    awaited = {"job": str(job_id), "output": output}
+    if reference.data_file is not None:
+        awaited["data_file"] = reference.data_file
+    return {reference.field: awaited}
 
 
-def _check_fits(reference: Reference, kind: str, output: str) -> None:
+def _check_fits(reference: Reference, kind: str, output: str, brings: str) -> None:
     fits = {"model": ("base_model", "adapter"), "adapter": ("adapter",), "dataset": ("dataset",)}
-    if output != OUTPUTS[kind] or output not in fits.get(reference.what, ()):
+    if output != brings or output not in fits.get(reference.what, ()):
         raise InputError(
             f"The {output} of a {kind} job cannot be a {reference.what}.",
             code="wrong_output",
             field=reference.field,
-            hint=f"a {kind} job brings forth: {OUTPUTS[kind]}",
+            hint=f"a {kind} job brings forth: {brings}",
         )
 
 
@@ -231,11 +297,13 @@ def _published(tx: Connection, team_id: UUID, field: str, value: Mapping[str, st
         return {field: value}
     if job.state != JobState.SUCCEEDED:
         raise InputError(
-            f"Job {show_id('job', job.id)} {job.state}: it brings forth no {OUTPUTS[job.kind]}.",
+            f"Job {show_id('job', job.id)} {job.state}: it brings forth no {value['output']}.",
             code="dependency_failed",
             field=field,
             hint="name a job that succeeded or still runs",
         )
+    if value["output"] == "dataset":
+        return _dataset(tx, team_id, field, ArtifactRow.job_id == job.id, value.get("data_file"))
     if job.kind == "download":
         return {field: {"base_model": str(_downloaded(tx, job.id))}}
     artifact = tx.execute(
@@ -261,5 +329,5 @@ def _downloaded(tx: Connection, job_id: UUID) -> UUID:
 
 def show_input(value: Mapping[str, str]) -> str:
     """An input as its readers know it: ``file_…``, ``artifact_…``, ``base_…``, or ``job_…``."""
-    kind = next(iter(set(value) - {"output"}))
+    kind = next(name for name in value if name in PREFIXES)
     return show_id(kind, UUID(value[kind]))

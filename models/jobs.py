@@ -19,7 +19,7 @@ from tuneyard.models.events import (
     notify,
     record_submission,
 )
-from tuneyard.models.implied import Work, implied_by
+from tuneyard.models.implied import IMPLIED, Work
 from tuneyard.models.inputs import OUTPUTS, Inputs, complete, resolve
 from tuneyard.models.tables import (
     DeviceRow,
@@ -61,13 +61,12 @@ def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Inputs:
     Raises: InputError (a reference leads nowhere).
     """
     spec = submission.spec
-    resolved = resolve(tx, team_id, spec.references(), kept=submission.kept)
-    shared = {
-        field: {"job": str(_share(tx, team_id, work)), "output": OUTPUTS[work.spec.kind]}
-        for field, work in implied_by(spec, resolved.inputs).items()
-    }
-    if shared:
-        resolved = complete(tx, team_id, {**resolved.inputs, **shared})
+    inputs = dict(resolve(tx, team_id, spec.references(), kept=submission.kept).inputs)
+    for implied in IMPLIED:
+        for field_, work in implied(spec, inputs).items():
+            job = _share(tx, team_id, work)
+            inputs[field_] = {"job": str(job), "output": OUTPUTS[work.spec.kind]}
+    resolved = complete(tx, team_id, inputs)
     state = JobState.QUEUED if resolved.ready else JobState.BLOCKED
     tx.execute(
         insert(JobRow).values(

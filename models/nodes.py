@@ -91,10 +91,10 @@ def _upsert_slots(tx: Connection, device_id: UUID, device: OfferedDevice) -> Non
     )
 
 
-def report_alive(tx: Connection, node_id: UUID, *, disk_low: bool) -> None:
-    """The node's worker lives; while its disk is low nothing new is placed on it."""
-    values = {"seen_at": func.clock_timestamp(), "disk_low": disk_low}
-    tx.execute(update(NodeRow).where(NodeRow.id == node_id).values(values))
+def report_alive(tx: Connection, node_id: UUID) -> None:
+    """The node's worker lives."""
+    seen = {"seen_at": func.clock_timestamp()}
+    tx.execute(update(NodeRow).where(NodeRow.id == node_id).values(seen))
 
 
 def leave(tx: Connection, node_id: UUID) -> None:

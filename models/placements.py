@@ -24,6 +24,7 @@ class QueuedJob:
     name: str
     devices_each: int
     device_kind: str
+    digests: frozenset[str] = frozenset()  # of its inputs, as nodes' caches know them
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,18 @@ class Placement:
 
 
 QUEUE = text("""
-    SELECT id, kind, name, device_kind, CAST(demand ->> 'devices_each' AS integer) AS devices_each
+    SELECT id, kind, name, device_kind, CAST(demand ->> 'devices_each' AS integer) AS devices_each,
+        array(
+            SELECT b.digest FROM jsonb_each(jobs.inputs) AS input
+            JOIN base_models b ON b.id = CAST(input.value ->> 'base_model' AS uuid)
+            UNION ALL
+            SELECT a.digest FROM jsonb_each(jobs.inputs) AS input
+            JOIN artifacts a ON a.id = CAST(input.value ->> 'artifact' AS uuid)
+            UNION ALL
+            -- A download goes where an earlier one of the same source has left its files.
+            SELECT b.digest FROM base_models b
+            WHERE jobs.kind = 'download' AND b.source = jobs.spec ->> 'source'
+        ) AS digests
     FROM jobs
     WHERE state = 'queued' AND (not_before IS NULL OR not_before <= clock_timestamp())
     ORDER BY priority DESC, id
@@ -60,7 +72,10 @@ QUEUE = text("""
 def queue(tx: Connection, *, limit: int) -> list[QueuedJob]:
     """The head of the queue: highest priority first, then oldest."""
     rows = tx.execute(QUEUE, {"limit": limit})
-    return [QueuedJob(r.id, r.kind, r.name, r.devices_each, r.device_kind) for r in rows]
+    return [
+        QueuedJob(r.id, r.kind, r.name, r.devices_each, r.device_kind, frozenset(r.digests))
+        for r in rows
+    ]
 
 
 FREE = text("""

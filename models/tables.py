@@ -149,7 +149,7 @@ class JobEdgeRow(Row):
 
 
 class NodeRow(Row):
-    """A machine with a worker, which writes ``seen_at`` and ``disk_low`` at each renewal."""
+    """A machine with a worker, which writes ``seen_at`` at each renewal."""
 
     __tablename__ = "nodes"
     id: Mapped[UUID] = _key()
@@ -157,9 +157,19 @@ class NodeRow(Row):
     boot_id: Mapped[str]
     state: Mapped[str]
     capabilities: Mapped[dict[str, Any]]
-    disk_low: Mapped[bool]
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
+    disk_low: Mapped[bool]
+
+
+class NodeCacheRow(Row):
+    """Something whole in a node's cache, as its worker says; placing prefers such nodes."""
+
+    __tablename__ = "node_cache"
+    node_id: Mapped[UUID] = _key()
+    digest: Mapped[str] = _key()
+    bytes: Mapped[int] = _big()
+    used_at: Mapped[datetime]
 
 
 class DeviceRow(Row):

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuneyard.runners.failures import BadSpec
+from tuneyard.specs.sources import Hub
 
 Arguments = TypeVar("Arguments", bound=BaseModel)
 
@@ -34,6 +35,8 @@ class PrepareArguments(BaseModel):
     train_on_prompt: bool = False
     mask_history: bool = False
     max_samples: int | None = Field(None, ge=1)
+    data_file: str | None = None  # of a data set that is a folder
+    eval_data_file: str | None = None
 
 
 class FinetuneArguments(PrepareArguments):
@@ -120,6 +123,16 @@ class DownloadArguments(BaseModel):
 
     source: str
     revision: str | None = None
+    what: Literal["model", "dataset"] = "model"
+    data_file: str | None = None
+
+    hubs: list[Hub] = ["modelscope", "huggingface"]
+    cache: str | None = None  # None: within WORKDIR
+    caches: list[str] = []  # of the hubs' own clients on this node
+    node_roots: list[str] = []
+    disk_floor_bytes: int = Field(0, ge=0)
+    copied: bool = False  # the store is on the cache's disk
+    stall_s: float = Field(300.0, gt=0)
 
 
 def read_arguments(

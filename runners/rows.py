@@ -1,10 +1,12 @@
-"""Rows of a training file as conversations. Reads JSON lines or a JSON array; no torch.
+"""Rows of a training file as conversations: JSON lines, a JSON array, CSV, Parquet; no torch.
 
 Forms: alpaca (instruction, input, output, system, history; or prompt, completion), OpenAI chat
 (messages, tools), ShareGPT (conversations of from and value, system). Nothing is substituted in
 the texts.
 """
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,14 +47,58 @@ def read_conversations(path: Path, *, limit: int | None = None) -> list[Conversa
     return found
 
 
+def count_conversations(path: Path) -> int:
+    """How many rows a training file has; none is kept. Raises: BadData, as reading it would."""
+    rows = 0
+    for line, row in read_rows(path):
+        _conversation(row, line)
+        rows += 1
+    if not rows:
+        raise BadData("The file has no rows.", hint="one JSON object per line, or a JSON array")
+    return rows
+
+
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of a JSON array or of JSON lines, each with the line it begins on."""
+    """The rows of a JSON array, JSON lines, CSV or Parquet, each with the line it begins on."""
+    if path.suffix.lower() == ".parquet":
+        return _parquet(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise BadData("This is not UTF-8.", line=line, hint="save the file as UTF-8") from None
+    if path.suffix.lower() == ".csv":
+        return _csv(text)
     return _array(text) if text.lstrip()[:1] == "[" else _lines(text)
+
+
+def _csv(text: str) -> Iterator[tuple[int, Any]]:
+    """Columns by the names of the first line. A row's line is that of its end."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise BadData("This row has more columns than the first.", line=reader.line_num)
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise BadData(f"This is not CSV: {error}.", line=reader.line_num) from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a Parquet file, numbered; pyarrow reads it where it is installed."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        hint = "install pyarrow there, or take the data as json, jsonl or csv"
+        raise BadData("Parquet needs pyarrow in the runner's environment.", hint=hint) from None
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (ArrowException, OSError) as error:
+        raise BadData(f"This is not Parquet: {str(error)[:120]}.") from None
 
 
 def _lines(text: str) -> Iterator[tuple[int, Any]]:

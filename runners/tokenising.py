@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import load_tokenizer, tokenizer_files
 from tuneyard.runners.chat import Chat, chat_of
+from tuneyard.runners.data_files import data_file
 from tuneyard.runners.examples import Cutting, Encoded, Example, encode_conversations
 from tuneyard.runners.rows import Conversation, read_conversations
 from tuneyard.runners.tokens import (
@@ -19,6 +20,7 @@ from tuneyard.runners.tokens import (
     read_about,
     split_file,
 )
+from tuneyard.specs.fields import DATA_FILES
 
 SPLITS = {TRAINING: "dataset", HELD_OUT: "eval_dataset"}
 """Split -> the input whose rows it holds."""
@@ -39,6 +41,10 @@ class RowArguments(Protocol):
     def mask_history(self) -> bool: ...
     @property
     def max_samples(self) -> int | None: ...
+    @property
+    def data_file(self) -> str | None: ...
+    @property
+    def eval_data_file(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,14 @@ def load_chat(model: Path, arguments: RowArguments, attempt: Attempt) -> Chat:
 
 def read_rows_of(attempt: Attempt, arguments: RowArguments) -> Mapping[str, list[Conversation]]:
     """The rows of each split that there is. Raises: BadData, InputGone."""
-    limit = arguments.max_samples
-    return {
-        split: read_conversations(attempt.input(name), limit=limit)
+    picked = {TRAINING: arguments.data_file, HELD_OUT: arguments.eval_data_file}
+    files = {
+        split: data_file(attempt.input(name), picked[split], field=DATA_FILES[name])
         for split, name in SPLITS.items()
         if name in attempt.spec.inputs
     }
+    limit = arguments.max_samples
+    return {split: read_conversations(file, limit=limit) for split, file in files.items()}
 
 
 def encode_split(

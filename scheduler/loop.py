@@ -15,6 +15,7 @@ from tuneyard.models import dependencies, placements
 from tuneyard.models.engine import Database
 from tuneyard.models.events import SCHEDULER_CHANNEL
 from tuneyard.models.leadership import lead, resign
+from tuneyard.models.node_cache import nodes_with
 from tuneyard.scheduler.hints import HintPublisher
 from tuneyard.scheduler.placing import plan
 from tuneyard.specs.errors import StaleToken, Unavailable
@@ -98,7 +99,8 @@ class Scheduler:
                 return 0
             free = placements.free_slots_now(tx, silence_s=self.settings.lease_s)
             capacity = placements.capacity(tx)
-        decided = plan(queued, free, capacity)
+            cached = nodes_with(tx, {digest for job in queued for digest in job.digests})
+        decided = plan(queued, free, capacity, cached=cached)
         placed = [p for p in (self._commit(*each, epoch) for each in decided.placements) if p]
         for each in placed:
             self.hints.send(each)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from uuid import UUID
 
 from tuneyard.models.placements import Capacity, FreeSlot, Placement, QueuedJob
@@ -20,8 +21,12 @@ def plan(
     jobs: Sequence[QueuedJob],
     free: Sequence[FreeSlot],
     capacity: Mapping[str, Mapping[str, Capacity]],
+    *,
+    cached: Mapping[UUID, frozenset[str]] = MappingProxyType({}),
 ) -> Plan:
     """Place jobs in their order; the first one that fits nowhere holds a node back for itself.
+
+    cached: node -> digests of what it has.
 
     A job that waits for several devices would starve if smaller ones took each as it came free.
     So the first waiting job of each kind of device reserves the node where it will fit soonest;
@@ -34,7 +39,7 @@ def plan(
     waiting: Counter[str] = Counter()
     for job in jobs:
         usable = [s for s in left if reserved.get(job.device_kind) != s.node_name]
-        chosen = place(job, usable)
+        chosen = place(job, usable, cached)
         if chosen is not None:
             placements.append((job, chosen))
             left = [slot for slot in left if slot.id not in chosen.slot_ids]
@@ -49,10 +54,15 @@ def plan(
     return Plan(placements, reasons)
 
 
-def place(job: QueuedJob, free: Sequence[FreeSlot]) -> Placement | None:
-    """Choose the fullest single node that holds the whole demand, or None.
+def place(
+    job: QueuedJob,
+    free: Sequence[FreeSlot],
+    cached: Mapping[UUID, frozenset[str]] = MappingProxyType({}),
+) -> Placement | None:
+    """Choose a single node that holds the whole demand, or None.
 
-    Ties: lowest node name; on the node, lowest slot index, then device.
+    The one that has most of the job's inputs in its cache; then the fullest; then the lowest
+    name. On the node: the lowest slot index, then device.
     """
     by_node: dict[tuple[str, UUID], list[FreeSlot]] = {}
     for slot in free:
@@ -61,7 +71,8 @@ def place(job: QueuedJob, free: Sequence[FreeSlot]) -> Placement | None:
     fitting = {node: slots for node, slots in by_node.items() if len(slots) >= job.devices_each}
     if not fitting:
         return None
-    node = min(fitting, key=lambda node: (len(fitting[node]), node))
+    had = {node: len(job.digests & cached.get(node[1], frozenset())) for node in fitting}
+    node = min(fitting, key=lambda node: (-had[node], len(fitting[node]), node))
     slots = sorted(fitting[node], key=lambda s: (s.index, s.device_uuid))[: job.devices_each]
     name, node_id = node
     return Placement(node_id, name, tuple(s.id for s in slots), tuple(s.device_uuid for s in slots))

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from tuneyard.specs.fields import FileRef, ModelRef, Spec, Text, Words, refusal
+from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Spec, Text, Words, refusal
 
 Strategy = Literal["no", "steps", "epoch"]
 Schedule = Literal[
@@ -49,8 +49,14 @@ class RowsSpec(Spec):
     """Which rows of which data a base learns, as which tokens."""
 
     model: ModelRef = Field(description="The base model: an id, a name, or {from: a job}.")
-    dataset: FileRef = Field(description="The training data: the id or name of a file.")
+    dataset: FileRef = Field(
+        description="The training data: id or name of a file, or {from: a download of a data set}."
+    )
+    data_file: DataFile | None = Field(
+        None, description="Which file of a downloaded data set that has several."
+    )
     eval_dataset: FileRef | None = Field(None, description="Rows to evaluate on.")
+    eval_data_file: DataFile | None = Field(None, description="The same for eval_dataset.")
     stage: Literal["sft"] = Field("sft", description="What is learned from the rows.")
     template: Text | None = Field(
         None,

@@ -29,6 +29,7 @@ from tuneyard.specs.llamafactory import (
 )
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
+from tuneyard.specs.sources import read_source
 from tuneyard.specs.wording import FieldRow, field_rows, leaves
 
 __all__ = ["TEXT_FIELDS", "JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
@@ -144,12 +145,22 @@ class _Reading:
 
     def settle(self) -> None:
         """What only the whole document tells."""
-        if self.model is DownloadSpec and "name" in self.values:
-            self.values.setdefault("model_name", self.values["name"])
+        if self.model is DownloadSpec and "model_name" not in self.values:
+            self._name_download()
         ratio, steps = self.values.get("warmup_ratio"), self.values.get("warmup_steps")
         if ratio and steps and not isinstance(ratio, str):
             del self.values["warmup_ratio"]
             self._note("warmup_ratio", "warmup_ratio has no effect beside warmup_steps")
+
+    def _name_download(self) -> None:
+        """What a download is called: as its job, else as its source."""
+        if "name" in self.values:
+            self.values["model_name"] = self.values["name"]
+            return
+        try:
+            self.values["model_name"] = read_source(str(self.values.get("source"))).likely_name
+        except InputError:
+            self.values["model_name"] = "model"  # the source itself is what will be complained of
 
     def _set(self, name: str, written: str, value: Any) -> None:
         if name in self._written:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from tuneyard.specs.errors import InputError
+from tuneyard.specs.sources import HUB_NAMES
 
 PREFIX = "TUNEYARD_"
 
@@ -102,6 +103,17 @@ class Settings(BaseModel):
     disk_floor_bytes: int = Field(
         default=1024**3, ge=0, description="A node claims nothing while less is free, in bytes."
     )
+    cache_max_bytes: int | None = Field(
+        default=None, ge=0, description="Size of this node's cache at most, in bytes; unset: none."
+    )
+    hub_order: str = Field(
+        default="modelscope,huggingface",
+        description="Hubs in the order in which a source without a hub is looked for, by commas.",
+    )
+    node_roots: str = Field(
+        default="",
+        description="Folders of the nodes below which node:/… may lie, by commas. Empty: none.",
+    )
     keep_runners: bool = Field(
         default=False, description="On SIGTERM leave runners to the next worker (systemd)."
     )
@@ -125,6 +137,16 @@ class Settings(BaseModel):
         return max(self.lease_s / 6, 0.3)
 
     @property
+    def hubs(self) -> list[str]:
+        """hub_order, read."""
+        return [each.strip() for each in self.hub_order.split(",") if each.strip()]
+
+    @property
+    def roots(self) -> list[str]:
+        """node_roots, read."""
+        return [each.strip() for each in self.node_roots.split(",") if each.strip()]
+
+    @property
     def lease_grace_s(self) -> float:
         """Seconds between SIGTERM and SIGKILL when a lease runs out."""
         return min(30.0, self.lease_s / 3)
@@ -133,6 +155,20 @@ class Settings(BaseModel):
     def _home_is_absolute(self) -> "Settings":
         if not self.home.is_absolute():
             raise ValueError(f"home must be an absolute path, not {str(self.home)!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _hubs_are_known(self) -> "Settings":
+        unknown = [each for each in self.hubs if each not in HUB_NAMES]
+        if unknown or not self.hubs:
+            raise ValueError(f"hub_order lists {', '.join(HUB_NAMES)}, not {self.hub_order!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _roots_are_absolute(self) -> "Settings":
+        for root in self.roots:
+            if not root.startswith("/") or ".." in root.split("/"):
+                raise ValueError(f"node_roots lists absolute paths, not {root!r}")
         return self
 
 

@@ -5,6 +5,7 @@ a write is refused it kills the runner and leaves no trace but a line that says 
 """
 
 import logging
+import os
 import shutil
 import threading
 import time
@@ -30,9 +31,10 @@ from tuneyard.specs.exits import (
     judge,
 )
 from tuneyard.specs.ids import show_id
-from tuneyard.specs.runner import EVENTS_FILE, GUARD_FILE, LOG_FILE
+from tuneyard.specs.runner import EVENTS_FILE, GUARD_FILE, LOG_FILE, OUTPUT
 from tuneyard.specs.settings import Settings
 from tuneyard.store.remote import Store
+from tuneyard.workers.cache import adopt
 from tuneyard.workers.guarding import (
     GuardGone,
     GuardLink,
@@ -41,6 +43,7 @@ from tuneyard.workers.guarding import (
     kill_marked,
     start_guard,
 )
+from tuneyard.workers.hub_access import places
 from tuneyard.workers.publishing import publish
 from tuneyard.workers.reading import read_last_words
 from tuneyard.workers.shipping import ship_new
@@ -63,6 +66,11 @@ class Node:
     store: Store
     settings: Settings
 
+    @property
+    def cache(self) -> Path:
+        """The folder of what jobs of this node share."""
+        return self.settings.home / "cache"
+
     def workdir(self, ref: AttemptRef) -> Path:
         """The attempt's own folder on this node."""
         return self.settings.home / "work" / show_id("attempt", ref.id)
@@ -77,6 +85,7 @@ class Keeper:
         self.name = assignment.name
         self.done = threading.Event()
         self.verdict: Verdict | None = None
+        self.wanted_bytes = 0  # of the disk, as far as the runner said
         self._node = node
         self._workdir = node.workdir(self.ref)
         self._adopting = assignment.claimed
@@ -139,7 +148,9 @@ class Keeper:
         settings = self._node.settings
         errand = self._until_answered(lambda tx: read_errand(tx, self.ref))
         try:
-            rejected = stage(errand, self._workdir, self._node.store, cache=settings.home / "cache")
+            here = places(settings, os.environ) if errand.kind == "download" else {}
+            cache = self._node.cache
+            rejected = stage(errand, self._workdir, self._node.store, cache=cache, places=here)
         except InputGone as gone:
             verdict = Verdict(Outcome.FAILED, Cause.INPUT_GONE, charged=True, retry=False)
             self._finish(End(verdict, gone.message))
@@ -197,6 +208,7 @@ class Keeper:
             self._publish(end)
         else:
             evidence, patch = words.evidence(end)
+            self.wanted_bytes = words.wanted_bytes
             if self._stalled:
                 verdict = after_stall(verdict)
                 evidence = f"the runner wrote nothing for {self._node.settings.stall_s:g} s"
@@ -204,11 +216,14 @@ class Keeper:
 
     def _publish(self, end: RunnerEnd) -> None:
         try:
-            record = publish(self._node.store, self.ref, self.kind, self._workdir)
+            folder, record = publish(self._node.store, self.ref, self.kind, self._workdir)
         except (OSError, TuneyardError) as error:
             verdict = Verdict(Outcome.LOST, Cause.STORE_UNREACHABLE)
             self._finish(End(verdict, f"the result could not be stored: {error}", exit=vars(end)))
             return
+        if self.kind == "download":
+            # What was brought here is in the cache by a rename, for the jobs that wait for it.
+            adopt(self._node.cache, self._workdir / OUTPUT, folder.digest)
         self._finish(End(Verdict(Outcome.SUCCEEDED), exit=vars(end)), record)
 
     def _finish(self, end: End, record: Callable[[Connection], None] | None = None) -> None:

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from uuid import uuid5
 
 from sqlalchemy import Connection, select
 
 from tuneyard.models.artifacts import StoredFolder, publish_base_model, publish_outputs
 from tuneyard.models.attempts import AttemptRef
-from tuneyard.models.inputs import OUTPUTS
+from tuneyard.models.inputs import output_of
 from tuneyard.models.tables import JobRow
-from tuneyard.specs.runner import OUTPUT
+from tuneyard.specs.runner import OUTPUT, SPEC_FILE, RunnerSpec
 from tuneyard.store.folder import manifest_digest
 from tuneyard.store.remote import Shelf, Store
 
@@ -36,15 +37,15 @@ def shelf_of(kind: str) -> Shelf:
 
 def publish(
     store: Store, ref: AttemptRef, kind: str, workdir: Path
-) -> Callable[[Connection], None]:
+) -> tuple[StoredFolder, Callable[[Connection], None]]:
     """Store WORKDIR/output; what is returned records it in the transaction that ends the attempt.
 
     Raises: OSError, FolderDamaged.
     """
-    output = OUTPUTS[kind]
+    output = output_of(kind, _arguments(workdir))
     folder = store_folder(store, ref, workdir / OUTPUT, kind=output)
     if output != "base_model":
-        return lambda tx: publish_outputs(tx, ref, [folder])
+        return folder, lambda tx: publish_outputs(tx, ref, [folder])
 
     def record(tx: Connection) -> None:
         name = tx.execute(
@@ -52,4 +53,10 @@ def publish(
         ).scalar_one()
         publish_base_model(tx, name, folder)
 
-    return record
+    return folder, record
+
+
+def _arguments(workdir: Path) -> dict[str, Any]:
+    """What the runner was asked for."""
+    spec = RunnerSpec.model_validate_json((workdir / SPEC_FILE).read_bytes())
+    return spec.arguments

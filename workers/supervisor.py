@@ -12,14 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from tuneyard.models import artifacts, attempts, nodes
+from tuneyard.models import artifacts, attempts, node_cache, nodes
 from tuneyard.models.engine import Database
 from tuneyard.models.events import node_channel
-from tuneyard.specs.errors import BadId, Unavailable
+from tuneyard.specs.errors import BadId, StaleToken, Unavailable
 from tuneyard.specs.exits import Cause, Outcome, StopReason, Verdict
 from tuneyard.specs.ids import parse_id, show_id
 from tuneyard.specs.settings import Settings
 from tuneyard.store.remote import Store
+from tuneyard.workers import cache
 from tuneyard.workers.guarding import boottime, kill_marked, marked_attempts, node_identity
 from tuneyard.workers.inventory import Inventory, inventory_of, node_name, offered_devices
 from tuneyard.workers.keeping import Keeper, Node
@@ -52,7 +53,10 @@ class Supervisor:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _empty_looks: dict[UUID, int] = field(default_factory=dict)
     _swept_at: float = 0.0
-    _was_low: bool = False
+    _cached: frozenset[str] | None = None  # digests, as the database was told; None: not yet
+    _cached_names: set[str] = field(default_factory=set)
+    _room_wanted: int = 0  # bytes that a download lacked
+    _disk_low: bool | None = None
 
     def start(self) -> None:
         """Look once, so that what runs already is kept again, then go on in threads."""
@@ -100,6 +104,7 @@ class Supervisor:
         while not self.stopping.is_set():
             try:
                 self.look()
+                self.keep_cache()
                 self._sweep()
             except Unavailable as error:
                 log.debug("database away", extra={"event": "database_away", "code": error.code})
@@ -125,6 +130,8 @@ class Supervisor:
     def _forget_the_done(self) -> None:
         for keeper in [k for k in self.keepers.values() if k.done.is_set()]:
             del self.keepers[keeper.ref.id]
+            if keeper.verdict is not None and keeper.verdict.cause is Cause.DISK_FULL:
+                self._room_wanted = max(self._room_wanted, 2 * keeper.wanted_bytes)
             self.on_end(keeper)
 
     def _take(self, assignment: attempts.Assignment, requested_at: float) -> Keeper | None:
@@ -146,27 +153,81 @@ class Supervisor:
         return keeper
 
     def _claim(self, ref: attempts.AttemptRef) -> bool:
+        if self._disk_is_low():
+            self.keep_cache()
+            if self._disk_is_low():
+                self._send_back(ref)
+                return False
         with self.node.db.begin() as tx:
-            claimed = attempts.claim(
+            return attempts.claim(
                 tx, ref, self.node.id, boot_id=self.boot_id, lease_s=self.node.settings.lease_s
             )
-            if not claimed or not self._disk_low():
-                return claimed
-            # The scheduler did not know yet: hand it back at once, for another node.
-            evidence = f"the disk of {self.name} is nearly full"
-            end = attempts.End(Verdict(Outcome.LOST, Cause.DISK_LOW), evidence)
-            attempts.finish_attempt(tx, ref, end, backoff_s=self.node.settings.retry_backoff_s)
-            nodes.report_alive(tx, self.node.id, disk_low=True)
-        return False
 
-    def _disk_low(self) -> bool:
-        free = shutil.disk_usage(self.node.settings.home).free
-        low = free < self.node.settings.disk_floor_bytes
-        if low != self._was_low:
-            fields = {"event": "disk_low" if low else "disk_freed", "free_bytes": free}
-            log.warning("disk nearly full" if low else "disk has room again", extra=fields)
-        self._was_low = low
-        return low
+    def _send_back(self, ref: attempts.AttemptRef) -> None:
+        """Give a placement back at once, and say why; nothing more is placed while it is so."""
+        settings = self.node.settings
+        free = shutil.disk_usage(settings.home).free
+        evidence = (
+            f"{self.name} has {free / 1e9:.1f} GB of free disk, less than its floor of"
+            f" {settings.disk_floor_bytes / 1e9:.1f} GB (disk_floor_bytes)."
+        )
+        log.warning(evidence, extra={"event": "disk_low", "free_bytes": free})
+        end = attempts.End(Verdict(Outcome.LOST, Cause.DISK_LOW), evidence)
+        with self.node.db.begin() as tx:
+            try:
+                attempts.finish_attempt(tx, ref, end, backoff_s=settings.retry_backoff_s)
+            except StaleToken:
+                pass  # over meanwhile
+
+    # The cache -----------------------------------------------------------------------------------
+
+    def keep_cache(self) -> None:
+        """Let go what is too much, and keep the database's view of cache and disk in step."""
+        names = {path.name for path in self.node.cache.iterdir()}
+        grown = self._cached is None or not names <= self._cached_names
+        too_full = grown and self.node.settings.cache_max_bytes is not None
+        if too_full or self._room_wanted or self._disk_is_low():
+            self._make_room()
+        self._record_cache()
+        low = self._disk_is_low()
+        if low != self._disk_low:
+            with self.node.db.begin() as tx:
+                node_cache.set_disk_low(tx, self.node.id, low)
+            self._disk_low = low
+
+    def _make_room(self) -> None:
+        settings = self.node.settings
+        wanted, self._room_wanted = settings.disk_floor_bytes + self._room_wanted, 0
+        cache.make_room(
+            self.node.cache,
+            wanted_bytes=wanted,
+            max_bytes=settings.cache_max_bytes,
+            pins=self._pinned,
+        )
+
+    def _pinned(self) -> set[str]:
+        """What live attempts use. Without the lock: a claim that needs room holds it already."""
+        live = [keeper for keeper in list(self.keepers.values()) if not keeper.done.is_set()]
+        return cache.pinned([self.node.workdir(keeper.ref) for keeper in live])
+
+    def _record_cache(self) -> None:
+        names = {path.name for path in self.node.cache.iterdir()}
+        if self._cached is not None and names == self._cached_names:
+            return
+        there = {e.digest: e.bytes for e in cache.entries(self.node.cache) if e.digest}
+        known = self._cached
+        with self.node.db.begin() as tx:
+            if known is None:
+                node_cache.replace_cached(tx, self.node.id, there)
+            else:
+                new = {digest: size for digest, size in there.items() if digest not in known}
+                node_cache.add_cached(tx, self.node.id, new)
+                node_cache.drop_cached(tx, self.node.id, known - there.keys())
+        self._cached, self._cached_names = frozenset(there), names
+
+    def _disk_is_low(self) -> bool:
+        settings = self.node.settings
+        return shutil.disk_usage(settings.home).free < settings.disk_floor_bytes
 
     def _listen(self) -> None:
         """Look soon at each NOTIFY; a lost connection is made anew."""
@@ -204,9 +265,8 @@ class Supervisor:
         """Renew all leases in one statement; what was not renewed is over."""
         keepers = self._live()
         requested_at = boottime()
-        disk_low = self._disk_low()
         with self.node.db.begin_reserved() as tx:
-            nodes.report_alive(tx, self.node.id, disk_low=disk_low)
+            nodes.report_alive(tx, self.node.id)
             renewed = attempts.renew_leases(
                 tx, [k.ref for k in keepers], self.node.id, lease_s=self.node.settings.lease_s
             )
@@ -271,6 +331,7 @@ class Supervisor:
         if time.monotonic() - self._swept_at < SWEEP_EVERY_S:
             return
         self._swept_at = time.monotonic()
+        cache.sweep(self.node.cache, pins=self._pinned)
         live = {show_id("attempt", key) for key in self.keepers}
         for folder in (self.node.settings.home / "work").iterdir():
             if folder.name not in live and time.time() - folder.stat().st_mtime > WORK_KEPT_S:

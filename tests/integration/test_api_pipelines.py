@@ -145,3 +145,52 @@ def test_another_teams_pipeline_is_not_there(fed: Api) -> None:
             unknown = other.request(method, f"/pipelines/{strange}{path}")
             assert theirs.status_code == unknown.status_code == 404
             assert theirs.json() == unknown.json()
+
+
+def test_a_model_that_is_at_a_hub_is_downloaded_first_and_once_for_all(
+    fed: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No hub is there to be asked: that is no verdict, and the download finds out.
+    for name in ("MODELSCOPE_ENDPOINT", "HF_ENDPOINT"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    tune = TUNE | {"model": "LLM-Research/Meta-Llama-3-8B-Instruct"}
+    with fed.client() as http:
+        jobs = [http.post("/jobs", json=tune | {"name": name}).json() for name in ("a", "b")]
+        listed = http.get("/jobs").json()["data"]
+        all_ = http.get("/jobs", params={"all": "true"}).json()["data"]
+    assert {job["name"] for job in listed} == {"a", "b"}
+    (download,) = [job for job in all_ if job["kind"] == "download"]
+    (prepare,) = [job for job in all_ if job["kind"] == "prepare"]
+    assert download["spec"]["source"] == "LLM-Research/Meta-Llama-3-8B-Instruct"
+    assert (download["system"], download["state"], download["device"]) == (True, "queued", "cpu")
+    assert prepare["inputs"]["model"] == download["id"]
+    for job in jobs:
+        assert job["state"] == "blocked"
+        assert job["inputs"] | {"dataset": ""} == {
+            "model": download["id"],
+            "tokens": prepare["id"],
+            "dataset": "",
+        }
+    assert "could not be asked" in jobs[0]["notes"][0]["message"]
+    assert not count_of_gpu_jobs(fed)
+
+
+def count_of_gpu_jobs(api: Api) -> int:
+    """Jobs that could take a GPU now."""
+    sql = "SELECT count(*) FROM jobs WHERE state = 'queued' AND device_kind = 'gpu'"
+    return int(api.db.rows(sql)[0][0])
+
+
+def test_what_was_made_for_one_job_alone_is_cancelled_with_it(fed: Api) -> None:
+    fed.a_base()
+    tune = TUNE | {"model": "tiny"}
+    with fed.client() as http:
+        first, second = (
+            http.post("/jobs", json=tune | {"name": name}).json()["id"] for name in ("a", "b")
+        )
+        states = []
+        for job in (first, second):
+            http.post(f"/jobs/{job}/cancel").raise_for_status()
+            (prepare,) = http.get("/jobs", params={"all": "true", "kind": "prepare"}).json()["data"]
+            states.append(prepare["state"] == "cancelled")
+    assert states == [False, True]

@@ -24,7 +24,7 @@ from tuneyard.models.attempts import AttemptRef, End
 from tuneyard.models.events import apply_event
 from tuneyard.models.jobs import Submission, cancel_job, retry_job, submit_job
 from tuneyard.models.leadership import lead
-from tuneyard.models.nodes import report_alive
+from tuneyard.models.node_cache import set_disk_low
 from tuneyard.models.placements import Placed, QueuedJob
 from tuneyard.scheduler.placing import place
 from tuneyard.specs.errors import Conflict, IllegalEvent, StaleToken
@@ -242,7 +242,7 @@ def test_a_job_that_takes_three_workers_along_is_poison(yard: Yard) -> None:
 def test_nothing_is_placed_on_a_node_whose_disk_is_low(yard: Yard) -> None:
     for disk_low, slots in ((True, 0), (False, 3)):
         with yard.db.worker.begin() as tx:
-            report_alive(tx, yard.node, disk_low=disk_low)
+            set_disk_low(tx, yard.node, disk_low)
         with yard.db.scheduler.begin() as tx:
             assert len(placements.free_slots_now(tx, silence_s=60)) == slots
 

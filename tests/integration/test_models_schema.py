@@ -44,6 +44,16 @@ def test_migrating_down_and_up_again_works(db: TestDatabase) -> None:
     assert db.rows("SELECT count(*) FROM jobs")[0][0] == 0
 
 
+def test_the_node_cache_can_be_taken_out_and_put_in_again(db: TestDatabase) -> None:
+    tables = "SELECT relname FROM pg_class WHERE relname = 'node_cache'"
+    with db.owner.begin() as tx:
+        downgrade(tx, "0001")
+    assert db.rows(tables) == []
+    with db.owner.begin() as tx:
+        upgrade(tx)
+    assert len(db.rows(tables)) == 1
+
+
 def test_migrating_twice_changes_nothing(db: TestDatabase) -> None:
     settings = migration_settings(db.server.plan.url(database=db.name))
     migrate(settings)

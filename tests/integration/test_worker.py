@@ -209,19 +209,3 @@ def test_only_one_worker_serves_a_home(a_cluster: Callable[..., Cluster]) -> Non
     process: subprocess.Popen[bytes] = second.start("worker")
     assert process.wait(20) != 0
     assert "Another worker serves" in (cluster.home / "worker.log").read_text()
-
-
-def test_a_node_whose_disk_is_nearly_full_gets_nothing_and_the_job_waits_for_room(
-    a_cluster: Callable[..., Cluster],
-) -> None:
-    cluster = a_cluster(disk_floor_bytes=10**18)
-    job = cluster.submit()
-    wait_for(
-        lambda: "nearly full" in (cluster.job(job).wait_reason or ""),
-        within_s=20,
-        what="a wait reason that names the disk",
-    )
-    assert {attempt.cause for attempt in cluster.attempts(job)} <= {"disk_low"}
-    cluster.kill("worker", signal.SIGTERM)
-    cluster.start("worker", disk_floor_bytes=0)
-    assert cluster.finish(job) == "succeeded"

@@ -79,8 +79,8 @@ class Cluster:
         process.wait(60)
 
     def submit(self, *, device: str = "cpu", **asked: object) -> UUID:
-        """A job of the hashing runner; what it is asked travels as the download's source."""
-        document = {"kind": "download", "model_name": "m", "source": json.dumps(asked)}
+        """A job of the hashing runner; what it is asked travels as the path of its source."""
+        document = {"kind": "download", "model_name": "m", "source": f"node:/{json.dumps(asked)}"}
         spec, _ = read_spec(document | {"device": device})
         submission = Submission(spec)
         with self.db.api.begin(team=self.team) as tx:

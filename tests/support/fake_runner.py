@@ -2,8 +2,8 @@
 """A runner that computes hashes instead of gradients: same protocol, same files, starts in 20 ms.
 
 It stands in for the interpreter (setting ``runner_python``), so worker, guard and store do not know
-the difference. What it is asked stands as JSON in the argument ``source``: steps, step_s,
-save_steps, exit, ignore_term, leak_child, hang.
+the difference. What it is asked stands as JSON in the argument ``source``, as a path: steps,
+step_s, save_steps, exit, ignore_term, leak_child, hang.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ import time
 SPEC, WORKDIR = sys.argv[-2:]
 with open(SPEC) as file:
     spec = json.load(file)
-asked = json.loads(spec["arguments"]["source"])
+asked = json.loads(spec["arguments"]["source"].removeprefix("node:/"))
 stopping = False
 n = 0
 held = []  # a lock goes with its descriptor

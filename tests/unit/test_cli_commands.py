@@ -101,8 +101,8 @@ def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[st
 
 
 WORDS = """up down status api scheduler worker migrate submit list show watch logs cancel retry
-infer nodes artifacts download files.put files.list files.show files.rm models.list models.show
-fixtures.tiny-llama"""
+infer nodes artifacts fetch download files.put files.list files.show files.rm
+models.list models.show fixtures.tiny-llama"""
 
 
 def test_the_commands_are_those_that_other_programs_rely_on() -> None:
@@ -460,7 +460,7 @@ def test_a_name_stands_for_the_one_job_that_has_it(tuneyard: Command, api: Recor
     api.on("GET", f"/jobs/{JOB}", a_job(JOB))
     assert JOB in tuneyard("show", "tuny").out
     api.on("GET", "/jobs", page(a_job(JOB), a_job(OTHER)))
-    for command in ("show", "watch", "logs", "cancel", "retry", "artifacts", "download"):
+    for command in ("show", "watch", "logs", "cancel", "retry", "artifacts", "fetch"):
         done = tuneyard(command, "tuny")
         assert done.code == 2
         assert "several jobs are called 'tuny'" in done.err
@@ -475,7 +475,7 @@ def test_an_unknown_name_is_your_input(tuneyard: Command, api: RecordedApi, job:
 
 
 def test_an_unknown_id_is_refused(tuneyard: Command, api: RecordedApi) -> None:
-    for command in ("show", "watch", "logs", "cancel", "retry", "artifacts", "download"):
+    for command in ("show", "watch", "logs", "cancel", "retry", "artifacts", "fetch"):
         assert tuneyard(command, JOB).code == 3
 
 
@@ -565,8 +565,9 @@ def test_results_are_downloaded_into_a_folder_named_as_the_job(
     tuneyard: Command, api: RecordedApi, tmp_path: Path
 ) -> None:
     with_results(api, "Paris.")
-    done = tuneyard("download", JOB, "--json")
-    assert json.loads(done.out) == [f"{JOB}/results.jsonl"]
+    for command in ("fetch", "download"):
+        done = tuneyard(command, JOB, "--json")
+        assert json.loads(done.out) == [f"{JOB}/results.jsonl"]
     assert (tmp_path / JOB / "results.jsonl").is_file()
     (tmp_path / "file").touch()
     refused = tuneyard("download", JOB, "--out", "file")

@@ -12,7 +12,7 @@ from tuneyard.specs.ids import new_id
 
 
 def a_job(devices: int = 1, kind: str = "gpu") -> QueuedJob:
-    return QueuedJob(new_id(), "finetune", "j", devices, kind)
+    return QueuedJob(new_id(), "finetune", "j", devices, kind, frozenset({"base"}))
 
 
 def slots_of(node: str, count: int, kind: str = "gpu") -> list[FreeSlot]:
@@ -65,6 +65,23 @@ def test_a_job_larger_than_every_node_holds_nothing_back() -> None:
     assert decided.wait_reasons[giant.id] == "waits for 9 GPUs: the largest node has 1"
 
 
+def test_a_node_that_has_the_base_comes_before_a_fuller_one() -> None:
+    free = slots_of("a", 4) + slots_of("b", 2)
+    job = QueuedJob(new_id(), "finetune", "j", 2, "gpu", frozenset({"base", "data"}))
+    for digests, node in (({"base"}, "a"), ({"other"}, "b")):
+        cached = {free[0].node_id: frozenset(digests)}
+        chosen = place(job, free, cached)
+        assert chosen is not None
+        assert chosen.node_name == node
+
+
+def test_a_node_that_has_the_base_and_no_room_is_not_waited_for() -> None:
+    full, free = slots_of("a", 1)[0], slots_of("b", 1)
+    job = QueuedJob(new_id(), "finetune", "j", 1, "gpu", frozenset({"base"}))
+    decided = plan([job], free, {"gpu": {"a": 1, "b": 1}}, cached={full.node_id: job.digests})
+    assert [chosen.node_name for _, chosen in decided.placements] == ["b"]
+
+
 def test_the_wait_reason_counts_what_is_busy() -> None:
     third = a_job()
     decided = plan([third], [], {"gpu": {"a": Capacity(2)}})
@@ -104,7 +121,8 @@ def test_no_slot_is_given_twice_and_every_gang_is_whole_on_one_node(
 ) -> None:
     jobs = [a_job(devices, kind) for devices, kind in wanted]
     free = [s for i, (count, kind) in enumerate(nodes) for s in slots_of(f"n{i}", count, kind)]
-    decided = plan(jobs, free, capacity_of(free))
+    cached = {slot.node_id: frozenset({"base"}) for slot in free[::2]}
+    decided = plan(jobs, free, capacity_of(free), cached=cached)
     given_away = [slot for _, chosen in decided.placements for slot in chosen.slot_ids]
     by_id = {slot.id: slot for slot in free}
     assert len(given_away) == len(set(given_away))
