@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from sqlalchemy import Connection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tuneyard.api.prefix import inner_path
 from tuneyard.api.problems import answer
 from tuneyard.checks.models import model_facts
 from tuneyard.models.engine import Database
@@ -100,7 +101,7 @@ class Login:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on with ``scope["caller"]``, or answer 401 or 403."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and inner_path(scope) not in OPEN_PATHS:
             try:
                 scope["caller"] = await self._caller(scope)
             except TuneyardError as error:

@@ -14,6 +14,7 @@ from tuneyard.api.broker import Broker
 from tuneyard.api.checking import FileChecker
 from tuneyard.api.limits import Limits
 from tuneyard.api.paging import refuse_unknown_names
+from tuneyard.api.prefix import Prefix
 from tuneyard.api.streams import Streams
 from tuneyard.api.uploads import Uploads
 from tuneyard.specs.settings import Settings
@@ -71,6 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(
         Limits, max_body_bytes=settings.max_body_bytes, max_file_bytes=settings.max_file_bytes
     )
+    app.add_middleware(Prefix, root_path=settings.root_path, trusted=settings.trusted_networks)
     return app
 
 

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tuneyard.api.prefix import inner_path
 from tuneyard.api.problems import answer, internal
 from tuneyard.specs.errors import InputError
 
@@ -92,7 +93,7 @@ class Limits:
 
     async def _serve(self, scope: Scope, exchange: "_Exchange") -> None:
         headers = Headers(scope=scope)
-        limit = self._max_upload_bytes if scope["path"] == UPLOADS else self._max_body_bytes
+        limit = self._max_upload_bytes if inner_path(scope) == UPLOADS else self._max_body_bytes
         problem = _bad_head(scope, headers) or _bad_body(scope, headers, limit)
         if problem is not None:
             await answer(problem)(scope, exchange.receive, exchange.send)
@@ -147,7 +148,7 @@ class _Exchange:
             pass
 
     def named(self, event: str) -> dict[str, object]:
-        method, path = self._scope["method"], self._scope["path"]
+        method, path = self._scope["method"], inner_path(self._scope)
         return {"event": event, "request": self.id, "method": method, "path": path}
 
     def log(self) -> None:
@@ -163,7 +164,7 @@ def _bad_head(scope: Scope, headers: Headers) -> InputError | None:
         return TargetTooLong(hint=f"at most {MAX_TARGET_BYTES} bytes")
     if len(headers.raw) > MAX_HEADERS or _size(headers.raw) > MAX_HEADER_BYTES:
         return HeadersTooLarge(hint=f"at most {MAX_HEADERS} headers, {MAX_HEADER_BYTES} bytes")
-    asked = [scope["path"], *(part for pair in QueryParams(scope["query_string"]).multi_items()
+    asked = [inner_path(scope), *(part for pair in QueryParams(scope["query_string"]).multi_items()
                               for part in pair)]  # fmt: skip
     if any(CONTROL.search(text) for text in asked):
         return InputError("The address holds a control character.", code="bad_character")
@@ -181,7 +182,7 @@ def _bad_body(scope: Scope, headers: Headers, limit: int) -> InputError | None:
     length = headers.get("content-length", "0")
     if length.isdigit() and int(length) > limit:
         return BodyTooLarge(hint=f"at most {limit} bytes")
-    wanted = "multipart/form-data" if scope["path"] == UPLOADS else "application/json"
+    wanted = "multipart/form-data" if inner_path(scope) == UPLOADS else "application/json"
     media = headers.get("content-type", "").partition(";")[0].strip().lower()
     if _has_body(headers) and scope["method"] != "GET" and media != wanted:
         return Unsupported(f"This address takes {wanted}.", field="Content-Type")

@@ -32,9 +32,9 @@ ROW = b'{"instruction": "a", "output": "b"}\n'
 DONE = moved(2, "succeeded", "succeeded")
 
 
-@pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordedApi]:
-    with recorded_api() as api:
+@pytest.fixture(params=["", "/user/jane@team/proxy/8800"], ids=["", "behind a prefix"])
+def api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordedApi]:
+    with recorded_api(request.param) as api:
         for name, value in api.env.items():
             monkeypatch.setenv(name, value)
         yield api
