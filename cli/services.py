@@ -79,9 +79,9 @@ def status(home: HomeOption = None, json: Json = False) -> None:
         print_json(found)
         return
     say(f"{found['phase']}  {found['home']}")
-    for name in ("url", "flower_url"):
-        if found[name] and found["phase"] != "stopped":
-            say(f"  {found[name]}")
+    if found["url"] and found["phase"] != "stopped":
+        say(f"  {found['url']}")
+        say(f"  {found['url']}/flower/")
     rows = [
         (c["name"], c["pid"], _state(c), duration(c["uptime_s"]), c["restarts"])
         for c in found["children"]

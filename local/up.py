@@ -151,7 +151,7 @@ def _show(home: Home, ready: Mapping[str, Any], errors: Console, *, as_json: boo
     lines = {
         "API": profile["url"],
         "API docs": f"{profile['url']}/docs",
-        "Flower": profile["flower_url"],
+        "Flower": f"{profile['url']}/flower/",
         "API key": f"in {home.profile}",
         "logs": home.root / "logs",
     }

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -24,7 +25,7 @@ from pydantic import (
 )
 
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.prefix import clean_prefix
+from tuneyard.specs.prefix import CLEAN, clean_prefix
 
 PREFIX = "TUNEYARD_"
 
@@ -83,7 +84,18 @@ class Settings(BaseModel):
         description="Addresses and networks, parted by commas, of proxies whose X-Forwarded-Prefix"
         " and X-Forwarded-Proto are heeded.",
     )
-    flower_url: str = Field(default="", description="Where Flower listens; shown to people.")
+    flower_url: str = Field(
+        default="",
+        description="Where Flower listens; the API shows it at /flower. Empty: not at all.",
+    )
+    session_secret: SecretStr | None = Field(
+        default=None,
+        description="What logins at /flower are signed with, the same for every API. Empty: one"
+        " of this process, whose logins end with it.",
+    )
+    session_s: float = Field(
+        default=8 * 3600.0, ge=1.0, description="Seconds until a login at /flower ends."
+    )
 
     lease_s: float = Field(
         default=60.0, ge=2.0, le=3600.0, description="Seconds that a node holds an attempt for."
@@ -168,6 +180,17 @@ class Settings(BaseModel):
     def _trusted_proxies_are_networks(cls, text: str) -> str:
         _networks(text)
         return text
+
+    @field_validator("flower_url")
+    @classmethod
+    def _flower_url_is_plain(cls, text: str) -> str:
+        url = urlsplit(text)
+        _ = url.port
+        plain = url.scheme == "http" and url.hostname and not (url.query or url.fragment)
+        path = url.path.rstrip("/")
+        if text and (not plain or "@" in url.netloc or (path and not CLEAN.fullmatch(path))):
+            raise ValueError(f"{text[:100]!r} is not an address like http://127.0.0.1:5555")
+        return text.rstrip("/")
 
     @model_validator(mode="after")
     def _home_is_absolute(self) -> "Settings":

@@ -146,6 +146,13 @@ def test_a_clean_prefix_is_safe_wherever_it_is_written(text: str) -> None:
         *(("root_path", prefix) for prefix in ODD),
         ("trusted_proxies", "everybody"),
         ("trusted_proxies", "10.0.0.1/8"),
+        ("flower_url", "flower:5555"),
+        ("flower_url", "ftp://flower"),
+        ("flower_url", "http://"),
+        ("flower_url", "http://a:b@flower:5555"),
+        ("flower_url", "http://flower:5555/?x"),
+        ("flower_url", "http://flower:99999"),
+        ("flower_url", "http://flower:5555/../x"),
     ],
 )
 def test_an_odd_setting_is_named_at_the_start(name: str, value: str) -> None:
