@@ -55,6 +55,8 @@ input, button {{ margin: .3rem 0 1rem; padding: .5rem }}
 </html>
 """
 LOGIN_FIELDS = """<input type="hidden" name="next" value="{next}">
+<p>Flower shows the work of all teams. <code>tuneyard up</code> wrote such a key into
+<code>profile.json</code> in its home.</p>
 <label for="key">API key of an administrator</label>
 <input id="key" name="key" type="password" required autofocus autocomplete="current-password">"""
 

@@ -3,8 +3,10 @@
 import re
 import socket
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -490,6 +492,10 @@ def test_the_real_flower_is_seen_whole_below_its_prefixes(
                     shown = user.get(f"flower/{page}")
                     assert shown.status_code == 200
                     assert_links_lead_below(shown, f"{prefix}/flower/", user)
+                workers = user.get("flower/workers")
+                (inline,) = re.findall(r"<script type=[^>]*>(.*?)</script>", workers.text, re.S)
+                digest = b64encode(sha256(inline.encode()).digest()).decode()
+                assert f"'sha256-{digest}'" in workers.headers["content-security-policy"]
                 assert user.get("flower").url.path == f"{prefix}/flower/"
                 table = user.post("flower/tasks/datatable", data=TABLE)
                 assert table.json()["data"] == []

@@ -3,7 +3,11 @@
 import hashlib
 import json
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -12,12 +16,14 @@ import httpx
 import pytest
 from support.apis import ASK, ROWS, Api, serve
 from support.commands import Command
+from support.flowers import odd_flower
 from support.prefix_proxy import PrefixProxy, prefix_proxy
 
 from tuneyard.models.nodes import OfferedDevice, register_node
 
 PREFIX = "/user/jane@team/proxy/8800"
 KEY = "ty-default-admin"
+HOW_TO = Path(__file__).parents[2] / "docs/howto/proxies.md"
 KINDS = {
     # strips, says X-Forwarded-Prefix, the API's own setting root_path
     "strips and says": (True, True, ""),
@@ -182,6 +188,28 @@ def test_the_commands_work_through_a_proxy(
             "/api/v1/files", "/api/v1/jobs", f"/api/v1/jobs/{job}", f"/api/v1/jobs/{job}/events",
             f"/api/v1/jobs/{job}/logs",
         }  # fmt: skip
+
+
+def test_the_how_tos_commands_run(prefixed_api: Api, tmp_path: Path) -> None:
+    with odd_flower() as flower, ExitStack() as stack:
+        flower_url = {"flower_url": flower.url}
+        api = stack.enter_context(serve(prefixed_api.db, tmp_path, **flower_url))
+        api.client().close()
+        proxy = stack.enter_context(prefix_proxy(api.url, PREFIX, strips=True, says=True))
+        (block,) = re.findall(r"```bash\n(.*?)```", HOW_TO.read_text(), re.S)
+        words = {"https://hub.example/user/jane/proxy/8800": proxy.url, "ty-…": KEY}
+        for said, real in words.items():
+            assert said in block
+            block = block.replace(said, real)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["bash", "-ec", block], env={"PATH": path, "HOME": str(tmp_path)}, text=True,
+            capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert '"team":"default"' in done.stdout
+        assert done.stdout.endswith("ok")
+        assert [target for _, target, _ in flower.asked] == ["/api/workers"]
 
 
 def test_a_client_of_no_trusted_proxy_cannot_choose_where_links_lead(

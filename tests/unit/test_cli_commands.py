@@ -142,6 +142,23 @@ def test_a_wrong_use_is_your_input_and_says_where_help_is(
     assert not done.out
 
 
+def test_the_prefix_of_a_proxy_is_a_flag_of_api_and_up(
+    tuneyard: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("tuneyard.cli.services.start_logging", lambda *_, **__: None)
+    monkeypatch.setattr("tuneyard.api.main.run", lambda settings: started.append(settings))
+    monkeypatch.setattr("tuneyard.local.up.up", lambda _, **asked: started.append(asked) or 0)
+    for command in ("api", "up"):
+        assert tuneyard(command, "--root-path", "/proxy/8800/").code == 0
+    assert started[0].root_path == "/proxy/8800"
+    assert started[1]["root_path"] == "/proxy/8800/"
+    done = tuneyard("api", "--root-path", "//evil.example")
+    assert done.code == 2
+    assert "Setting root_path" in done.err
+    assert "/proxy/8800" in done.err
+
+
 # Which server
 
 
