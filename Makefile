@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test unit integration hubs e2e docs demo clean
+.PHONY: help setup check format test test-browser unit integration hubs e2e docs demo clean
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z/-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -47,6 +47,12 @@ hubs: setup ## tests of downloads by the hubs' real clients, from a stub that mi
 	$(BIN)/pytest tests/hubs
 
 test: check unit integration hubs e2e ## everything that CI runs
+
+test-browser: setup ## a real browser logs in and looks at Flower; needs chromium
+	@command -v chromium >/dev/null || { echo "there is no chromium: apt-get install chromium" >&2; exit 1; }
+	@$(BIN)/python -c "import playwright" 2>/dev/null || \
+	  $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/pytest tests/browser
 
 docs: setup ## write the pages that are derived from code
 	$(BIN)/python docs/generate.py

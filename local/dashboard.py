@@ -2,6 +2,9 @@
 
     python -P -m tuneyard.local.dashboard     # settings by TUNEYARD_*: broker_url and flower_url
 
+People see it through the API, at /flower, behind its login. A path in flower_url becomes Flower's
+url_prefix; the API sets its links right with and without one.
+
 Its own start, because the password of the broker must not stand in a command line, and because
 all applications on one broker need the same key prefix and visibility timeout.
 """
@@ -11,6 +14,7 @@ import sys
 from urllib.parse import urlsplit
 
 from celery import Celery
+from flower.views import BaseHandler
 
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.messages import TRANSPORT
@@ -29,6 +33,8 @@ def main() -> int:
         return 2
     # Flower's JSON pages show what its HTML pages show; every operation is refused by read_only.
     os.environ["FLOWER_UNAUTHENTICATED_API"] = "true"
+    # With that, Flower lets the scripts of every site that a browser visits read its answers.
+    BaseHandler.set_default_headers = _let_no_other_site_read
     app = Celery("tuneyard", broker=settings.broker_url.get_secret_value())
     app.conf.update(
         accept_content=["json"],
@@ -38,6 +44,10 @@ def main() -> int:
     )
     app.start(["--quiet", "flower", *flower_options(settings)])
     return 0
+
+
+def _let_no_other_site_read(handler: BaseHandler) -> None:
+    handler.set_header("X-Content-Type-Options", "nosniff")
 
 
 def flower_options(settings: Settings) -> list[str]:

@@ -32,6 +32,7 @@ def up(
     root: Path,
     *,
     port: int | None = None,
+    root_path: str | None = None,
     detach: bool = False,
     as_json: bool = False,
     environ: Mapping[str, str] | None = None,
@@ -45,6 +46,8 @@ def up(
     environ = dict(os.environ if environ is None else environ)
     if port is not None:
         environ[PREFIX + "API_PORT"] = str(port)
+    if root_path is not None:
+        environ[PREFIX + "ROOT_PATH"] = root_path
     home = open_home(root)
     load_settings(environ, home=home.root)  # what is wrong in them is said at once
     if home.holder() is not None:
@@ -148,7 +151,7 @@ def _show(home: Home, ready: Mapping[str, Any], errors: Console, *, as_json: boo
     lines = {
         "API": profile["url"],
         "API docs": f"{profile['url']}/docs",
-        "Flower": profile["flower_url"],
+        "Flower": f"{profile['url']}/flower/",
         "API key": f"in {home.profile}",
         "logs": home.root / "logs",
     }

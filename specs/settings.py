@@ -8,13 +8,24 @@ by file: ``TUNEYARD_DATABASE_URL_FILE=/run/secrets/db`` fills ``database_url``.
 import json
 import os
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tuneyard.specs.errors import InputError
+from tuneyard.specs.prefix import CLEAN, clean_prefix
 from tuneyard.specs.sources import HUB_NAMES
 
 PREFIX = "TUNEYARD_"
@@ -66,7 +77,26 @@ class Settings(BaseModel):
     max_file_bytes: int = Field(
         default=8 * 1024**3, ge=1024, description="Largest file that may be uploaded, in bytes."
     )
-    flower_url: str = Field(default="", description="Where Flower listens; shown to people.")
+    root_path: str = Field(
+        default="", description="Path prefix that the API is seen under, as in `/proxy/8800`."
+    )
+    trusted_proxies: str = Field(
+        default="127.0.0.1, ::1",
+        description="Addresses and networks, parted by commas, of proxies whose X-Forwarded-Prefix"
+        " and X-Forwarded-Proto are heeded.",
+    )
+    flower_url: str = Field(
+        default="",
+        description="Where Flower listens; the API shows it at /flower. Empty: not at all.",
+    )
+    session_secret: SecretStr | None = Field(
+        default=None,
+        description="What logins at /flower are signed with, the same for every API. Empty: one"
+        " of this process, whose logins end with it.",
+    )
+    session_s: float = Field(
+        default=8 * 3600.0, ge=1.0, description="Seconds until a login at /flower ends."
+    )
 
     lease_s: float = Field(
         default=60.0, ge=2.0, le=3600.0, description="Seconds that a node holds an attempt for."
@@ -127,6 +157,11 @@ class Settings(BaseModel):
         )
 
     @property
+    def trusted_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The networks of ``trusted_proxies``."""
+        return _networks(self.trusted_proxies)
+
+    @property
     def renew_every_s(self) -> float:
         """Seconds between two renewals of a lease."""
         return self.lease_s / 6
@@ -150,6 +185,34 @@ class Settings(BaseModel):
     def lease_grace_s(self) -> float:
         """Seconds between SIGTERM and SIGKILL when a lease runs out."""
         return min(30.0, self.lease_s / 3)
+
+    @field_validator("root_path")
+    @classmethod
+    def _root_path_is_clean(cls, text: str) -> str:
+        prefix = clean_prefix(text)
+        if prefix is None:
+            raise ValueError(
+                f"{text[:100]!r} is no path prefix: it is to look like /proxy/8800, with letters,"
+                " digits and . _ ~ @ - between slashes, and not to begin our own paths (/api)"
+            )
+        return prefix
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _trusted_proxies_are_networks(cls, text: str) -> str:
+        _networks(text)
+        return text
+
+    @field_validator("flower_url")
+    @classmethod
+    def _flower_url_is_plain(cls, text: str) -> str:
+        url = urlsplit(text)
+        _ = url.port
+        plain = url.scheme == "http" and url.hostname and not (url.query or url.fragment)
+        path = url.path.rstrip("/")
+        if text and (not plain or "@" in url.netloc or (path and not CLEAN.fullmatch(path))):
+            raise ValueError(f"{text[:100]!r} is not an address like http://127.0.0.1:5555")
+        return text.rstrip("/")
 
     @model_validator(mode="after")
     def _home_is_absolute(self) -> "Settings":
@@ -196,6 +259,11 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
             field=name,
             hint=f"set {PREFIX}{name.upper()}; `tuneyard worker --help` lists the settings",
         ) from None
+
+
+def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
+    """Raises: ValueError that names the part which is no address."""
+    return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
 
 
 def _from_file(path: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ HOSTILE_PATHS = [
     "/api/v1/models/healthz",
     "/api/v1/healthz",
     "/readyz/",
-    "/flower",
 ]
 
 

@@ -32,9 +32,9 @@ ROW = b'{"instruction": "a", "output": "b"}\n'
 DONE = moved(2, "succeeded", "succeeded")
 
 
-@pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordedApi]:
-    with recorded_api() as api:
+@pytest.fixture(params=["", "/user/jane@team/proxy/8800"], ids=["", "behind a prefix"])
+def api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordedApi]:
+    with recorded_api(request.param) as api:
         for name, value in api.env.items():
             monkeypatch.setenv(name, value)
         yield api
@@ -141,6 +141,23 @@ def test_a_wrong_use_is_your_input_and_says_where_help_is(
     assert done.code == 2
     assert "--help` has an example" in done.err
     assert not done.out
+
+
+def test_the_prefix_of_a_proxy_is_a_flag_of_api_and_up(
+    tuneyard: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("tuneyard.cli.services.start_logging", lambda *_, **__: None)
+    monkeypatch.setattr("tuneyard.api.main.run", lambda settings: started.append(settings))
+    monkeypatch.setattr("tuneyard.local.up.up", lambda _, **asked: started.append(asked) or 0)
+    for command in ("api", "up"):
+        assert tuneyard(command, "--root-path", "/proxy/8800/").code == 0
+    assert started[0].root_path == "/proxy/8800"
+    assert started[1]["root_path"] == "/proxy/8800/"
+    done = tuneyard("api", "--root-path", "//evil.example")
+    assert done.code == 2
+    assert "Setting root_path" in done.err
+    assert "/proxy/8800" in done.err
 
 
 # Which server
