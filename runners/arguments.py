@@ -78,7 +78,7 @@ class FinetuneArguments(BaseModel):
     save_strategy: Strategy = "steps"
     save_steps: float = Field(500, gt=0)  # below 1: a share of all steps
     save_total_limit: int | None = Field(None, ge=1)  # None: the last two
-    eval_strategy: Strategy | None = None  # None: steps where eval_steps is set
+    eval_strategy: Strategy = "no"
     eval_steps: float | None = Field(None, gt=0)
 
     @property

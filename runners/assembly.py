@@ -133,7 +133,6 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         epochs=arguments.num_train_epochs,
         max_steps=arguments.max_steps,
     )
-    eval_strategy = arguments.eval_strategy or ("steps" if arguments.eval_steps else "no")
     eval_steps = arguments.eval_steps or arguments.logging_steps
     return Plan(
         steps=steps,
@@ -142,7 +141,7 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         batches_per_step=arguments.gradient_accumulation_steps,
         eval_rows_per_batch=arguments.per_device_eval_batch_size,
         max_grad_norm=arguments.max_grad_norm,
-        eval_every=every(eval_strategy, eval_steps, epoch=epoch, total=steps),
+        eval_every=every(arguments.eval_strategy, eval_steps, epoch=epoch, total=steps),
         save_every=every(arguments.save_strategy, arguments.save_steps, epoch=epoch, total=steps),
         log_every=every("steps", arguments.logging_steps, epoch=epoch, total=steps) or 1,
         keep=arguments.save_total_limit,

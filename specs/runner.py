@@ -25,6 +25,9 @@ OUTPUT = "output"
 INPUTS = "inputs"
 MANIFEST_FILE = "manifest.json"
 
+KEPT_CHECKPOINTS = 2
+"""So many of the newest checkpoints stay beside the best, where save_total_limit is not set."""
+
 ATTEMPT_MARK = "TUNEYARD_ATTEMPT"
 """Environment variable that every process of an attempt bears; the value is the attempt's id."""
 

@@ -23,8 +23,9 @@ from tuneyard.models.events import apply_event
 from tuneyard.models.jobs import Submission, cancel_job, submit_job
 from tuneyard.models.leadership import lead
 from tuneyard.models.placements import Placed, QueuedJob
+from tuneyard.runners.retention import checkpoint_meta
 from tuneyard.scheduler.placing import place
-from tuneyard.specs.errors import Conflict, IllegalEvent, StaleToken
+from tuneyard.specs.errors import Conflict, IllegalEvent, NotFound, StaleToken
 from tuneyard.specs.exits import Cause, Outcome, RunnerEnd, StopReason, Verdict, judge
 from tuneyard.specs.ids import show_id
 from tuneyard.specs.jobs import read_spec
@@ -322,21 +323,57 @@ def test_a_parents_failure_or_cancel_ends_its_children(
 
 def a_checkpoint(ref: AttemptRef, step: int, eval_loss: float | None = None) -> StoredFolder:
     entry = {"path": "state.json", "size": 1, "sha256": "0" * 64}
-    manifest = {"files": [entry], "eval_loss": eval_loss}
+    manifest = {"files": [entry], **checkpoint_meta(step, eval_loss)}
     return StoredFolder(uuid5(ref.id, str(step)), "checkpoint", manifest, "0" * 64, 1, step)
+
+
+LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None}
 
 
 def test_the_newest_two_checkpoints_and_the_best_are_kept(yard: Yard) -> None:
     ref = yard.start(yard.submit())
-    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None}
-    for step, loss in losses.items():
+    for step, loss in LOSSES.items():
         with yard.db.worker.begin() as tx:
             record_checkpoint(tx, ref, a_checkpoint(ref, step, loss))
     kept = yard.db.rows("SELECT step FROM artifacts WHERE pruned_at IS NULL ORDER BY step")
     assert [row.step for row in kept] == [2, 4, 5]
     with yard.db.worker.begin() as tx:
         assert [c.step for c in checkpoints_to_resume(tx, ref.job_id)] == [5, 4, 2]
-        assert len(artifacts_to_sweep(tx)) == 0  # the attempt is staging: it may be reading them
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [2, 5]), (4, [2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_as_many_checkpoints_are_kept_as_the_job_asks_for_and_the_best(
+    yard: Yard, limit: int, kept: list[int]
+) -> None:
+    ref = yard.start(yard.submit())
+    yard.db.run(
+        "UPDATE jobs SET spec = spec || jsonb_build_object('save_total_limit', :n)", n=limit
+    )
+    for step, loss in LOSSES.items():
+        with yard.db.worker.begin() as tx:
+            record_checkpoint(tx, ref, a_checkpoint(ref, step, loss))
+    rows = yard.db.rows("SELECT step FROM artifacts WHERE pruned_at IS NULL ORDER BY step")
+    assert [row.step for row in rows] == kept
+
+
+def test_files_of_old_checkpoints_are_swept_a_minute_later_unless_they_may_be_being_read(
+    yard: Yard,
+) -> None:
+    ref = yard.start(yard.submit())
+    for step in LOSSES:
+        with yard.db.worker.begin() as tx:
+            record_checkpoint(tx, ref, a_checkpoint(ref, step))
+
+    def swept() -> int:
+        with yard.db.worker.begin() as tx:
+            return len(artifacts_to_sweep(tx))
+
+    yard.db.run("UPDATE attempts SET phase = 'running'")
+    assert swept() == 0
+    yard.db.run("UPDATE artifacts SET pruned_at = pruned_at - interval '61 s'")
+    assert swept() == 3
+    yard.db.run("UPDATE attempts SET phase = 'staging'")
+    assert swept() == 0
 
 
 def test_a_checkpoint_that_is_recorded_twice_is_one(yard: Yard) -> None:
@@ -383,7 +420,7 @@ def test_another_teams_job_cannot_be_seen_or_cancelled(
     yard: Yard, a_team: Callable[[], UUID]
 ) -> None:
     job = yard.submit()
-    with yard.db.api.begin(team=a_team()) as tx, pytest.raises(Exception, match="no such job"):
+    with yard.db.api.begin(team=a_team()) as tx, pytest.raises(NotFound, match="no such job"):
         cancel_job(tx, job)
-    with yard.db.api.begin() as tx, pytest.raises(Exception, match="no such job"):
+    with yard.db.api.begin() as tx, pytest.raises(NotFound, match="no such job"):
         cancel_job(tx, job)
