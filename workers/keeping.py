@@ -137,7 +137,7 @@ class Keeper:
             self._finish(End(Verdict(Outcome.STOPPED), "stopped before its runner started"))
             return None
         settings = self._node.settings
-        errand = self._until_answered(lambda tx: read_errand(tx, self.ref))
+        errand = self._until_written(lambda tx: read_errand(tx, self.ref))
         try:
             rejected = stage(errand, self._workdir, self._node.store, cache=settings.home / "cache")
         except InputGone as gone:
@@ -170,7 +170,7 @@ class Keeper:
                 started = self._try(lambda tx: attempts.report_started(tx, self.ref))
             if time.monotonic() - shipped_at >= SHIP_EVERY_S:
                 shipped_at = time.monotonic()
-                self._ship()
+                self._ship_for_now()
                 if silence.seconds() > self._node.settings.stall_s:
                     self._stalled = True
                     self._control.end()
@@ -188,9 +188,9 @@ class Keeper:
 
     def _conclude(self, end: RunnerEnd) -> None:
         """All processes are gone: ship the rest, free the devices, publish, end the attempt."""
-        while self._ship():
+        while self._until_answered(self._ship):
             pass
-        self._until_answered(lambda tx: attempts.release_devices(tx, self.ref))
+        self._until_written(lambda tx: attempts.release_devices(tx, self.ref))
         verdict = judge(end, None)
         words = read_last_words(self._workdir)
         if verdict.outcome is Outcome.SUCCEEDED:
@@ -219,7 +219,7 @@ class Keeper:
                 tx, self.ref, end, record=record, backoff_s=self._node.settings.retry_backoff_s
             )
 
-        self.verdict = self._until_answered(unit)
+        self.verdict = self._until_written(unit)
         fields = {"event": "attempt_ended", "outcome": self.verdict.outcome, **self._fields()}
         log.info("attempt ended", extra=fields)
         if self.verdict.outcome is not Outcome.FAILED:
@@ -245,11 +245,15 @@ class Keeper:
     # Writing --------------------------------------------------------------------------------------
 
     def _ship(self) -> bool:
-        """Ship what is new; whether there may be more. A database that is away is asked again."""
+        """Ship what is new; whether there may be more. Raises: StaleToken, Unavailable."""
+        return ship_new(self._node.db, self._node.store, self.ref, self._workdir)
+
+    def _ship_for_now(self) -> None:
+        """Ship what is new; where the database is away it goes with the next shipment."""
         try:
-            return ship_new(self._node.db, self._node.store, self.ref, self._workdir)
+            self._ship()
         except Unavailable:
-            return False
+            pass
 
     def _note(self, type_: str, message: str) -> None:
         self._try(lambda tx: attempts.note(tx, self.ref, type_, {"message": message}))
@@ -262,12 +266,20 @@ class Keeper:
             return False
         return True
 
-    def _until_answered(self, unit: Callable[[Connection], Answer]) -> Answer:
+    def _until_written(self, unit: Callable[[Connection], Answer]) -> Answer:
         """Run a transaction, again while the database is away. Raises: StaleToken when fenced."""
+
+        def transact() -> Answer:
+            with self._node.db.begin() as tx:
+                return unit(tx)
+
+        return self._until_answered(transact)
+
+    def _until_answered(self, ask: Callable[[], Answer]) -> Answer:
+        """Ask again while the database is away. Raises: StaleToken when fenced."""
         while True:
             try:
-                with self._node.db.begin() as tx:
-                    return unit(tx)
+                return ask()
             except Unavailable:
                 if self._control.fenced.wait(0.5):
                     raise StaleToken() from None

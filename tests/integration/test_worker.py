@@ -202,6 +202,27 @@ def test_a_failing_job_is_tried_three_times_and_says_why(
     }
 
 
+def test_what_a_runner_wrote_last_is_shipped_though_the_database_is_away_at_its_end(
+    a_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = a_cluster()
+    job = cluster.submit(steps=40, step_s=0.05)
+    exit_file = cluster.workdir(job) / "exit.json"
+    cluster.guard_file(job)
+    with cluster.db.away():
+        wait_for(exit_file.exists, within_s=20, what="the runner's end")
+        said = cluster.count_in_log("leases not renewed")
+        wait_for(
+            lambda: cluster.count_in_log("leases not renewed") > said,
+            within_s=20,
+            what="a renewal that failed after the runner's end",
+        )
+    assert cluster.finish(job) == "succeeded"
+    assert cluster.steps(job) == [(1, step) for step in range(1, 41)]
+    log = b"".join(row.data for row in cluster.db.rows("SELECT data FROM log_chunks ORDER BY seq"))
+    assert log.splitlines()[-1] == b"step 40"
+
+
 def test_only_one_worker_serves_a_home(a_cluster: Callable[..., Cluster]) -> None:
     cluster = a_cluster()
     cluster.finish(cluster.submit())

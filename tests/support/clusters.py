@@ -127,10 +127,18 @@ class Cluster:
         sql = "SELECT 1 FROM artifacts WHERE job_id = :id AND kind = 'checkpoint'"
         wait_for(lambda: self.db.rows(sql, id=job), within_s=30, what="a recorded checkpoint")
 
+    def workdir(self, job: UUID) -> Path:
+        """The work folder of a job's newest attempt, once there is one."""
+        wait_for(lambda: self.attempts(job), within_s=20, what="an attempt")
+        return self.home / "work" / f"attempt_{self.attempts(job)[-1].id.hex}"
+
+    def count_in_log(self, said: str) -> int:
+        """How often the worker has logged this."""
+        return (self.home / "worker.log").read_text().count(said)
+
     def guard_file(self, job: UUID) -> dict[str, Any]:
         """guard.json of a job's newest attempt, once the runner runs."""
-        attempt = self.attempts(job)[-1]
-        path = self.home / "work" / f"attempt_{attempt.id.hex}" / "guard.json"
+        path = self.workdir(job) / "guard.json"
 
         def look() -> dict[str, Any] | None:
             try:
