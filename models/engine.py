@@ -34,7 +34,7 @@ class Database:
     """A process's way to PostgreSQL.
 
     ``begin`` opens a transaction from the ordinary pool; ``begin_reserved`` from one connection
-    kept apart, so that renewals and cancels get through when the pool is full.
+    kept apart, so that renewals get through when the pool is full.
     """
 
     def __init__(self, url: str, name: str, *, pool_size: int = 5) -> None:

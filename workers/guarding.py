@@ -73,14 +73,6 @@ class GuardLink:
         """SIGTERM to the runner now, SIGKILL to all of the attempt after the grace."""
         self._ask({"stop": {"grace_s": grace_s}})
 
-    def checkpoint(self) -> None:
-        """Have the runner save a checkpoint and go on."""
-        self._ask({"checkpoint": True})
-
-    def status(self) -> dict[str, Any]:
-        """What the guard knows: runner_pid, state, deadline, stopping, exit."""
-        return self._ask({"status": True})
-
     def runner_pid(self) -> int | None:
         """The runner's pid, from guard.json; it stays known after the runner's end."""
         pid = _read_json(self.workdir / GUARD_FILE).get("runner_pid")

@@ -5,6 +5,7 @@ a write is refused it kills the runner and leaves no trace but a line that says 
 """
 
 import logging
+import math
 import shutil
 import threading
 import time
@@ -81,7 +82,7 @@ class Keeper:
         self._workdir = node.workdir(self.ref)
         self._adopting = assignment.claimed
         self._stalled = False
-        self._control = Control(node.settings, renewed_at)
+        self._control = Control(node.settings, renewed_at, name=self.ref.id.hex[-6:])
         self._thread = threading.Thread(target=self._run, name=f"keep-{self.ref.id.hex[-6:]}")
         self._thread.daemon = True
 
@@ -113,6 +114,7 @@ class Keeper:
             log.exception("keeper failed", extra={"event": "keeper_failed", **self._fields()})
             self._give_up(f"the worker met an internal error: {error!r}")
         finally:
+            self._control.close()
             self.done.set()
 
     # From the claim to the runner's end -------------------------------------------------------
@@ -311,54 +313,78 @@ class Silence:
 
 
 class Control:
-    """What the supervisor's threads say to a keeper's runner: extend, stop, kill."""
+    """What the supervisor's threads say to a keeper's runner: extend, stop, kill.
 
-    def __init__(self, settings: Settings, renewed_at: float) -> None:
+    Saying it takes no time: a thread of its own tells the guard, and tells a silent one again.
+    """
+
+    def __init__(self, settings: Settings, renewed_at: float, *, name: str) -> None:
         self.fenced = threading.Event()
         self.stop_reason: StopReason | None = None
         self.deadline = 0.0
+        self._grace_s = math.inf  # until SIGKILL, once somebody wants the end
         self._settings = settings
-        self._link: GuardLink | None = None
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._news, self._closed = False, False
+        self._name = name
         self.renewed(renewed_at)
 
     def attach(self, link: GuardLink) -> None:
-        """There is a guard now: tell it all that was said before."""
-        with self._lock:
-            self._link = link
-            self._tell(lambda link: link.extend(self.deadline))
-            if self.fenced.is_set():
-                self._tell(lambda link: link.stop(0.0))
-            elif self.stop_reason is not None:
-                self._tell(lambda link: link.stop(self._settings.stop_grace_s))
+        """There is a guard now: tell it all that was said before, and what comes."""
+        self._say()
+        thread = threading.Thread(target=self._tell_often, args=(link,), name=f"tell-{self._name}")
+        thread.daemon = True
+        thread.start()
+
+    def close(self) -> None:
+        """There is nobody to tell anything any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
 
     def renewed(self, requested_at: float) -> None:
         """Trust the lease from the moment the request was sent, however late the answer came."""
-        with self._lock:
-            self.deadline = requested_at + self._settings.lease_s - self._settings.lease_margin_s
-            self._tell(lambda link: link.extend(self.deadline))
+        self.deadline = requested_at + self._settings.lease_s - self._settings.lease_margin_s
+        self._say()
 
     def fence(self) -> None:
         """Kill at once."""
-        with self._lock:
-            self.fenced.set()
-            self._tell(lambda link: link.stop(0.0))
+        self.fenced.set()
+        self._say(grace_s=0.0)
 
     def end(self) -> None:
         """End a runner that does not answer, without a wish of anybody's."""
-        with self._lock:
-            self._tell(lambda link: link.stop(self._settings.lease_grace_s))
+        self._say(grace_s=self._settings.lease_grace_s)
 
     def stop(self, reason: StopReason) -> None:
         """Ask for a checkpoint and the end; the first asking counts."""
-        with self._lock:
-            if self.stop_reason is None:
-                self.stop_reason = reason
-                self._tell(lambda link: link.stop(self._settings.stop_grace_s))
+        if self.stop_reason is None:
+            self.stop_reason = reason
+            self._say(grace_s=self._settings.stop_grace_s)
 
-    def _tell(self, message: Callable[[GuardLink], object]) -> None:
-        if self._link is not None:
+    def _say(self, *, grace_s: float = math.inf) -> None:
+        with self._changed:
+            self._grace_s = min(self._grace_s, grace_s)
+            self._news = True
+            self._changed.notify()
+
+    def _tell_often(self, link: GuardLink) -> None:
+        told_grace_s = math.inf
+        while self._wait_for_news():
+            grace_s = self._grace_s
             try:
-                message(self._link)
-            except (GuardGone, GuardSilent):
-                pass  # one that is gone the keeper finds out; a silent one ends at its deadline
+                if grace_s < told_grace_s:
+                    link.stop(grace_s)
+                    told_grace_s = grace_s
+                link.extend(self.deadline)
+            except GuardSilent:
+                time.sleep(LOOK_EVERY_S)
+                self._say()  # should it never answer, it ends everything at its deadline
+            except GuardGone:
+                pass  # the keeper finds out
+
+    def _wait_for_news(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._news or self._closed)
+            self._news = False
+            return not self._closed

@@ -16,7 +16,7 @@ from tuneyard.models import artifacts, attempts, nodes
 from tuneyard.models.engine import Database
 from tuneyard.models.events import node_channel
 from tuneyard.specs.errors import BadId, Unavailable
-from tuneyard.specs.exits import StopReason
+from tuneyard.specs.exits import Outcome, StopReason, Verdict
 from tuneyard.specs.ids import parse_id, show_id
 from tuneyard.specs.settings import Settings
 from tuneyard.store.remote import Store
@@ -45,7 +45,7 @@ class Supervisor:
     name: str
     inventory: Inventory
     boot_id: str
-    stopping: threading.Event
+    stopping: threading.Event  # nothing is claimed any more
     keepers: dict[UUID, Keeper] = field(default_factory=dict)
     woken: threading.Event = field(default_factory=threading.Event)
     on_end: Callable[[Keeper], None] = lambda keeper: None
@@ -72,7 +72,7 @@ class Supervisor:
         self.stopping.set()
         if keep_runners:
             return
-        with self._lock:
+        with self._lock:  # what is being claimed meanwhile sees ``stopping`` under it
             keepers = list(self.keepers.values())
         self._ask_to_stop(keepers)
         deadline = time.monotonic() + self.node.settings.stop_grace_s + HELD_TOO_LONG_S
@@ -112,23 +112,23 @@ class Supervisor:
         requested_at = boottime()
         with self.node.db.begin() as tx:
             placed = attempts.assignments(tx, self.node.id)
-        with self._lock:
-            self._forget_the_done()
-            for assignment in placed:
-                keeper = self.keepers.get(assignment.ref.id)
-                if keeper is None:
-                    keeper = self._take(assignment, requested_at)
-                if keeper is not None and assignment.stop_reason is not None:
-                    keeper.stop(assignment.stop_reason)
+        self._forget_the_done()
+        for assignment in placed:
+            keeper = self.keeper_of(assignment.ref.id) or self._take(assignment, requested_at)
+            if keeper is not None and assignment.stop_reason is not None:
+                keeper.stop(assignment.stop_reason)
 
     def _forget_the_done(self) -> None:
-        for keeper in [k for k in self.keepers.values() if k.done.is_set()]:
-            del self.keepers[keeper.ref.id]
+        with self._lock:
+            done = [keeper for keeper in self.keepers.values() if keeper.done.is_set()]
+            for keeper in done:
+                del self.keepers[keeper.ref.id]
+        for keeper in done:
             self.on_end(keeper)
 
     def _take(self, assignment: attempts.Assignment, requested_at: float) -> Keeper | None:
         """Claim a new attempt, or take one up again that an earlier worker had claimed."""
-        if not assignment.claimed and not self._claim(assignment.ref):
+        if self.stopping.is_set() or not (assignment.claimed or self._claim(assignment.ref)):
             return None
         if assignment.claimed:
             # The lease that an earlier worker left may be nearly over: renew before trusting it.
@@ -140,9 +140,21 @@ class Supervisor:
             if not renewed:
                 return None
         keeper = Keeper(self.node, assignment, renewed_at=requested_at)
-        self.keepers[assignment.ref.id] = keeper
-        keeper.start()
-        return keeper
+        with self._lock:
+            if not self.stopping.is_set():
+                self.keepers[assignment.ref.id] = keeper
+                keeper.start()
+                return keeper
+        if not assignment.claimed:
+            self._give_back(assignment.ref)
+        return None
+
+    def _give_back(self, ref: attempts.AttemptRef) -> None:
+        """End an attempt that was claimed while the worker began to stop: nothing runs yet."""
+        end = attempts.End(Verdict(Outcome.STOPPED), "the worker stops")
+        with self.node.db.begin() as tx:
+            attempts.ask_to_stop(tx, ref.job_id, StopReason.SHUTDOWN)
+            attempts.finish_attempt(tx, ref, end)
 
     def _claim(self, ref: attempts.AttemptRef) -> bool:
         free = shutil.disk_usage(self.node.settings.home).free
@@ -256,7 +268,7 @@ class Supervisor:
         if time.monotonic() - self._swept_at < SWEEP_EVERY_S:
             return
         self._swept_at = time.monotonic()
-        live = {show_id("attempt", key) for key in self.keepers}
+        live = {show_id("attempt", keeper.ref.id) for keeper in self._live()}
         for folder in (self.node.settings.home / "work").iterdir():
             if folder.name not in live and time.time() - folder.stat().st_mtime > WORK_KEPT_S:
                 shutil.rmtree(folder, ignore_errors=True)

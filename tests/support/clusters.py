@@ -13,7 +13,12 @@ from uuid import UUID
 
 from support.databases import TestDatabase
 from support.yards import wait_for
+from tuneyard.models import placements
+from tuneyard.models.attempts import AttemptRef
 from tuneyard.models.jobs import Submission, cancel_job, submit_job
+from tuneyard.models.leadership import lead
+from tuneyard.models.placements import QueuedJob
+from tuneyard.scheduler.placing import place
 from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.states import TERMINAL
 
@@ -85,6 +90,19 @@ class Cluster:
         with self.db.api.begin(team=self.team) as tx:
             job, _ = submit_job(tx, self.team, Submission(spec))
         return job
+
+    def place(self, job: UUID) -> AttemptRef:
+        """Place a job as the scheduler does, where no scheduler runs."""
+        with self.db.scheduler.begin() as tx:
+            epoch = lead(tx, "test", term_s=3600)
+        assert epoch is not None
+        queued = QueuedJob(job, "download", "m", 1, self.job(job).device_kind)
+        with self.db.scheduler.begin() as tx:
+            chosen = place(queued, placements.free_slots_now(tx, silence_s=60))
+            assert chosen is not None
+            placed = placements.place_job(tx, queued, chosen, epoch=epoch, lease_s=30)
+        assert placed is not None
+        return placed.ref
 
     def cancel(self, job: UUID) -> None:
         """Cancel as the API does."""
