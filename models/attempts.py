@@ -156,15 +156,16 @@ def report_started(tx: Connection, ref: AttemptRef) -> None:
     )
 
 
-def release_devices(tx: Connection, ref: AttemptRef) -> None:
+def release_devices(tx: Connection, ref: AttemptRef, *, device_state: str = "cleaning") -> None:
     """Every process of the attempt is gone: free its slots, let its GPUs be seen to be empty.
 
+    Where some process would not go, ``unconfirmed`` keeps its devices from others until it has.
     The attempt itself goes on as ``publishing``. Raises: StaleToken.
     """
     lock_job(tx, ref.job_id)
     check_token(tx, ref)
     tx.execute(update(AttemptRow).where(AttemptRow.id == ref.id).values(phase="publishing"))
-    free_slots(tx, ref.id, gpu_state="cleaning")
+    free_slots(tx, ref.id, device_state=device_state)
 
 
 FREE_SLOTS = text("""
@@ -180,9 +181,9 @@ FREE_SLOTS = text("""
 """A CPU slot is free once its processes are gone; a GPU must be seen empty as well."""
 
 
-def free_slots(tx: Connection, attempt_id: UUID, *, gpu_state: str) -> None:
-    """Take an attempt's slots back; its devices wait in ``cleaning`` or ``unconfirmed``."""
-    tx.execute(FREE_SLOTS, {"attempt": attempt_id, "state": gpu_state})
+def free_slots(tx: Connection, attempt_id: UUID, *, device_state: str) -> None:
+    """Take an attempt's slots back; its GPUs wait in this state, its cores if ``unconfirmed``."""
+    tx.execute(FREE_SLOTS, {"attempt": attempt_id, "state": device_state})
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def finish_attempt(
     *,
     record: Callable[[Connection], None] | None = None,
     backoff_s: float = 0.0,
+    device_state: str = "cleaning",
 ) -> Verdict:
     """End a live attempt, record what it brought forth, move its job. Raises: StaleToken.
 
@@ -211,12 +213,13 @@ def finish_attempt(
     verdict = after_stop(end.verdict, check_token(tx, ref))
     if record is not None:
         record(tx)
-    end_attempt(tx, ref, replace(end, verdict=verdict), backoff_s=backoff_s, gpu_state="cleaning")
+    ended = replace(end, verdict=verdict)
+    end_attempt(tx, ref, ended, backoff_s=backoff_s, device_state=device_state)
     return verdict
 
 
 def end_attempt(
-    tx: Connection, ref: AttemptRef, end: End, *, backoff_s: float, gpu_state: str
+    tx: Connection, ref: AttemptRef, end: End, *, backoff_s: float, device_state: str
 ) -> JobState:
     """End an attempt whose job and row this transaction holds."""
     verdict = end.verdict
@@ -237,7 +240,7 @@ def end_attempt(
         .where(MemberRow.attempt_id == ref.id, MemberRow.ended_at.is_(None))
         .values(ended_at=func.clock_timestamp(), exit=end.exit)
     )
-    free_slots(tx, ref.id, gpu_state=gpu_state)
+    free_slots(tx, ref.id, device_state=device_state)
     return _move_job(tx, ref, end, backoff_s)
 
 

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -39,8 +39,10 @@ from tuneyard.workers.guarding import (
     GuardLink,
     GuardSilent,
     adopt_guard,
-    kill_marked,
+    read_exit,
+    read_exit_report,
     start_guard,
+    still_there,
 )
 from tuneyard.workers.publishing import publish
 from tuneyard.workers.reading import read_last_words
@@ -51,6 +53,9 @@ log = logging.getLogger(__name__)
 
 SHIP_EVERY_S = 1.0
 LOOK_EVERY_S = 0.1
+
+HELD_TOO_LONG_S = 30.0
+"""What stays held for so long is not waited for; nobody else gets it before it is free."""
 
 Answer = TypeVar("Answer")
 
@@ -134,7 +139,8 @@ class Keeper:
         return self._watch(link)
 
     def _launch(self) -> GuardLink | None:
-        kill_marked({show_id("attempt", self.ref.id)})
+        if left := self._left():
+            raise RuntimeError(f"processes {left} of an earlier start cannot be killed")
         if self._control.stop_reason is not None:
             self._finish(End(Verdict(Outcome.STOPPED), "stopped before its runner started"))
             return None
@@ -183,42 +189,69 @@ class Keeper:
 
     def _end_of_a_lost_guard(self) -> RunnerEnd:
         """No guard: its exit.json says how it ended, or what is left is killed by its mark."""
-        kill_marked({show_id("attempt", self.ref.id)})
-        return GuardLink.read_exit(self._workdir) or RunnerEnd()
+        self._left()
+        return read_exit(self._workdir) or RunnerEnd()
+
+    def _left(self) -> set[int]:
+        """Kill all of the attempt; the pids that are there nevertheless."""
+        return still_there(self._workdir, show_id("attempt", self.ref.id))
 
     # From the runner's end to the attempt's ----------------------------------------------------
 
     def _conclude(self, end: RunnerEnd) -> None:
-        """All processes are gone: ship the rest, free the devices, publish, end the attempt."""
+        """The runner is gone: ship the rest, free the devices, publish, end the attempt."""
         while self._until_answered(self._ship):
             pass
-        self._until_written(lambda tx: attempts.release_devices(tx, self.ref))
+        state = "cleaning" if self._all_gone() else "unconfirmed"
+        self._until_written(lambda tx: attempts.release_devices(tx, self.ref, device_state=state))
         verdict = judge(end, None)
         words = read_last_words(self._workdir)
         if verdict.outcome is Outcome.SUCCEEDED:
-            self._publish(end)
+            self._publish()
         else:
             evidence, patch = words.evidence(end)
             if self._stalled:
                 verdict = after_stall(verdict)
                 evidence = f"the runner wrote nothing for {self._node.settings.stall_s:g} s"
-            self._finish(End(verdict, evidence, patch, exit=vars(end)))
+            self._finish(End(verdict, evidence, patch))
 
-    def _publish(self, end: RunnerEnd) -> None:
+    def _all_gone(self) -> bool:
+        """Hold the devices until no process of the attempt is left, but not for ever."""
+        give_up_at = time.monotonic() + HELD_TOO_LONG_S
+        while left := self._left():
+            if time.monotonic() > give_up_at or self._control.fenced.wait(LOOK_EVERY_S):
+                fields = {"event": "unkillable", "pids": sorted(left), **self._fields()}
+                log.warning("processes outlive SIGKILL", extra=fields)
+                return False
+        return True
+
+    def _publish(self) -> None:
         try:
             record = publish(self._node.store, self.ref, self.kind, self._workdir)
         except (OSError, TuneyardError) as error:
             verdict = Verdict(Outcome.LOST, Cause.STORE_UNREACHABLE)
-            self._finish(End(verdict, f"the result could not be stored: {error}", exit=vars(end)))
+            self._finish(End(verdict, f"the result could not be stored: {error}"))
             return
-        self._finish(End(Verdict(Outcome.SUCCEEDED), exit=vars(end)), record)
+        self._finish(End(Verdict(Outcome.SUCCEEDED)), record)
 
-    def _finish(self, end: End, record: Callable[[Connection], None] | None = None) -> None:
+    def _finish(
+        self,
+        end: End,
+        record: Callable[[Connection], None] | None = None,
+        *,
+        device_state: str = "cleaning",
+    ) -> None:
         """End the attempt, with what it brought forth, in one transaction."""
+        end = replace(end, exit=read_exit_report(self._workdir) or None)
 
         def unit(tx: Connection) -> Verdict:
             return attempts.finish_attempt(
-                tx, self.ref, end, record=record, backoff_s=self._node.settings.retry_backoff_s
+                tx,
+                self.ref,
+                end,
+                record=record,
+                backoff_s=self._node.settings.retry_backoff_s,
+                device_state=device_state,
             )
 
         self.verdict = self._until_written(unit)
@@ -230,16 +263,16 @@ class Keeper:
     def _give_up(self, evidence: str) -> None:
         """End as lost; if even that fails the lease runs out and the reaper ends it."""
         self._control.fence()
-        kill_marked({show_id("attempt", self.ref.id)})
+        state = "unconfirmed" if self._left() else "cleaning"
         try:
-            self._finish(End(Verdict(Outcome.LOST, Cause.KILLED), evidence))
+            self._finish(End(Verdict(Outcome.LOST, Cause.KILLED), evidence), device_state=state)
         except (TuneyardError, OSError):
             log.exception("giving up failed", extra={"event": "keeper_failed", **self._fields()})
 
     def _abandon(self) -> None:
         """The token opens nothing any more: kill, remove, and say that a write was refused."""
         self._control.fence()
-        kill_marked({show_id("attempt", self.ref.id)})
+        self._left()
         self._try(lambda tx: attempts.refuse_write(tx, self.ref, "the attempt is over"))
         shutil.rmtree(self._workdir, ignore_errors=True)
         log.warning("attempt abandoned", extra={"event": "attempt_abandoned", **self._fields()})

@@ -22,12 +22,9 @@ from tuneyard.specs.settings import Settings
 from tuneyard.store.remote import Store
 from tuneyard.workers.guarding import boottime, kill_marked, marked_attempts, node_identity
 from tuneyard.workers.inventory import Inventory, inventory_of, node_name, offered_devices
-from tuneyard.workers.keeping import Keeper, Node
+from tuneyard.workers.keeping import HELD_TOO_LONG_S, Keeper, Node
 
 log = logging.getLogger(__name__)
-
-HELD_TOO_LONG_S = 30.0
-"""A GPU whose memory stays held for so long is drained, not handed on."""
 
 SEEN_EMPTY = 2
 """So many looks in a row must find a GPU empty."""
@@ -229,28 +226,30 @@ class Supervisor:
         """Give back devices that are seen to be empty; drain those that stay held."""
         with self.node.db.begin() as tx:
             held = nodes.devices_to_clear(tx, self.node.id)
-        if any(device.state == "unconfirmed" for device in held):
-            self.kill_ended()
+        # After ``cleaning`` alone is it known that every process is gone.
+        doubtful = any(device.state != "cleaning" for device in held)
+        left = self.kill_ended() if doubtful else set()
         for device in held:
-            state = self._judge_device(device)
+            state = self._judge_device(device, gone=device.state == "cleaning" or not left)
             if state is not None:
                 with self.node.db.begin() as tx:
                     nodes.set_device_state(tx, device, state)
 
-    def _judge_device(self, device: nodes.HeldDevice) -> str | None:
-        empty = device.kind == "cpu" or self.inventory.is_empty(device.uuid)
+    def _judge_device(self, device: nodes.HeldDevice, *, gone: bool) -> str | None:
+        empty = gone and (device.kind == "cpu" or self.inventory.is_empty(device.uuid))
         looks = self._empty_looks.get(device.id, 0) + 1 if empty else 0
         self._empty_looks[device.id] = looks
         if looks >= SEEN_EMPTY or (empty and device.kind == "cpu"):
             del self._empty_looks[device.id]
             return "ok"
-        if device.state != "draining" and device.seconds > HELD_TOO_LONG_S:
+        gpu = device.kind == "gpu"
+        if gpu and device.state != "draining" and device.seconds > HELD_TOO_LONG_S:
             log.warning("GPU stays held", extra={"event": "gpu_draining", "gpu": device.uuid})
             return "draining"
         return None
 
-    def kill_ended(self) -> None:
-        """Kill every process on this node that bears the mark of an attempt that is over."""
+    def kill_ended(self) -> set[int]:
+        """Kill what bears the mark of an attempt that is over; the pids that are there still."""
         marked: dict[UUID, str] = {}
         for text in marked_attempts():
             try:
@@ -259,7 +258,7 @@ class Supervisor:
                 continue
         with self.node.db.begin() as tx:
             ended = nodes.ended_among(tx, list(marked))
-        kill_marked({marked[each] for each in ended})
+        return kill_marked({marked[each] for each in ended})
 
     # Housekeeping --------------------------------------------------------------------------------
 

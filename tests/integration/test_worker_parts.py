@@ -13,6 +13,9 @@ from support.yards import wait_for
 
 from tuneyard.models.attempts import AttemptRef
 from tuneyard.specs.settings import Settings
+from tuneyard.workers import keeping
+from tuneyard.workers import supervisor as supervising
+from tuneyard.workers.guarding import kill_marked
 from tuneyard.workers.supervisor import Supervisor, register
 
 
@@ -93,3 +96,39 @@ def test_a_claim_that_comes_while_the_worker_begins_to_stop_is_given_back(
     assert cluster.job(job).state == "queued"
     (attempt,) = cluster.attempts(job)
     assert (attempt.outcome, attempt.stop_reason) == ("stopped", "shutdown")
+
+
+def test_devices_are_not_handed_on_while_a_process_outlives_its_killing(
+    db: TestDatabase,
+    cluster: Cluster,
+    a_supervisor: Callable[..., Supervisor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    supervisor = a_supervisor()
+    really_left = keeping.still_there
+
+    def one_is_left(workdir: Path, attempt: str) -> set[int]:
+        left = really_left(workdir, attempt)
+        return left | {1} if (workdir / "exit.json").exists() else left
+
+    monkeypatch.setattr(keeping, "still_there", one_is_left)
+    monkeypatch.setattr(keeping, "HELD_TOO_LONG_S", 0.3)
+    job = cluster.submit()
+    ref = cluster.place(job)
+    supervisor.look()
+    keeper = supervisor.keeper_of(ref.id)
+    assert keeper is not None
+    assert keeper.done.wait(20)
+    assert cluster.job(job).state == "succeeded"
+    (member,) = db.rows("SELECT exit FROM members")
+    assert {"code", "maxrss", "oom_killed", "unkillable", "ended_at"} <= member.exit.keys()
+
+    def device_state() -> str:
+        return str(db.rows("SELECT state FROM devices")[0].state)
+
+    monkeypatch.setattr(supervising, "kill_marked", lambda _: {1})
+    supervisor.clear_devices()
+    assert device_state() == "unconfirmed"
+    monkeypatch.setattr(supervising, "kill_marked", kill_marked)
+    supervisor.clear_devices()
+    assert device_state() == "ok"

@@ -154,9 +154,8 @@ def test_a_signal_and_the_memory_are_reported(a_guard: Start) -> None:
     link = a_guard("import os; kept = b'x' * 40_000_000; os.kill(os.getpid(), 11)")
     assert end_of(link) == RunnerEnd(signal=signal.SIGSEGV)
     report = read_exit_report(link.workdir)
-    assert report is not None
-    assert report.maxrss_bytes > 40_000_000
-    assert abs(report.ended_at - time.time()) < 60
+    assert report["maxrss"] > 40_000_000
+    assert abs(report["ended_at"] - time.time()) < 60
 
 
 def test_a_kill_by_a_stranger_is_no_want_of_memory(a_guard: Start) -> None:
@@ -274,9 +273,8 @@ def test_a_grandchild_in_a_session_of_its_own_is_killed(a_guard: Start, workdir:
     leaked = int((workdir / "cwd" / "leaked").read_text())
     assert not exists(leaked)
     report = read_exit_report(workdir)
-    assert report is not None
-    assert report.descendants_killed == 1
-    assert report.unkillable == ()
+    assert report["descendants_killed"] == 1
+    assert report["unkillable"] == []
 
 
 def test_the_kernel_kills_the_runner_of_a_killed_guard(a_guard: Start) -> None:
