@@ -6,7 +6,6 @@ a write is refused it kills the runner and leaves no trace but a line that says 
 
 import logging
 import math
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -44,10 +43,17 @@ from tuneyard.workers.guarding import (
     start_guard,
     still_there,
 )
-from tuneyard.workers.publishing import publish
+from tuneyard.workers.publishing import OutputNotWhole, publish
 from tuneyard.workers.reading import read_last_words
 from tuneyard.workers.shipping import ship_new
-from tuneyard.workers.staging import InputGone, read_errand, runner_command, stage
+from tuneyard.workers.staging import (
+    InputGone,
+    cause_of,
+    read_errand,
+    remove_work,
+    runner_command,
+    stage,
+)
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +159,7 @@ class Keeper:
             self._finish(End(verdict, gone.message))
             return None
         except OSError as error:
-            self._finish(End(Verdict(Outcome.LOST, Cause.DISK_FULL), f"staging failed: {error}"))
+            self._finish(End(Verdict(Outcome.LOST, cause_of(error)), f"staging failed: {error}"))
             return None
         for sentence in rejected:
             self._note("checkpoint_rejected", sentence)
@@ -228,8 +234,12 @@ class Keeper:
     def _publish(self) -> None:
         try:
             record = publish(self._node.store, self.ref, self.kind, self._workdir)
-        except (OSError, TuneyardError) as error:
-            verdict = Verdict(Outcome.LOST, Cause.STORE_UNREACHABLE)
+        except OutputNotWhole as error:
+            verdict = Verdict(Outcome.FAILED, Cause.BUG, charged=True)
+            self._finish(End(verdict, error.message))
+            return
+        except OSError as error:
+            verdict = Verdict(Outcome.LOST, cause_of(error))
             self._finish(End(verdict, f"the result could not be stored: {error}"))
             return
         self._finish(End(Verdict(Outcome.SUCCEEDED)), record)
@@ -258,7 +268,7 @@ class Keeper:
         fields = {"event": "attempt_ended", "outcome": self.verdict.outcome, **self._fields()}
         log.info("attempt ended", extra=fields)
         if self.verdict.outcome is not Outcome.FAILED:
-            shutil.rmtree(self._workdir, ignore_errors=True)
+            remove_work(self._workdir)
 
     def _give_up(self, evidence: str) -> None:
         """End as lost; if even that fails the lease runs out and the reaper ends it."""
@@ -274,7 +284,7 @@ class Keeper:
         self._control.fence()
         self._left()
         self._try(lambda tx: attempts.refuse_write(tx, self.ref, "the attempt is over"))
-        shutil.rmtree(self._workdir, ignore_errors=True)
+        remove_work(self._workdir)
         log.warning("attempt abandoned", extra={"event": "attempt_abandoned", **self._fields()})
 
     # Writing --------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tuneyard.store.remote import Store
 from tuneyard.workers.guarding import boottime, kill_marked, marked_attempts, node_identity
 from tuneyard.workers.inventory import Inventory, inventory_of, node_name, offered_devices
 from tuneyard.workers.keeping import HELD_TOO_LONG_S, Keeper, Node
+from tuneyard.workers.staging import remove_work
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +271,7 @@ class Supervisor:
         live = {show_id("attempt", keeper.ref.id) for keeper in self._live()}
         for folder in (self.node.settings.home / "work").iterdir():
             if folder.name not in live and time.time() - folder.stat().st_mtime > WORK_KEPT_S:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_work(folder)
         with self.node.db.begin() as tx:
             pruned = artifacts.artifacts_to_sweep(tx)
         for artifact_id in pruned:

@@ -1,8 +1,12 @@
 """A worker's supervisor and keepers in this process, on real PostgreSQL; the runner hashes."""
 
+import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import pytest
 from pydantic import SecretStr
@@ -12,10 +16,15 @@ from support.databases import TestDatabase
 from support.yards import wait_for
 
 from tuneyard.models.attempts import AttemptRef
+from tuneyard.models.jobs import Submission, submit_job
+from tuneyard.specs.ids import new_id
+from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.settings import Settings
+from tuneyard.store.folder import manifest_digest, publish_folder
 from tuneyard.workers import keeping
 from tuneyard.workers import supervisor as supervising
 from tuneyard.workers.guarding import kill_marked
+from tuneyard.workers.staging import remove_work
 from tuneyard.workers.supervisor import Supervisor, register
 
 
@@ -132,3 +141,98 @@ def test_devices_are_not_handed_on_while_a_process_outlives_its_killing(
     monkeypatch.setattr(supervising, "kill_marked", kill_marked)
     supervisor.clear_devices()
     assert device_state() == "ok"
+
+
+def run_to_end(cluster: Cluster, supervisor: Supervisor, job: UUID) -> Any:
+    """Place a job and keep its attempt to the end; the attempt's row."""
+    ref = cluster.place(job)
+    supervisor.look()
+    keeper = supervisor.keeper_of(ref.id)
+    assert keeper is not None
+    assert keeper.done.wait(30)
+    return cluster.attempts(job)[-1]
+
+
+def a_model_in_the_store(db: TestDatabase, supervisor: Supervisor) -> Path:
+    """A recorded base model; where its folder stands."""
+    model, made = new_id(), supervisor.node.settings.home / "made"
+    (made / ".aside").mkdir(parents=True)
+    (made / ".aside" / "weights").write_bytes(b"weights")
+    publish_folder(made / ".aside", made / "model", {})
+    manifest = supervisor.node.store.put_folder(made / "model", "models", model)
+    db.run(
+        "INSERT INTO base_models (id, name, source, revision, digest, bytes, manifest)"
+        " VALUES (:id, 'tiny', 'here', '1', :digest, 1, '{}')",
+        id=model,
+        digest=manifest_digest(manifest),
+    )
+    return supervisor.node.store.folder("models", model)
+
+
+def ask_model(cluster: Cluster) -> UUID:
+    """An inference job of the model; its runner is the hashing one all the same."""
+    spec, _ = read_spec({"kind": "inference", "model": "tiny", "prompts": ["?"], "device": "cpu"})
+    with cluster.db.api.begin(team=cluster.team) as tx:
+        job, _ = submit_job(tx, cluster.team, Submission(spec))
+    return job
+
+
+def test_inputs_cannot_be_written(
+    db: TestDatabase,
+    cluster: Cluster,
+    a_supervisor: Callable[..., Supervisor],
+) -> None:
+    supervisor = a_supervisor()
+    a_model_in_the_store(db, supervisor)
+    attempt = run_to_end(cluster, supervisor, ask_model(cluster))
+    assert attempt.outcome == "failed"  # the hashing runner knows no prompts: its folder is kept
+    inputs = supervisor.node.settings.home / "work" / f"attempt_{attempt.id.hex}" / "inputs"
+    modes = [path.stat().st_mode & 0o222 for path in (inputs, inputs / "model" / "weights")]
+    assert modes == [0, 0]
+    remove_work(inputs.parent)
+    assert not inputs.parent.exists()
+
+
+def test_an_input_that_is_damaged_in_the_store_is_gone_and_says_so(
+    db: TestDatabase, cluster: Cluster, a_supervisor: Callable[..., Supervisor]
+) -> None:
+    supervisor = a_supervisor()
+    (a_model_in_the_store(db, supervisor) / "weights").write_bytes(b"weightz")
+    job = ask_model(cluster)
+    attempt = run_to_end(cluster, supervisor, job)
+    assert (attempt.outcome, attempt.cause) == ("failed", "input_gone")
+    assert attempt.evidence == ("model tiny is damaged in the store: weights has changed.")
+    assert cluster.job(job).state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("number", "cause"),
+    [
+        (errno.ENOSPC, "disk_full"),
+        (errno.EDQUOT, "disk_full"),
+        (errno.EIO, "store_unreachable"),
+        (errno.ESTALE, "store_unreachable"),
+    ],
+)
+def test_a_failure_of_staging_is_called_by_its_name_and_not_charged(
+    cluster: Cluster,
+    a_supervisor: Callable[..., Supervisor],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    cause: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    supervisor = a_supervisor()
+    monkeypatch.setattr(keeping, "stage", fail)
+    attempt = run_to_end(cluster, supervisor, cluster.submit())
+    assert (attempt.outcome, attempt.cause, attempt.charged) == ("lost", cause, False)
+
+
+def test_a_runner_that_says_done_without_a_whole_output_is_charged_with_a_bug(
+    cluster: Cluster, a_supervisor: Callable[..., Supervisor]
+) -> None:
+    attempt = run_to_end(cluster, a_supervisor(), cluster.submit(no_output=True))
+    assert (attempt.outcome, attempt.cause, attempt.charged) == ("failed", "bug", True)
+    assert attempt.evidence == "The runner ended with 0 and left no whole output."

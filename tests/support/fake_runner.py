@@ -3,7 +3,7 @@
 
 It stands in for the interpreter (setting ``runner_python``), so worker, guard and store do not know
 the difference. What it is asked stands as JSON in the argument ``source``: steps, step_s,
-save_steps, exit, ignore_term, leak_child, hang.
+save_steps, exit, ignore_term, leak_child, hang, no_output.
 """
 
 import fcntl
@@ -111,6 +111,8 @@ def main():
             if asked["exit"] != 1:
                 emit("failed", cause="bug", evidence="asked to fail", patch={"steps": 1})
             return asked["exit"]
+    if asked.get("no_output"):
+        return 0
     publish("output", {"state": state}, source="fake", revision="1")
     emit("result", values={"state": state})
     return 0
