@@ -47,14 +47,15 @@ class Assignment:
     ref: AttemptRef
     kind: str
     name: str
-    claimed: bool
+    claimed_by: str | None  # the boot_id of the worker's life that claimed it
     phase: str
     stop_reason: StopReason | None
 
 
 ASSIGNMENTS = text("""
     SELECT a.id, a.job_id, a.team_id, a.number, a.token, a.phase, a.stop_reason,
-           j.kind, j.name, m.claimed_at IS NOT NULL AS claimed
+           j.kind, j.name,
+           CASE WHEN m.claimed_at IS NOT NULL THEN m.boot_id END AS claimed_by
     FROM members m
     JOIN attempts a ON a.id = m.attempt_id
     JOIN jobs j ON j.id = a.job_id
@@ -74,7 +75,7 @@ def assignments(tx: Connection, node_id: UUID) -> list[Assignment]:
             AttemptRef(row.id, row.job_id, row.team_id, row.number, row.token),
             row.kind,
             row.name,
-            row.claimed,
+            row.claimed_by,
             row.phase,
             StopReason(row.stop_reason) if row.stop_reason else None,
         )

@@ -4,13 +4,15 @@ It runs before Celery consumes and needs none of it: hints and NOTIFY only make 
 """
 
 import logging
+import os
 import random
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from uuid import UUID
+from pathlib import Path
+from uuid import UUID, uuid4
 
 from tuneyard.models import artifacts, attempts, nodes
 from tuneyard.models.engine import Database
@@ -42,7 +44,7 @@ class Supervisor:
     node: Node
     name: str
     inventory: Inventory
-    boot_id: str
+    boot_id: str  # machine's boot / home: one life of this node
     stopping: threading.Event  # nothing is claimed any more
     keepers: dict[UUID, Keeper] = field(default_factory=dict)
     woken: threading.Event = field(default_factory=threading.Event)
@@ -125,10 +127,16 @@ class Supervisor:
             self.on_end(keeper)
 
     def _take(self, assignment: attempts.Assignment, requested_at: float) -> Keeper | None:
-        """Claim a new attempt, or take one up again that an earlier worker had claimed."""
-        if self.stopping.is_set() or not (assignment.claimed or self._claim(assignment.ref)):
+        """Claim a new attempt, or take one up again that an earlier worker had claimed here.
+
+        One that was claimed from another home is not ours to start: its lease will run out.
+        """
+        claimed = assignment.claimed_by is not None
+        if claimed and home_of(assignment.claimed_by) != home_of(self.boot_id):
             return None
-        if assignment.claimed:
+        if self.stopping.is_set() or not (claimed or self._claim(assignment.ref)):
+            return None
+        if claimed:
             # The lease that an earlier worker left may be nearly over: renew before trusting it.
             requested_at = boottime()
             with self.node.db.begin_reserved() as tx:
@@ -143,7 +151,7 @@ class Supervisor:
                 self.keepers[assignment.ref.id] = keeper
                 keeper.start()
                 return keeper
-        if not assignment.claimed:
+        if not claimed:
             self._give_back(assignment.ref)
         return None
 
@@ -282,22 +290,42 @@ class Supervisor:
         self.node.store.sweep_aside()
 
 
+def home_identity(home: Path) -> str:
+    """What names this home wherever it is mounted; made by its first worker."""
+    file = home / "home_id"
+    if not file.exists():
+        aside = home / ".home_id"
+        aside.write_text(uuid4().hex, encoding="ascii")
+        os.rename(aside, file)
+    return file.read_text(encoding="ascii")
+
+
+def home_of(boot_id: str | None) -> str:
+    """The home's part of a life's name."""
+    return (boot_id or "").rpartition("/")[2]
+
+
 def register(
     settings: Settings, capabilities: Mapping[str, object], stopping: threading.Event
 ) -> Supervisor:
-    """Write this node and its devices into the database. Raises: Unavailable."""
+    """Write this node and its devices into the database. Raises: Unavailable, NodeTaken."""
     db = Database(settings.database_url.get_secret_value(), f"ty-worker@{node_name(settings)}")
     for folder in ("work", "cache"):
         (settings.home / folder).mkdir(parents=True, exist_ok=True)
     inventory = inventory_of(settings)
-    boot_id = node_identity().boot_id
-    with db.begin() as tx:
-        node_id = nodes.register_node(
-            tx,
-            node_name(settings),
-            boot_id=boot_id,
-            capabilities=dict(capabilities),
-            devices=offered_devices(inventory, settings.cpu_slots),
-        )
+    boot_id = f"{node_identity().boot_id}/{home_identity(settings.home)}"
+    try:
+        with db.begin() as tx:
+            node_id = nodes.register_node(
+                tx,
+                node_name(settings),
+                boot_id=boot_id,
+                capabilities=dict(capabilities),
+                devices=offered_devices(inventory, settings.cpu_slots),
+                lease_s=settings.lease_s,
+            )
+    except BaseException:
+        db.close()
+        raise
     node = Node(node_id, db, Store(settings.store_root), settings)
     return Supervisor(node, node_name(settings), inventory, boot_id, stopping)

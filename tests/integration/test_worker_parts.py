@@ -17,6 +17,7 @@ from support.yards import wait_for
 
 from tuneyard.models.attempts import AttemptRef
 from tuneyard.models.jobs import Submission, submit_job
+from tuneyard.models.nodes import NodeTaken
 from tuneyard.specs.ids import new_id
 from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.settings import Settings
@@ -236,3 +237,49 @@ def test_a_runner_that_says_done_without_a_whole_output_is_charged_with_a_bug(
     attempt = run_to_end(cluster, a_supervisor(), cluster.submit(no_output=True))
     assert (attempt.outcome, attempt.cause, attempt.charged) == ("failed", "bug", True)
     assert attempt.evidence == "The runner ended with 0 and left no whole output."
+
+
+def test_a_second_worker_of_a_node_is_refused_until_the_first_was_silent_for_a_lease(
+    db: TestDatabase, a_supervisor: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    first = a_supervisor()
+    with pytest.raises(NodeTaken, match="Another worker serves the node n1") as refused:
+        a_supervisor(home=tmp_path / "other")
+    assert refused.value.field == "node_name"
+    assert "TUNEYARD_NODE_NAME" in str(refused.value.hint)
+    assert a_supervisor().node.id == first.node.id  # the same home: it was started again
+    db.run("UPDATE nodes SET seen_at = seen_at - interval '61 s'")
+    assert a_supervisor(home=tmp_path / "other").node.id == first.node.id
+
+
+def test_a_worker_that_said_goodbye_leaves_its_name_to_another(
+    a_supervisor: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    a_supervisor().shut_down(keep_runners=False)
+    a_supervisor(home=tmp_path / "other")
+
+
+def test_what_another_home_has_claimed_is_not_started_again(
+    db: TestDatabase, cluster: Cluster, a_supervisor: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    first = a_supervisor()
+    ref = cluster.place(cluster.submit())
+    assert first._claim(ref)
+    db.run("UPDATE nodes SET state = 'down'")
+    other = a_supervisor(home=tmp_path / "other")
+    other.look()
+    assert other.keepers == {}
+    db.run("UPDATE nodes SET state = 'down'")
+    again = a_supervisor()  # the crash between claim and start: nothing of it can run
+    again.look()
+    assert set(again.keepers) == {ref.id}
+
+
+def test_a_checkpoint_that_is_not_the_announced_one_is_rejected(
+    db: TestDatabase, cluster: Cluster, a_supervisor: Callable[..., Supervisor]
+) -> None:
+    attempt = run_to_end(cluster, a_supervisor(), cluster.submit(steps=2, wrong_digest=True))
+    assert attempt.outcome == "succeeded"
+    assert db.rows("SELECT 1 FROM artifacts WHERE kind = 'checkpoint'") == []
+    (said,) = db.rows("SELECT data FROM events WHERE type = 'checkpoint_rejected'")
+    assert said.data["message"] == "its manifest is not the one that the runner announced"
