@@ -91,7 +91,7 @@ class Keeper:
         self.verdict: Verdict | None = None
         self._node = node
         self._workdir = node.workdir(self.ref)
-        self._adopting = assignment.claimed
+        self._adopting = assignment.claimed_by is not None
         self._stalled = False
         self._control = Control(node.settings, renewed_at, name=self.ref.id.hex[-6:])
         self._thread = threading.Thread(target=self._run, name=f"keep-{self.ref.id.hex[-6:]}")
@@ -210,7 +210,7 @@ class Keeper:
             pass
         state = "cleaning" if self._all_gone() else "unconfirmed"
         self._until_written(lambda tx: attempts.release_devices(tx, self.ref, device_state=state))
-        verdict = judge(end, None)
+        verdict = judge(end)
         words = read_last_words(self._workdir)
         if verdict.outcome is Outcome.SUCCEEDED:
             self._publish()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from uuid import UUID, uuid5
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from support.databases import TestDatabase
 from support.invariants import broken_invariants
@@ -23,6 +24,7 @@ from tuneyard.models.events import apply_event
 from tuneyard.models.jobs import Submission, cancel_job, submit_job
 from tuneyard.models.leadership import lead
 from tuneyard.models.placements import Placed, QueuedJob
+from tuneyard.models.shipments import Shipment, ship
 from tuneyard.runners.retention import checkpoint_meta
 from tuneyard.scheduler.placing import place
 from tuneyard.specs.errors import Conflict, IllegalEvent, NotFound, StaleToken
@@ -75,7 +77,7 @@ class Yard:
     def finish(self, ref: AttemptRef, end: RunnerEnd) -> Verdict:
         """End an attempt as its worker does."""
         with self.db.worker.begin() as tx:
-            return attempts.finish_attempt(tx, ref, End(judge(end, None)))
+            return attempts.finish_attempt(tx, ref, End(judge(end)))
 
     def expire(self, ref: AttemptRef) -> None:
         """Let the lease run out."""
@@ -256,7 +258,7 @@ def test_a_charged_retry_waits_its_backoff(yard: Yard) -> None:
     job = yard.submit()
     ref = yard.start(job)
     with yard.db.worker.begin() as tx:
-        attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=70), None)), backoff_s=100)
+        attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=70))), backoff_s=100)
     with yard.db.scheduler.begin() as tx:
         assert placements.queue(tx, limit=10) == []
     yard.db.run("UPDATE jobs SET not_before = clock_timestamp()")
@@ -299,7 +301,7 @@ def test_a_job_waits_for_its_parent_says_so_and_is_freed_by_its_success(yard: Ya
         attempts.finish_attempt(
             tx,
             ref,
-            End(judge(RunnerEnd(code=0), None)),
+            End(judge(RunnerEnd(code=0))),
             record=lambda tx: publish_base_model(tx, "base", folder),
         )
     row = yard.db.rows("SELECT state, inputs, wait_reason FROM jobs WHERE id = :id", id=child)[0]
@@ -389,6 +391,20 @@ def test_a_checkpoint_of_an_attempt_that_is_over_is_refused(yard: Yard) -> None:
     yard.finish(ref, RunnerEnd(code=75))
     with pytest.raises(StaleToken), yard.db.worker.begin() as tx:
         record_checkpoint(tx, ref, a_checkpoint(ref, 1))
+
+
+@pytest.mark.parametrize(("notes", "commit"), [((), "off"), ((("warning", {}),), "on")])
+def test_lines_of_the_timeline_are_on_disk_before_anybody_hears_of_them(
+    yard: Yard, notes: tuple[tuple[str, dict[str, object]], ...], commit: str
+) -> None:
+    ref = yard.start(yard.submit())
+    with yard.db.worker.begin() as tx:
+        tx.execute(text("SET LOCAL synchronous_commit = on"))  # as on any server but a test's
+        ship(tx, ref, Shipment(5, 0, notes=notes))
+        assert tx.execute(text("SHOW synchronous_commit")).scalar_one() == commit
+    (row,) = yard.db.rows("SELECT events_offset FROM attempts")
+    assert row.events_offset == 5
+    assert len(yard.db.rows("SELECT 1 FROM events WHERE type = 'warning'")) == len(notes)
 
 
 def test_two_cancels_and_a_finish_at_once_end_in_one_terminal_state(yard: Yard) -> None:
