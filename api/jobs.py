@@ -54,7 +54,7 @@ def _submit(
 ) -> JobView:
     job_id, replayed = jobs.submit_job(tx, caller.team_id, submission)
     if replayed:
-        # Its inputs may be gone by now: the first answer holds all the same.
+        # Its inputs may be gone by now; the job that was made then is shown as it stands.
         response.headers["Idempotency-Replayed"] = "true"
     else:
         check_submission(tx, yard, submission.spec)

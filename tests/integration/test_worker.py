@@ -1,6 +1,5 @@
 """Real worker and scheduler processes on real PostgreSQL and Valkey; the runner hashes."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -133,13 +132,18 @@ def test_a_worker_that_is_told_to_stop_while_it_starts_stops(
     a_cluster: Callable[..., Cluster],
 ) -> None:
     cluster = a_cluster()
-    for after_s in (0.2, 0.4, 0.6, 0.8, 1.0):
+    wait_for(lambda: cluster.count_in_log("worker ready"), within_s=20, what="a worker")
+    for moment in ("worker ready", "[queues]", "Connected to", "n1 ready"):
         cluster.kill("worker")
+        said = cluster.count_in_log(moment)
         process = cluster.start("worker")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(after_s)
+        wait_for(
+            lambda moment=moment, said=said: cluster.count_in_log(moment) > said,
+            within_s=20,
+            what=moment,
+        )
         process.send_signal(signal.SIGTERM)
-        process.wait(20)
+        assert process.wait(20) == 0, moment
 
 
 def test_a_runner_that_falls_silent_is_ended_and_the_job_tried_again(

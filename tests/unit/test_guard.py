@@ -199,20 +199,20 @@ def test_the_runner_gets_its_cores(a_guard: Start, workdir: Path) -> None:
 
 def test_sigterm_comes_a_grace_before_the_deadline(a_guard: Start) -> None:
     asked = boottime()
-    link = a_guard(POLITE, deadline_s=1.0, grace_s=0.6)
+    link = a_guard(POLITE, deadline_s=61.0, grace_s=60.0)
     assert end_of(link) == RunnerEnd(code=75)
-    assert 0.3 < boottime() - asked < 0.9
+    assert 1.0 <= boottime() - asked < 30.0
 
 
 def test_a_runner_that_ignores_sigterm_is_dead_at_the_deadline(a_guard: Start) -> None:
     asked = boottime()
-    link = a_guard(DEAF, deadline_s=0.5, grace_s=0.3)
+    link = a_guard(DEAF, deadline_s=1.5, grace_s=0.3)
     assert end_of(link) == RunnerEnd(signal=signal.SIGKILL)
-    assert 0.45 < boottime() - asked < 1.0
+    assert 1.5 <= boottime() - asked < 30.0
 
 
 def test_a_stopped_runner_is_dead_at_the_deadline(a_guard: Start) -> None:
-    link = a_guard(DEAF, deadline_s=0.6, grace_s=0.1)
+    link = a_guard(DEAF, deadline_s=1.5, grace_s=0.1)
     eventually(lambda: is_ready(link))
     os.kill(runner_pid(link), signal.SIGSTOP)
     assert end_of(link) == RunnerEnd(signal=signal.SIGKILL)
@@ -253,7 +253,7 @@ def test_a_later_stop_with_less_grace_shortens(a_guard: Start) -> None:
     link.stop(0.1)
     link.stop(50.0)
     assert end_of(link) == RunnerEnd(signal=signal.SIGKILL)
-    assert boottime() - asked < 2.0
+    assert boottime() - asked < 30.0
 
 
 def test_a_checkpoint_is_asked_for_by_sigusr1(a_guard: Start) -> None:
