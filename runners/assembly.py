@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tuneyard.runners.adapter import add_adapter, trained_parameters
-from tuneyard.runners.arguments import FinetuneArguments, Strategy
+from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import load_weights
@@ -25,6 +25,7 @@ from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.training import Data, Plan, Trainer
+from tuneyard.specs.finetune import Strategy
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from tuneyard.specs.runner import CHECKPOINTS, KEPT_CHECKPOINTS
 
+RESUME_POINT_S = 600.0
+"""A checkpoint is never older than this, whatever was asked."""
+
 
 def checkpoint_meta(step: int, eval_loss: float | None = None) -> dict[str, Any]:
     """What a checkpoint's manifest holds beside its files; the store keeps the best by it.

@@ -31,14 +31,11 @@ from tuneyard.runners.examples import Example
 from tuneyard.runners.failures import LossNotFinite, Stopped
 from tuneyard.runners.losses import Objective
 from tuneyard.runners.noise import EmbeddingNoise
-from tuneyard.runners.retention import drop_old
+from tuneyard.runners.retention import RESUME_POINT_S, drop_old
 from tuneyard.runners.schedules import Schedule
 from tuneyard.runners.stops import Stops
 
 log = logging.getLogger(__name__)
-
-RESUME_POINT_S = 600.0
-"""A checkpoint is never older than this, whatever save_steps says."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ EXIT_FILE = "exit.json"
 CHECKPOINTS = "checkpoints"
 OUTPUT = "output"
 INPUTS = "inputs"
+TUNEYARD_FILE = "tuneyard.json"  # in an adapter: what it needs to speak
 
 KEPT_CHECKPOINTS = 2
 """So many of the newest checkpoints stay beside the best, where save_total_limit is not set."""

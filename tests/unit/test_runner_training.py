@@ -12,7 +12,7 @@ from support.tiny_models import LLAMA, ROWS, a_dataset, a_tiny_base
 from transformers import LlamaForCausalLM, get_scheduler
 
 from tuneyard.runners.adapter import add_adapter, trained_parameters
-from tuneyard.runners.arguments import FinetuneArguments
+from tuneyard.runners.arguments import FinetuneArguments, InferArguments
 from tuneyard.runners.base_model import load_tokenizer
 from tuneyard.runners.batches import collate
 from tuneyard.runners.chat import chat_of
@@ -24,6 +24,9 @@ from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.rows import read_conversations
 from tuneyard.runners.schedules import DECAYS, schedule, warmup_steps
 from tuneyard.specs.exits import ExitCode
+from tuneyard.specs.fields import OF_THE_JOB, WHAT
+from tuneyard.specs.finetune import FinetuneSpec
+from tuneyard.specs.inference import InferenceSpec
 from tuneyard.store.folder import read_manifest, verify_folder
 
 # peft asks transformers for a property that transformers renamed: no affair of ours.
@@ -237,7 +240,7 @@ def test_all_means_every_linear_layer_but_the_last(base):
         ({"lora_target": "q_porj,v_proj"}, "lora_target", "nearest is q_proj"),
         ({"layers_to_transform": [9]}, "lora_target", "Target modules"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type", "did you mean cosine"),
-        ({"lora_rank": 0}, "lora_rank", "greater than or equal to 1"),
+        ({"lora_rank": 0}, "lora_rank", "out of range: 1 to 1,024"),
         ({"stage": "ppo"}, "stage", "sft"),
         ({"bf16": True, "fp16": True}, "precision", "Two number formats"),
         ({"mask_history": True, "train_on_prompt": True}, "mask_history", "exclude"),
@@ -276,7 +279,7 @@ def test_a_missing_input_ends_with_66(tune, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_with_72(tune):
-    ran = tune(learning_rate=1e30, max_grad_norm=0, max_steps=20)
+    ran = tune(learning_rate=10.0, lora_alpha=10**6, max_grad_norm=0, max_steps=20)
     assert ran.code == ExitCode.LOSS_NOT_FINITE
     assert "learning_rate" in ran.failure["evidence"]
 
@@ -437,3 +440,17 @@ def test_fp16_on_a_cpu_says_that_it_is_fp32(tune):
 def test_a_gpu_without_bf16_gets_fp16_with_scaling():
     chosen = choose_precision(precision="auto", base="bfloat16", device="cuda", gpu_has_bf16=False)
     assert (chosen.weights, chosen.autocast) == ("float16", True)
+
+
+def test_a_runner_by_hand_has_the_defaults_of_a_submission():
+    for by_hand, spec in ((FinetuneArguments, FinetuneSpec), (InferArguments, InferenceSpec)):
+        beside = {"seed", *WHAT}
+        for name in spec.model_fields.keys() - beside:
+            assert by_hand.model_fields[name].default == spec.model_fields[name].default, name
+
+
+def test_an_adapter_tells_the_arguments_of_the_runner_alone(tune):
+    ran = tune()
+    said = json.loads((ran.workdir / "output" / "tuneyard.json").read_text())["arguments"]
+    assert said["lora_rank"] == 8
+    assert said.keys().isdisjoint(OF_THE_JOB | WHAT.keys())
