@@ -96,7 +96,7 @@ def _submit(
         inputs = jobs.submit_job(tx, caller.team_id, submission)
         check_inputs(tx, yard, submission.spec, inputs)
     else:
-        # Its inputs may be gone by now: what was accepted stays accepted.
+        # Its inputs may be gone by now; the job that was made then is shown as it stands.
         response.headers["Idempotency-Replayed"] = "true"
     view = reading.show_job(tx, caller.team, earlier or submission.id)
     response.headers["Location"] = f"/api/v1/jobs/{view.id}"

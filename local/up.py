@@ -61,7 +61,7 @@ def up(
             if detach:
                 return 0
             return _stay(home, supervisor, errors, interrupts)
-        _stop(home, supervisor, errors)
+        _stop(supervisor, errors)
         return interrupts.exit_code
 
 
@@ -167,7 +167,7 @@ def _stay(home: Home, supervisor: ProcessId, errors: Console, interrupts: _Inter
         if processes.reap(supervisor) is not None or not supervisor.alive:
             return _ended(home, errors)
         time.sleep(LOOK_EVERY_S)
-    _stop(home, supervisor, errors)
+    _stop(supervisor, errors)
     return interrupts.exit_code
 
 
@@ -183,7 +183,7 @@ def _ended(home: Home, errors: Console) -> int:
     return DIED
 
 
-def _stop(home: Home, supervisor: ProcessId, errors: Console) -> None:
+def _stop(supervisor: ProcessId, errors: Console) -> None:
     with errors.status("stopping"):
         stop_supervisor(supervisor)
         processes.reap(supervisor)

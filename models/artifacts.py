@@ -13,9 +13,7 @@ from tuneyard.models.events import lock_job, record_event
 from tuneyard.models.tables import ArtifactRow, AttemptRow, BaseModelRow, JobRow, ModelRow
 from tuneyard.specs.fields import model_name_of
 from tuneyard.specs.ids import new_id, show_id
-
-KEPT_CHECKPOINTS = 2
-"""So many newest checkpoints are kept, besides the best one."""
+from tuneyard.specs.runner import KEPT_CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -60,14 +58,17 @@ def _insert(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> bool:
 
 
 def _prune_checkpoints(tx: Connection, job_id: UUID) -> None:
-    """Mark all checkpoints but the newest two and the best; their files are swept afterwards."""
+    """Mark all but the newest (save_total_limit, or two) and the best; files are swept later."""
+    limit = tx.execute(
+        select(JobRow.spec["save_total_limit"].as_integer()).where(JobRow.id == job_id)
+    ).scalar_one()
     rows = tx.execute(
         select(ArtifactRow.id, ArtifactRow.manifest["eval_loss"].as_float().label("eval_loss"))
         .where(ArtifactRow.job_id == job_id, ArtifactRow.kind == "checkpoint")
         .where(ArtifactRow.pruned_at.is_(None))
         .order_by(ArtifactRow.step.desc(), ArtifactRow.id.desc())
     ).all()
-    kept = {row.id for row in rows[:KEPT_CHECKPOINTS]}
+    kept = {row.id for row in rows[: limit or KEPT_CHECKPOINTS]}
     measured = [row for row in rows if row.eval_loss is not None]
     if measured:
         kept.add(min(measured, key=lambda row: row.eval_loss).id)

@@ -48,14 +48,15 @@ class Assignment:
     ref: AttemptRef
     kind: str
     name: str
-    claimed: bool
+    claimed_by: str | None  # the boot_id of the worker's life that claimed it
     phase: str
     stop_reason: StopReason | None
 
 
 ASSIGNMENTS = text("""
     SELECT a.id, a.job_id, a.team_id, a.number, a.token, a.phase, a.stop_reason,
-           j.kind, j.name, m.claimed_at IS NOT NULL AS claimed
+           j.kind, j.name,
+           CASE WHEN m.claimed_at IS NOT NULL THEN m.boot_id END AS claimed_by
     FROM members m
     JOIN attempts a ON a.id = m.attempt_id
     JOIN jobs j ON j.id = a.job_id
@@ -75,7 +76,7 @@ def assignments(tx: Connection, node_id: UUID) -> list[Assignment]:
             AttemptRef(row.id, row.job_id, row.team_id, row.number, row.token),
             row.kind,
             row.name,
-            row.claimed,
+            row.claimed_by,
             row.phase,
             StopReason(row.stop_reason) if row.stop_reason else None,
         )
@@ -154,15 +155,16 @@ def report_started(tx: Connection, ref: AttemptRef) -> None:
     )
 
 
-def release_devices(tx: Connection, ref: AttemptRef) -> None:
+def release_devices(tx: Connection, ref: AttemptRef, *, device_state: str = "cleaning") -> None:
     """Every process of the attempt is gone: free its slots, let its GPUs be seen to be empty.
 
+    Where some process would not go, ``unconfirmed`` keeps its devices from others until it has.
     The attempt itself goes on as ``publishing``. Raises: StaleToken.
     """
     lock_job(tx, ref.job_id)
     check_token(tx, ref)
     tx.execute(update(AttemptRow).where(AttemptRow.id == ref.id).values(phase="publishing"))
-    free_slots(tx, ref.id, gpu_state="cleaning")
+    free_slots(tx, ref.id, device_state=device_state)
 
 
 FREE_SLOTS = text("""
@@ -178,9 +180,9 @@ FREE_SLOTS = text("""
 """A CPU slot is free once its processes are gone; a GPU must be seen empty as well."""
 
 
-def free_slots(tx: Connection, attempt_id: UUID, *, gpu_state: str) -> None:
-    """Take an attempt's slots back; its devices wait in ``cleaning`` or ``unconfirmed``."""
-    tx.execute(FREE_SLOTS, {"attempt": attempt_id, "state": gpu_state})
+def free_slots(tx: Connection, attempt_id: UUID, *, device_state: str) -> None:
+    """Take an attempt's slots back; its GPUs wait in this state, its cores if ``unconfirmed``."""
+    tx.execute(FREE_SLOTS, {"attempt": attempt_id, "state": device_state})
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ def finish_attempt(
     *,
     record: Callable[[Connection], None] | None = None,
     backoff_s: float = 0.0,
+    device_state: str = "cleaning",
 ) -> Verdict:
     """End a live attempt, record what it brought forth, move its job. Raises: StaleToken.
 
@@ -209,12 +212,13 @@ def finish_attempt(
     verdict = after_stop(end.verdict, check_token(tx, ref))
     if record is not None:
         record(tx)
-    end_attempt(tx, ref, replace(end, verdict=verdict), backoff_s=backoff_s, gpu_state="cleaning")
+    ended = replace(end, verdict=verdict)
+    end_attempt(tx, ref, ended, backoff_s=backoff_s, device_state=device_state)
     return verdict
 
 
 def end_attempt(
-    tx: Connection, ref: AttemptRef, end: End, *, backoff_s: float, gpu_state: str
+    tx: Connection, ref: AttemptRef, end: End, *, backoff_s: float, device_state: str
 ) -> JobState:
     """End an attempt whose job and row this transaction holds."""
     verdict = end.verdict
@@ -235,7 +239,7 @@ def end_attempt(
         .where(MemberRow.attempt_id == ref.id, MemberRow.ended_at.is_(None))
         .values(ended_at=func.clock_timestamp(), exit=end.exit)
     )
-    free_slots(tx, ref.id, gpu_state=gpu_state)
+    free_slots(tx, ref.id, device_state=device_state)
     return _move_job(tx, ref, end, backoff_s)
 
 

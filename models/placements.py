@@ -237,8 +237,8 @@ def reap(tx: Connection, ref: AttemptRef, *, epoch: int, backoff_s: float) -> Jo
         return None
     what = "was not renewed" if gone.claimed else "was never claimed"
     end = End(Verdict(Outcome.LOST, Cause.NODE_LOST), evidence=f"The lease of {gone.nodes} {what}.")
-    gpu_state = "unconfirmed" if gone.claimed else "ok"
-    return end_attempt(tx, ref, end, backoff_s=backoff_s, gpu_state=gpu_state)
+    device_state = "unconfirmed" if gone.claimed else "ok"
+    return end_attempt(tx, ref, end, backoff_s=backoff_s, device_state=device_state)
 
 
 @dataclass(frozen=True)

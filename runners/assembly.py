@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tuneyard.runners.adapter import add_adapter, trained_parameters
-from tuneyard.runners.arguments import FinetuneArguments, Strategy
+from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import load_weights
@@ -23,6 +23,7 @@ from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
 from tuneyard.runners.training import Data, Plan, Trainer
+from tuneyard.specs.finetune import Strategy
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,6 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         epochs=arguments.num_train_epochs,
         max_steps=arguments.max_steps,
     )
-    eval_strategy = arguments.eval_strategy or ("steps" if arguments.eval_steps else "no")
     eval_steps = arguments.eval_steps or arguments.logging_steps
     return Plan(
         steps=steps,
@@ -142,7 +142,7 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         batches_per_step=arguments.gradient_accumulation_steps,
         eval_rows_per_batch=arguments.per_device_eval_batch_size,
         max_grad_norm=arguments.max_grad_norm,
-        eval_every=every(eval_strategy, eval_steps, epoch=epoch, total=steps),
+        eval_every=every(arguments.eval_strategy, eval_steps, epoch=epoch, total=steps),
         save_every=every(arguments.save_strategy, arguments.save_steps, epoch=epoch, total=steps),
         log_every=every("steps", arguments.logging_steps, epoch=epoch, total=steps) or 1,
         keep=arguments.save_total_limit,

@@ -105,11 +105,6 @@ _NOT_THE_JOBS_FAULT = {
 _UNASKED_STOPS = {ExitCode.STOPPED_AT_CHECKPOINT, ExitCode.STOPPED_WITHOUT}
 
 
-def judge(end: RunnerEnd, stop_reason: StopReason | None) -> Verdict:
-    """Say what an end means. The first rule that matches decides; their order is the contract."""
-    return after_stop(_judge_end(end), stop_reason)
-
-
 def after_stop(verdict: Verdict, stop_reason: StopReason | None) -> Verdict:
     """What an end means once it is known whether, and why, the attempt was asked to stop."""
     if stop_reason is None or verdict.outcome is Outcome.SUCCEEDED:
@@ -124,7 +119,8 @@ def after_stall(verdict: Verdict) -> Verdict:
     return Verdict(Outcome.LOST, Cause.STALLED) if verdict.outcome is Outcome.LOST else verdict
 
 
-def _judge_end(end: RunnerEnd) -> Verdict:
+def judge(end: RunnerEnd) -> Verdict:
+    """Say what an end means. The first rule that matches decides; their order is the contract."""
     if end.code == ExitCode.DONE:
         return Verdict(Outcome.SUCCEEDED)
     if end.code in _FINAL:

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
@@ -223,7 +223,3 @@ class Spec(BaseModel):
     def wants_gpu(self) -> bool:
         """Whether ``auto`` means a GPU for this kind."""
         return False
-
-    def replaced(self, **changes: Any) -> Self:
-        """A copy with other values, checked anew."""
-        return type(self).model_validate(self.document() | changes)

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tuneyard.specs.clashes import clashes_of
+from tuneyard.specs.conversations import UNSTORABLE, all_within
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import Forbidden, InputError, SpecRejected
 from tuneyard.specs.fields import WHAT, Reference, Spec
@@ -57,7 +58,6 @@ _FLAGS = {
     "yes": True, "on": True, "true": True, "y": True,
     "no": False, "off": False, "false": False, "n": False,
 }  # fmt: skip
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class Note(BaseModel):
@@ -226,8 +226,8 @@ class _Reading:
 
     def _odd(self, name: str, value: Any) -> bool:
         """NUL and lone surrogates, which the database cannot hold, and numbers that are none."""
-        for leaf in _leaves(value):
-            if isinstance(leaf, str) and _UNSTORABLE.search(leaf):
+        for leaf in all_within(value):
+            if isinstance(leaf, str) and UNSTORABLE.search(leaf):
                 message = f"{name} holds a character that cannot be stored."
                 self._refuse("bad_character", message, name, "remove NUL and surrogates")
                 return True
@@ -273,18 +273,6 @@ def _understood(value: Any, model: type[Spec], name: str) -> Any:
     """YAML's habits: yes and no where a flag is wanted."""
     wanted = list(leaves(model.model_fields[name].annotation))
     return _flag(value) if wanted == [bool] else value
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield key
-            yield from _leaves(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
-    else:
-        yield value
 
 
 def _notes_on(spec: Spec) -> list[Note]:

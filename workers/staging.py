@@ -1,5 +1,6 @@
 """Making an attempt's work folder ready: inputs from the store by way of the node's cache."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -28,17 +29,17 @@ from tuneyard.models.tables import (
 )
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import TuneyardError
+from tuneyard.specs.exits import Cause
 from tuneyard.specs.ids import show_id
 from tuneyard.specs.runner import (
     ATTEMPT_MARK,
     CHECKPOINTS,
     INPUTS,
-    OUTPUT,
     SPEC_FILE,
     RunnerSpec,
 )
 from tuneyard.specs.settings import Settings
-from tuneyard.store.folder import copy_folder
+from tuneyard.store.folder import FolderDamaged, copy_folder
 from tuneyard.store.remote import Shelf, Store
 from tuneyard.workers.cache import locked
 from tuneyard.workers.hub_access import hub_environment
@@ -51,6 +52,12 @@ class InputGone(TuneyardError):
     """An input of the job is not in the store any more."""
 
     code = "input_gone"
+
+
+def cause_of(error: OSError) -> Cause:
+    """Whether the disk is full, or something else keeps the store from us; neither is charged."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return Cause.DISK_FULL if full else Cause.STORE_UNREACHABLE
 
 
 @dataclass(frozen=True)
@@ -163,14 +170,14 @@ def stage(
     places: arguments of a download that say where things are on this node.
     Returns a sentence for each checkpoint that was rejected. Raises: InputGone.
     """
-    for folder in (INPUTS, CHECKPOINTS, OUTPUT, "cwd"):
+    for folder in (INPUTS, CHECKPOINTS, "cwd"):
         (workdir / folder).mkdir(parents=True, exist_ok=True)
-    # The runner makes output/ visible by a rename: it must not be there before.
-    (workdir / OUTPUT).rmdir()
+    (workdir / INPUTS).chmod(0o755)
     paths = {each.name: _link(each, workdir, store, cache) for each in errand.inputs}
     if errand.known is not None:
         with suppress(InputGone):  # it would only have saved the way to the hub
             paths["known"] = _link(errand.known, workdir, store, cache)
+    (workdir / INPUTS).chmod(0o555)
     resume, rejected = _fetch_checkpoint(errand, workdir, store)
     spec = RunnerSpec(
         job=show_id("job", errand.ref.job_id),
@@ -201,13 +208,29 @@ def _link(stored: StoredInput, workdir: Path, store: Store, cache: Path) -> Path
             link.symlink_to(entry)
     except FileNotFoundError:
         raise InputGone(f"{stored.name} {stored.shown} is not in the store any more.") from None
+    except FolderDamaged as error:
+        said = f"{stored.name} {stored.shown} is damaged in the store: {error.message}"
+        raise InputGone(said) from None
     return link
 
 
+def remove_work(workdir: Path) -> None:
+    """Remove a work folder, whose inputs/ may not be written."""
+    try:
+        (workdir / INPUTS).chmod(0o755)
+    except OSError:
+        pass
+    shutil.rmtree(workdir, ignore_errors=True)
+
+
 def _fetch(stored: StoredInput, entry: Path, store: Store, cache: Path) -> None:
+    """Bring an input into the cache. Runners share it: its files are there to be read alone."""
     aside = cache / f".aside-{uuid4().hex}"
     if stored.shelf is not None:
         copy_folder(store.folder(stored.shelf, stored.id), entry, aside=aside)
+        for path in entry.rglob("*"):
+            if path.is_file():
+                path.chmod(0o444)
         return
     shutil.copyfile(store.file(stored.id), aside)
     with aside.open("rb") as file:
@@ -215,6 +238,7 @@ def _fetch(stored: StoredInput, entry: Path, store: Store, cache: Path) -> None:
     if found != stored.digest:
         aside.unlink()
         raise InputGone(f"{stored.name} {stored.shown} has changed in the store.")
+    aside.chmod(0o444)
     os.rename(aside, entry)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from uuid import UUID, uuid5
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 from support.databases import TestDatabase
 from support.invariants import broken_invariants
@@ -26,8 +26,10 @@ from tuneyard.models.jobs import Submission, cancel_job, retry_job, submit_job
 from tuneyard.models.leadership import lead
 from tuneyard.models.node_cache import set_disk_low
 from tuneyard.models.placements import Placed, QueuedJob
+from tuneyard.models.shipments import Shipment, ship
+from tuneyard.runners.retention import checkpoint_meta
 from tuneyard.scheduler.placing import place
-from tuneyard.specs.errors import Conflict, IllegalEvent, StaleToken
+from tuneyard.specs.errors import Conflict, IllegalEvent, NotFound, StaleToken
 from tuneyard.specs.exits import (
     MAX_LOST_WORKERS,
     Cause,
@@ -86,7 +88,7 @@ class Yard:
     def finish(self, ref: AttemptRef, end: RunnerEnd) -> Verdict:
         """End an attempt as its worker does."""
         with self.db.worker.begin() as tx:
-            return attempts.finish_attempt(tx, ref, End(judge(end, None)))
+            return attempts.finish_attempt(tx, ref, End(judge(end)))
 
     def expire(self, ref: AttemptRef) -> None:
         """Let the lease run out."""
@@ -308,7 +310,7 @@ def test_a_charged_retry_waits_its_backoff(yard: Yard) -> None:
     job = yard.submit()
     ref = yard.start(job)
     with yard.db.worker.begin() as tx:
-        attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=70), None)), backoff_s=100)
+        attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=70))), backoff_s=100)
     with yard.db.scheduler.begin() as tx:
         assert placements.queue(tx, limit=10) == []
     yard.db.run("UPDATE jobs SET not_before = clock_timestamp()")
@@ -352,7 +354,7 @@ def test_a_job_waits_for_its_parent_says_so_and_is_freed_by_its_success(yard: Ya
         attempts.finish_attempt(
             tx,
             ref,
-            End(judge(RunnerEnd(code=0), None)),
+            End(judge(RunnerEnd(code=0))),
             record=lambda tx: publish_base_model(tx, "base", folder),
         )
     row = yard.db.rows("SELECT state, inputs, wait_reason FROM jobs WHERE id = :id", id=child)[0]
@@ -402,21 +404,57 @@ def test_a_chain_of_a_thousand_jobs_ends_with_its_first(yard: Yard) -> None:
 
 def a_checkpoint(ref: AttemptRef, step: int, eval_loss: float | None = None) -> StoredFolder:
     entry = {"path": "state.json", "size": 1, "sha256": "0" * 64}
-    manifest = {"files": [entry], "eval_loss": eval_loss}
+    manifest = {"files": [entry], **checkpoint_meta(step, eval_loss)}
     return StoredFolder(uuid5(ref.id, str(step)), "checkpoint", manifest, "0" * 64, 1, step)
+
+
+LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None}
 
 
 def test_the_newest_two_checkpoints_and_the_best_are_kept(yard: Yard) -> None:
     ref = yard.start(yard.submit())
-    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None}
-    for step, loss in losses.items():
+    for step, loss in LOSSES.items():
         with yard.db.worker.begin() as tx:
             record_checkpoint(tx, ref, a_checkpoint(ref, step, loss))
     kept = yard.db.rows("SELECT step FROM artifacts WHERE pruned_at IS NULL ORDER BY step")
     assert [row.step for row in kept] == [2, 4, 5]
     with yard.db.worker.begin() as tx:
         assert [c.step for c in checkpoints_to_resume(tx, ref.job_id)] == [5, 4, 2]
-        assert len(artifacts_to_sweep(tx)) == 0  # the attempt is staging: it may be reading them
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [2, 5]), (4, [2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_as_many_checkpoints_are_kept_as_the_job_asks_for_and_the_best(
+    yard: Yard, limit: int, kept: list[int]
+) -> None:
+    ref = yard.start(yard.submit())
+    yard.db.run(
+        "UPDATE jobs SET spec = spec || jsonb_build_object('save_total_limit', :n)", n=limit
+    )
+    for step, loss in LOSSES.items():
+        with yard.db.worker.begin() as tx:
+            record_checkpoint(tx, ref, a_checkpoint(ref, step, loss))
+    rows = yard.db.rows("SELECT step FROM artifacts WHERE pruned_at IS NULL ORDER BY step")
+    assert [row.step for row in rows] == kept
+
+
+def test_files_of_old_checkpoints_are_swept_a_minute_later_unless_they_may_be_being_read(
+    yard: Yard,
+) -> None:
+    ref = yard.start(yard.submit())
+    for step in LOSSES:
+        with yard.db.worker.begin() as tx:
+            record_checkpoint(tx, ref, a_checkpoint(ref, step))
+
+    def swept() -> int:
+        with yard.db.worker.begin() as tx:
+            return len(artifacts_to_sweep(tx))
+
+    yard.db.run("UPDATE attempts SET phase = 'running'")
+    assert swept() == 0
+    yard.db.run("UPDATE artifacts SET pruned_at = pruned_at - interval '61 s'")
+    assert swept() == 3
+    yard.db.run("UPDATE attempts SET phase = 'staging'")
+    assert swept() == 0
 
 
 def test_a_retry_of_a_retry_goes_on_from_the_first_ones_checkpoint(yard: Yard) -> None:
@@ -486,6 +524,20 @@ def test_a_checkpoint_of_an_attempt_that_is_over_is_refused(yard: Yard) -> None:
         record_checkpoint(tx, ref, a_checkpoint(ref, 1))
 
 
+@pytest.mark.parametrize(("notes", "commit"), [((), "off"), ((("warning", {}),), "on")])
+def test_lines_of_the_timeline_are_on_disk_before_anybody_hears_of_them(
+    yard: Yard, notes: tuple[tuple[str, dict[str, object]], ...], commit: str
+) -> None:
+    ref = yard.start(yard.submit())
+    with yard.db.worker.begin() as tx:
+        tx.execute(text("SET LOCAL synchronous_commit = on"))  # as on any server but a test's
+        ship(tx, ref, Shipment(5, 0, notes=notes))
+        assert tx.execute(text("SHOW synchronous_commit")).scalar_one() == commit
+    (row,) = yard.db.rows("SELECT events_offset FROM attempts")
+    assert row.events_offset == 5
+    assert len(yard.db.rows("SELECT 1 FROM events WHERE type = 'warning'")) == len(notes)
+
+
 def test_two_cancels_and_a_finish_at_once_end_in_one_terminal_state(yard: Yard) -> None:
     job = yard.submit()
     ref = yard.start(job)
@@ -515,7 +567,7 @@ def test_another_teams_job_cannot_be_seen_or_cancelled(
     yard: Yard, a_team: Callable[[], UUID]
 ) -> None:
     job = yard.submit()
-    with yard.db.api.begin(team=a_team()) as tx, pytest.raises(Exception, match="no such job"):
+    with yard.db.api.begin(team=a_team()) as tx, pytest.raises(NotFound, match="no such job"):
         cancel_job(tx, job)
-    with yard.db.api.begin() as tx, pytest.raises(Exception, match="no such job"):
+    with yard.db.api.begin() as tx, pytest.raises(NotFound, match="no such job"):
         cancel_job(tx, job)

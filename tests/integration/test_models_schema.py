@@ -61,6 +61,13 @@ def test_migrating_twice_changes_nothing(db: TestDatabase) -> None:
     assert db.rows("SELECT count(*) FROM api_keys")[0][0] == 1
 
 
+@pytest.mark.parametrize("role", ["api", "worker", "scheduler"])
+def test_no_role_sits_in_a_transaction_for_long(db: TestDatabase, role: str) -> None:
+    with psycopg.connect(db.url(role)) as connection:
+        shown = connection.execute("SHOW idle_in_transaction_session_timeout").fetchone()
+    assert shown == ("5s",)
+
+
 @pytest.mark.parametrize("table", ["api_keys", "teams"])
 @pytest.mark.parametrize("role", ["api", "worker", "scheduler"])
 def test_no_role_but_the_owner_reads_keys(db: TestDatabase, role: str, table: str) -> None:
