@@ -41,7 +41,7 @@ ROUTERS = (jobs.router, following.router, artifacts.router, files.router, things
 def create_app(settings: Settings) -> FastAPI:
     """Build the application; it starts while the database is away."""
     yard = Yard(settings)
-    streams, checker = Streams(yard.db), FileChecker(yard)
+    streams, checker = Streams(yard.db, yard.store), FileChecker(yard)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

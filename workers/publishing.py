@@ -11,7 +11,7 @@ from tuneyard.models.attempts import AttemptRef
 from tuneyard.models.inputs import OUTPUTS
 from tuneyard.models.tables import JobRow
 from tuneyard.specs.runner import OUTPUT
-from tuneyard.store.folder import manifest_digest
+from tuneyard.store.folder import manifest_digest, read_manifest
 from tuneyard.store.remote import Shelf, Store
 
 
@@ -20,13 +20,15 @@ def store_folder(
 ) -> StoredFolder:
     """Copy a whole folder into the store, its hashes checked on the way.
 
-    The id follows from attempt, kind and step: a worker that died after the copy finds its own.
-    Raises: FileNotFoundError, OSError, FolderDamaged.
+    The id follows from attempt, kind, step and content: a worker that died after the copy finds
+    its own, and two contents never meet under one id.
+    Raises: FileNotFoundError, OSError, FolderDamaged, StoreUnreachable.
     """
-    folder_id = uuid5(ref.id, f"{kind}:{step}")
+    digest = manifest_digest(read_manifest(source))
+    folder_id = uuid5(ref.id, f"{kind}:{step}:{digest}")
     manifest = store.put_folder(source, shelf_of(kind), folder_id)
     size = sum(int(entry["size"]) for entry in manifest["files"])
-    return StoredFolder(folder_id, kind, manifest, manifest_digest(manifest), size, step)
+    return StoredFolder(folder_id, kind, manifest, digest, size, step)
 
 
 def shelf_of(kind: str) -> Shelf:
@@ -39,7 +41,7 @@ def publish(
 ) -> Callable[[Connection], None]:
     """Store WORKDIR/output; what is returned records it in the transaction that ends the attempt.
 
-    Raises: OSError, FolderDamaged.
+    Raises: OSError, FolderDamaged, StoreUnreachable.
     """
     output = OUTPUTS[kind]
     folder = store_folder(store, ref, workdir / OUTPUT, kind=output)

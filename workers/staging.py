@@ -1,10 +1,8 @@
 """Making an attempt's work folder ready: inputs from the store by way of the node's cache."""
 
 import fcntl
-import hashlib
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +36,7 @@ from tuneyard.specs.runner import (
     RunnerSpec,
 )
 from tuneyard.specs.settings import Settings
-from tuneyard.store.folder import copy_folder
+from tuneyard.store.folder import FolderDamaged
 from tuneyard.store.remote import Shelf, Store
 from tuneyard.workers.inventory import FAKE_FOLDER
 
@@ -125,7 +123,8 @@ def _stored(tx: Connection, name: str, value: Mapping[str, str]) -> StoredInput:
 def stage(errand: Errand, workdir: Path, store: Store, *, cache: Path) -> list[str]:
     """Fill a work folder: inputs, checkpoint to resume from, spec.json.
 
-    Returns a sentence for each checkpoint that was rejected. Raises: InputGone.
+    Returns a sentence for each checkpoint that was rejected. Raises: InputGone, StoreUnreachable,
+    OSError (this node's disk).
     """
     for folder in (INPUTS, CHECKPOINTS, OUTPUT, "cwd"):
         (workdir / folder).mkdir(parents=True, exist_ok=True)
@@ -159,6 +158,9 @@ def _link(stored: StoredInput, workdir: Path, store: Store, cache: Path) -> Path
             os.utime(entry)
     except FileNotFoundError:
         raise InputGone(f"{stored.name} {stored.shown} is not in the store any more.") from None
+    except FolderDamaged as damage:
+        said = f"{stored.name} {stored.shown} has changed in the store: {damage}"
+        raise InputGone(said) from None
     link.unlink(missing_ok=True)
     link.symlink_to(entry)
     return link
@@ -167,15 +169,14 @@ def _link(stored: StoredInput, workdir: Path, store: Store, cache: Path) -> Path
 def _fetch(stored: StoredInput, entry: Path, store: Store, cache: Path) -> None:
     aside = cache / f".aside-{uuid4().hex}"
     if stored.shelf is not None:
-        copy_folder(store.folder(stored.shelf, stored.id), entry, aside=aside)
+        store.fetch_folder(stored.shelf, stored.id, entry, digest=stored.digest, aside=aside)
         return
-    shutil.copyfile(store.file(stored.id), aside)
-    with aside.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != stored.digest:
-        aside.unlink()
-        raise InputGone(f"{stored.name} {stored.shown} has changed in the store.")
-    os.rename(aside, entry)
+    try:
+        if store.fetch_file(stored.id, aside) != stored.digest:
+            raise FolderDamaged("its sha256 is another")
+        os.rename(aside, entry)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -197,9 +198,14 @@ def _fetch_checkpoint(errand: Errand, workdir: Path, store: Store) -> tuple[Path
             return target, rejected
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            source = store.folder("artifacts", checkpoint.id)
-            copy_folder(source, target, aside=workdir / f".aside-{uuid4().hex}")
-        except (OSError, TuneyardError) as error:
+            aside = workdir / f".aside-{uuid4().hex}"
+            store.fetch_folder(
+                "artifacts", checkpoint.id, target, digest=checkpoint.digest, aside=aside
+            )
+        except FileNotFoundError:
+            rejected.append(f"checkpoint of step {checkpoint.step} rejected: it is gone")
+            continue
+        except FolderDamaged as error:
             rejected.append(f"checkpoint of step {checkpoint.step} rejected: {error}")
             continue
         return target, rejected

@@ -10,19 +10,23 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from uuid import UUID
 
-from tuneyard.models import artifacts, attempts, nodes
+from tuneyard.models import attempts, nodes
 from tuneyard.models.engine import Database
 from tuneyard.models.events import node_channel
 from tuneyard.specs.errors import BadId, Unavailable
 from tuneyard.specs.exits import StopReason
 from tuneyard.specs.ids import parse_id, show_id
 from tuneyard.specs.settings import Settings
-from tuneyard.store.remote import Store
+from tuneyard.store.remote import open_store
+from tuneyard.store.scratch import Scratch
+from tuneyard.workers.archiving import LogArchiver
 from tuneyard.workers.guarding import boottime, kill_marked, marked_attempts, node_identity
 from tuneyard.workers.inventory import Inventory, inventory_of, node_name, offered_devices
 from tuneyard.workers.keeping import Keeper, Node
+from tuneyard.workers.sweeping import Sweeper
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +37,6 @@ SEEN_EMPTY = 2
 """So many looks in a row must find a GPU empty."""
 
 CLEAR_EVERY_S = 0.25
-SWEEP_EVERY_S = 60.0
-WORK_KEPT_S = 24 * 3600
 
 
 @dataclass
@@ -51,13 +53,28 @@ class Supervisor:
     on_end: Callable[[Keeper], None] = lambda keeper: None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _empty_looks: dict[UUID, int] = field(default_factory=dict)
-    _swept_at: float = 0.0
+
+    @cached_property
+    def sweeper(self) -> Sweeper:
+        """The housekeeping beside it."""
+        node = self.node
+        archiver = LogArchiver(
+            node.db, node.store, node.id, Scratch(node.settings.home / "scratch")
+        )
+        return Sweeper(node.db, node.store, node.settings.home, archiver, self._live_folders)
+
+    def _live_folders(self) -> set[str]:
+        with self._lock:
+            return {show_id("attempt", key) for key in self.keepers}
 
     def start(self) -> None:
         """Look once, so that what runs already is kept again, then go on in threads."""
         self.look()
         for task in (self._look_often, self._renew_often, self._listen, self._clear_often):
             threading.Thread(target=task, name=task.__name__.strip("_"), daemon=True).start()
+        threading.Thread(
+            target=self.sweeper.run, args=(self.stopping,), name="sweep", daemon=True
+        ).start()
 
     def wake(self) -> None:
         """Look soon: a hint came."""
@@ -99,7 +116,6 @@ class Supervisor:
         while not self.stopping.is_set():
             try:
                 self.look()
-                self._sweep()
             except Unavailable as error:
                 log.debug("database away", extra={"event": "database_away", "code": error.code})
             except Exception:
@@ -125,6 +141,7 @@ class Supervisor:
         for keeper in [k for k in self.keepers.values() if k.done.is_set()]:
             del self.keepers[keeper.ref.id]
             self.on_end(keeper)
+            self.sweeper.wake()
 
     def _take(self, assignment: attempts.Assignment, requested_at: float) -> Keeper | None:
         """Claim a new attempt, or take one up again that an earlier worker had claimed."""
@@ -249,31 +266,12 @@ class Supervisor:
             ended = nodes.ended_among(tx, list(marked))
         kill_marked({marked[each] for each in ended})
 
-    # Housekeeping --------------------------------------------------------------------------------
-
-    def _sweep(self) -> None:
-        """Remove work folders that nobody needs any more, and what pruned artifacts left."""
-        if time.monotonic() - self._swept_at < SWEEP_EVERY_S:
-            return
-        self._swept_at = time.monotonic()
-        live = {show_id("attempt", key) for key in self.keepers}
-        for folder in (self.node.settings.home / "work").iterdir():
-            if folder.name not in live and time.time() - folder.stat().st_mtime > WORK_KEPT_S:
-                shutil.rmtree(folder, ignore_errors=True)
-        with self.node.db.begin() as tx:
-            pruned = artifacts.artifacts_to_sweep(tx)
-        for artifact_id in pruned:
-            self.node.store.remove_folder("artifacts", artifact_id)
-        if pruned:
-            with self.node.db.begin() as tx:
-                artifacts.mark_swept(tx, pruned)
-        self.node.store.sweep_aside()
-
 
 def register(
     settings: Settings, capabilities: Mapping[str, object], stopping: threading.Event
 ) -> Supervisor:
-    """Write this node and its devices into the database. Raises: Unavailable."""
+    """Write this node and its devices into the database. Raises: Unavailable, InputError."""
+    store = open_store(settings)
     db = Database(settings.database_url.get_secret_value(), f"ty-worker@{node_name(settings)}")
     for folder in ("work", "cache"):
         (settings.home / folder).mkdir(parents=True, exist_ok=True)
@@ -287,5 +285,5 @@ def register(
             capabilities=dict(capabilities),
             devices=offered_devices(inventory, settings.cpu_slots),
         )
-    node = Node(node_id, db, Store(settings.store_root), settings)
+    node = Node(node_id, db, store, settings)
     return Supervisor(node, node_name(settings), inventory, boot_id, stopping)
