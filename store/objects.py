@@ -40,7 +40,7 @@ from tuneyard.store.shelves import (
     ids_among,
 )
 
-BLOCK_BYTES = 16 * 1024**2
+BLOCK_BYTES = 8 * 1024**2
 MAX_BLOCKS = 9_000
 """S3 takes 10,000 parts of a file."""
 
