@@ -45,8 +45,8 @@ MAX_BLOCKS = 9_000
 """S3 takes 10,000 parts of a file."""
 
 UPLOADS_AT_ONCE = 4
-READ_BYTES = 4 * 1024**2
-READ_AHEAD = 4
+READ_BYTES = 2 * 1024**2
+READ_AHEAD = 8
 SMALL_BYTES = 32 * 1024**2
 
 

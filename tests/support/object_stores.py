@@ -142,33 +142,40 @@ class Gate:
     def close(self) -> None:
         """Take no more."""
         self.opened.set()
-        self._listening.close()
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept
 
     def _start(self, work: Callable[..., None], *arguments: Any) -> None:
         threading.Thread(target=work, args=arguments, daemon=True).start()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listening.accept()
-                server = socket.create_connection(("127.0.0.1", self._port))
-            except OSError:
-                if self._listening.fileno() < 0:
+        with self._listening:
+            while True:
+                try:
+                    client, _ = self._listening.accept()
+                except OSError:
                     return
-                client.close()
-                continue
-            self._start(self._pass_on, client, server)
-            self._start(self._pass_on, server, client)
+                self._start(self._serve, client)
+
+    def _serve(self, client: socket.socket) -> None:
+        address = ("127.0.0.1", self._port)
+        with (
+            client,
+            contextlib.suppress(OSError),
+            socket.create_connection(address) as server,
+        ):
+            back = threading.Thread(target=self._pass_on, args=(server, client), daemon=True)
+            back.start()
+            self._pass_on(client, server)
+            back.join()
 
     def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if self._words in data and not self.opened.is_set():
                     self.reached.set()
                     self.opened.wait(60)
                 target.sendall(data)
-        except OSError:
-            pass
         for each in (source, target):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
