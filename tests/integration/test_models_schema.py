@@ -44,6 +44,16 @@ def test_migrating_down_and_up_again_works(db: TestDatabase) -> None:
     assert db.rows("SELECT count(*) FROM jobs")[0][0] == 0
 
 
+def test_log_archives_can_be_undone_and_made_again(db: TestDatabase) -> None:
+    with db.owner.begin() as tx:
+        downgrade(tx, "0001")
+    column = "SELECT 1 FROM information_schema.columns WHERE column_name = 'log_artifact'"
+    assert db.rows(column) == []
+    with db.owner.begin() as tx:
+        upgrade(tx)
+    assert len(db.rows(column)) == 1
+
+
 def test_migrating_twice_changes_nothing(db: TestDatabase) -> None:
     settings = migration_settings(db.server.plan.url(database=db.name))
     migrate(settings)
