@@ -160,7 +160,7 @@ def _services(
     *,
     url: str,
 ) -> list[Child]:
-    """API, scheduler and worker, each with a database role of its own, two with the store's keys."""
+    """API, scheduler and worker, each with a role of its own; the store is not the scheduler's."""
     keys = _store_keys(settings)
     particular: dict[str, dict[str, Any]] = {
         "api": {"is_ready": answers(f"{url}/readyz")},
