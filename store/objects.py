@@ -5,6 +5,7 @@ goes on with the files that are missing: what lies under an id never has another
 """
 
 import hashlib
+import logging
 import os
 import struct
 import time
@@ -39,6 +40,8 @@ from tuneyard.store.shelves import (
     check_digest,
     ids_among,
 )
+
+log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 8 * 1024**2
 MAX_BLOCKS = 9_000
@@ -159,18 +162,21 @@ class ObjectStore(Store):
     def fetch_file(self, file_id: UUID, target: Path) -> str:
         """Download, reading ahead."""
         key = f"files/{file_id.hex}"
-        digest = hashlib.sha256()
+        digest, size = hashlib.sha256(), self._bucket.find(key).size
         with target.open("wb") as file:
-            for piece in self._ahead(key, self._bucket.find(key).size):
+            for piece in self._ahead(key, size):
                 digest.update(piece)
                 file.write(piece)
         return digest.hexdigest()
 
     @contextmanager
     def file_here(self, file_id: UUID) -> Iterator[Path]:
-        """A copy in scratch space."""
+        """A copy in scratch space; a path where nothing is when the object is gone."""
         with self._scratch.folder() as folder:
-            self.fetch_file(file_id, folder / "file")
+            try:
+                self.fetch_file(file_id, folder / "file")
+            except FileNotFoundError:
+                log.warning("file is gone", extra={"event": "file_gone", "file": file_id.hex})
             yield folder / "file"
 
     def read_file(self, file_id: UUID, *, first: int, last: int) -> Iterator[bytes]:

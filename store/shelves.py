@@ -98,7 +98,7 @@ class Store(ABC):
     def file_here(self, file_id: UUID) -> AbstractContextManager[Path]:
         """A file as a path on this machine, for as long as the block lasts.
 
-        Raises: FileNotFoundError.
+        Where the file is gone, nothing is at that path.
         """
 
     @abstractmethod

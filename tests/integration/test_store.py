@@ -239,6 +239,8 @@ def test_a_file_is_stored_as_it_comes_with_its_hash(stored: Stored) -> None:
     assert (stored.home / "out").read_bytes() == content
     with stored.store.file_here(file_id) as path:
         assert path.read_bytes() == content
+    with stored.store.file_here(new_id()) as path:
+        assert not path.exists()
     empty = new_id()
     assert stored.store.put_file([], empty)[0] == 0
     stored.store.fetch_file(empty, stored.home / "empty")

@@ -100,6 +100,23 @@ def test_a_store_that_dies_while_a_result_is_published_is_asked_again(
     gate.close()
 
 
+def test_a_worker_that_dies_while_it_publishes_is_followed_by_one_that_ends_the_upload(
+    a_cluster: Callable[..., Cluster], object_server: ObjectServer, store: Store
+) -> None:
+    gate = Gate(object_server.ports["s3.port"], b"/models/")
+    cluster = a_cluster(endpoint=gate.endpoint)
+    job = cluster.submit(steps=4)
+    assert gate.reached.wait(30), "nothing was published"
+    cluster.kill("worker")
+    gate.opened.set()
+    cluster.start("worker")
+    assert cluster.finish(job) == "succeeded"
+    assert len(cluster.attempts(job)) == 1
+    (model,) = cluster.db.rows("SELECT id FROM base_models")
+    assert store.ids("models") == [model.id]
+    gate.close()
+
+
 def test_a_store_that_stays_away_costs_an_uncharged_attempt_and_no_checkpoint(
     a_cluster: Callable[..., Cluster], object_server: ObjectServer
 ) -> None:
