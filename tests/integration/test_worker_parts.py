@@ -167,7 +167,7 @@ def a_model_in_the_store(db: TestDatabase, supervisor: Supervisor) -> Path:
         id=model,
         digest=manifest_digest(manifest),
     )
-    return supervisor.node.store.folder("models", model)
+    return supervisor.node.settings.home / "store" / "models" / model.hex
 
 
 def ask_model(cluster: Cluster) -> UUID:
