@@ -7,7 +7,17 @@ import sys
 
 import typer
 
-from tuneyard.cli import downloading, files, fixtures, inference, jobs, models, results, services
+from tuneyard.cli import (
+    downloading,
+    files,
+    fixtures,
+    inference,
+    jobs,
+    merging,
+    models,
+    results,
+    services,
+)
 from tuneyard.cli.output import print_error
 from tuneyard.client import Refused, Unreachable
 from tuneyard.specs.errors import TuneyardError, Unavailable
@@ -20,7 +30,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (services, jobs, inference, results, downloading, files, models, fixtures):
+GROUPS = (services, jobs, merging, inference, results, downloading, files, models, fixtures)
+for group in GROUPS:
     group.register(app)
 
 
