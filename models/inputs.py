@@ -155,6 +155,13 @@ def _output_of(tx: Connection, reference: Reference, name: str) -> Resolved:
     ).one_or_none()
     if job is None:
         raise NotFound(f"There is no job {job_name[:60]}.", field=reference.field)
+    if job.kind not in OUTPUTS:
+        raise InputError(
+            f"A {job.kind} job brings nothing forth.",
+            code="wrong_output",
+            field=reference.field,
+            hint="name the model that it serves",
+        )
     output = output or OUTPUTS[job.kind]
     _check_fits(reference, job.kind, output)
     if job.state == JobState.SUCCEEDED:

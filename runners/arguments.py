@@ -108,6 +108,13 @@ class InferArguments(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
 
+class ServeArguments(InferArguments):
+    """What `kind: serve` may say; each question may say otherwise how it is to be answered."""
+
+    default_system: str | None = None  # None: the one that trained
+    idle_s: float = Field(600.0, gt=0)
+
+
 class DownloadArguments(BaseModel):
     """What `kind: download` may say."""
 

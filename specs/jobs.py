@@ -28,17 +28,21 @@ from tuneyard.specs.llamafactory import (
     WITHOUT_EFFECT,
 )
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
+from tuneyard.specs.serve import ServeSpec
 from tuneyard.specs.wording import FieldRow, field_rows, leaves
 
 __all__ = ["TEXT_FIELDS", "JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
 
-JobSpec = FinetuneSpec | InferenceSpec | DownloadSpec
+JobSpec = FinetuneSpec | InferenceSpec | DownloadSpec | ServeSpec
 
 KINDS: dict[str, type[Spec]] = {
     "finetune": FinetuneSpec,
     "inference": InferenceSpec,
     "download": DownloadSpec,
+    "serve": ServeSpec,
 }
+
+TRAINS_NOTHING = {InferenceSpec: "an inference", ServeSpec: "a serve"}
 
 READ_ONLY = frozenset(
     """
@@ -188,8 +192,9 @@ class _Reading:
                 self._not_yet("adapter", written, value)
         elif name in GENERATING and tuning:
             self._note(written, f"{written} has no effect: only an inference job generates")
-        elif name in TUNING and self.model is InferenceSpec:
-            self._note(written, f"{written} has no effect: an inference job trains nothing")
+        elif name in TUNING and self.model in TRAINS_NOTHING:
+            kind = TRAINS_NOTHING[self.model]
+            self._note(written, f"{written} has no effect: {kind} job trains nothing")
         else:
             self._refuse_unknown(name, written)
 

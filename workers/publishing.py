@@ -39,9 +39,11 @@ def publish(
 ) -> Callable[[Connection], None]:
     """Store WORKDIR/output; what is returned records it in the transaction that ends the attempt.
 
-    Raises: OSError, FolderDamaged.
+    A kind that brings nothing forth has none. Raises: OSError, FolderDamaged.
     """
-    output = OUTPUTS[kind]
+    output = OUTPUTS.get(kind)
+    if output is None:
+        return lambda tx: None
     folder = store_folder(store, ref, workdir / OUTPUT, kind=output)
     if output != "base_model":
         return lambda tx: publish_outputs(tx, ref, [folder])

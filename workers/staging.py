@@ -210,6 +210,7 @@ RUNNER_MODULES = {
     "finetune": "tuneyard.runners.finetune",
     "inference": "tuneyard.runners.infer",
     "download": "tuneyard.runners.download",
+    "serve": "tuneyard.runners.serve",
 }
 
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "TMPDIR")
