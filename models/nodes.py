@@ -24,6 +24,14 @@ class OfferedDevice:
     slot_cores: Sequence[Sequence[int]] = field(default_factory=lambda: [[]])
 
 
+@dataclass(frozen=True)
+class Gateway:
+    """Where a node's gateway is reached, and what opens it."""
+
+    url: str
+    token: str = field(repr=False)
+
+
 def register_node(
     tx: Connection,
     name: str,
@@ -31,9 +39,10 @@ def register_node(
     boot_id: str,
     capabilities: dict[str, Any],
     devices: Sequence[OfferedDevice],
+    gateway: Gateway | None = None,
 ) -> UUID:
     """Make or refresh a node's row, its devices and slots. Devices that are gone become lost."""
-    node_id = _upsert_node(tx, name, boot_id, capabilities)
+    node_id = _upsert_node(tx, name, boot_id, capabilities, gateway)
     for device in devices:
         device_id = _upsert_device(tx, node_id, device)
         _upsert_slots(tx, device_id, device)
@@ -46,9 +55,19 @@ def register_node(
     return node_id
 
 
-def _upsert_node(tx: Connection, name: str, boot_id: str, capabilities: dict[str, Any]) -> UUID:
+def _upsert_node(
+    tx: Connection,
+    name: str,
+    boot_id: str,
+    capabilities: dict[str, Any],
+    gateway: Gateway | None,
+) -> UUID:
+    reached = {
+        "gateway_url": gateway.url if gateway else None,
+        "gateway_token": gateway.token if gateway else None,
+    }
     row = insert(NodeRow).values(
-        id=new_id(), name=name, boot_id=boot_id, capabilities=capabilities, state="up"
+        id=new_id(), name=name, boot_id=boot_id, capabilities=capabilities, state="up", **reached
     )
     fresh = {
         "boot_id": boot_id,
@@ -56,6 +75,7 @@ def _upsert_node(tx: Connection, name: str, boot_id: str, capabilities: dict[str
         "state": "up",
         "started_at": func.clock_timestamp(),
         "seen_at": func.clock_timestamp(),
+        **reached,
     }
     upsert = row.on_conflict_do_update(index_elements=["name"], set_=fresh)
     return tx.execute(upsert.returning(NodeRow.id)).scalar_one()

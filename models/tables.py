@@ -159,6 +159,8 @@ class NodeRow(Row):
     capabilities: Mapped[dict[str, Any]]
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
+    gateway_url: Mapped[str | None]
+    gateway_token: Mapped[str | None]
 
 
 class DeviceRow(Row):

@@ -271,7 +271,10 @@ class Supervisor:
 
 
 def register(
-    settings: Settings, capabilities: Mapping[str, object], stopping: threading.Event
+    settings: Settings,
+    capabilities: Mapping[str, object],
+    stopping: threading.Event,
+    gateway: nodes.Gateway | None = None,
 ) -> Supervisor:
     """Write this node and its devices into the database. Raises: Unavailable."""
     db = Database(settings.database_url.get_secret_value(), f"ty-worker@{node_name(settings)}")
@@ -286,6 +289,7 @@ def register(
             boot_id=boot_id,
             capabilities=dict(capabilities),
             devices=offered_devices(inventory, settings.cpu_slots),
+            gateway=gateway,
         )
     node = Node(node_id, db, Store(settings.store_root), settings)
     return Supervisor(node, node_name(settings), inventory, boot_id, stopping)
