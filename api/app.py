@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
-from tuneyard.api import artifacts, files, following, jobs, problems, things
+from tuneyard.api import artifacts, chat, files, following, jobs, problems, things
 from tuneyard.api.access import Login, Yard
 from tuneyard.api.broker import Broker
 from tuneyard.api.checking import FileChecker
 from tuneyard.api.limits import Limits
 from tuneyard.api.paging import refuse_unknown_names
+from tuneyard.api.passages import Passages
 from tuneyard.api.streams import Streams
 from tuneyard.api.uploads import Uploads
 from tuneyard.specs.settings import Settings
@@ -35,7 +36,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "Away or busy: ask again after Retry-After."},
 }
 
-ROUTERS = (jobs.router, following.router, artifacts.router, files.router, things.router)
+ROUTERS = (
+    jobs.router,
+    chat.router,
+    following.router,
+    artifacts.router,
+    files.router,
+    things.router,
+)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -63,6 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.yard, app.state.streams, app.state.checker = yard, streams, checker
     app.state.uploads = Uploads(yard.store, max_file_bytes=settings.max_file_bytes)
+    app.state.passages = Passages()
     app.state.broker = Broker(settings.broker_url.get_secret_value())
     _include_routes(app)
     problems.register(app)

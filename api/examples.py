@@ -27,6 +27,20 @@ SUBMISSIONS: dict[str, Any] = {
             "model_name": "smollm2-135m-instruct",
         },
     },
+    "serve": {
+        "summary": "Keep a model loaded, for chats",
+        "value": {"kind": "serve", "model": "support-tone", "idle_s": 600},
+    },
+}
+
+CHAT: dict[str, Any] = {
+    "summary": "The whole conversation so far",
+    "value": {
+        "messages": [{"role": "user", "content": "Who are you?"}],
+        "max_new_tokens": 64,
+        "temperature": 0,
+        "stream": True,
+    },
 }
 
 RETRY: dict[str, Any] = {
@@ -41,4 +55,5 @@ def _json_body(examples: dict[str, Any], *, required: bool) -> dict[str, Any]:
 
 
 SUBMIT_BODY = _json_body(SUBMISSIONS, required=True)
+CHAT_BODY = _json_body({"chat": CHAT}, required=True)
 RETRY_BODY = _json_body({"retry": RETRY}, required=False)

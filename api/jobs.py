@@ -12,13 +12,14 @@ from tuneyard.api.access import TheCaller, TheYard, Yard, path_id
 from tuneyard.api.bodies import Document, IdempotencyKey
 from tuneyard.api.examples import RETRY_BODY, SUBMIT_BODY
 from tuneyard.api.paging import page, read_cursor
-from tuneyard.checks.submission import check_finetune, check_prompts
+from tuneyard.checks.submission import check_finetune, check_prompts, check_serve
 from tuneyard.models import files, jobs, reading
 from tuneyard.models.inputs import resolve
 from tuneyard.models.keys import Caller
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.jobs import JobSpec, read_spec
+from tuneyard.specs.serve import ServeSpec
 from tuneyard.specs.states import JobState
 from tuneyard.specs.views import JobList, JobView
 
@@ -72,6 +73,9 @@ def check_submission(tx: Connection, yard: Yard, spec: JobSpec) -> None:
         facts = yard.facts(UUID(base)) if base else None
         report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
         problems = check_finetune(spec, report, facts, eval_report=eval_report)
+    elif isinstance(spec, ServeSpec) and "adapter" not in inputs:
+        base = inputs.get("model", {}).get("base_model")
+        problems = check_serve(spec, yard.facts(UUID(base)) if base else None)
     elif report := _report(tx, inputs, "prompts"):
         problems = check_prompts(report)
     if problems:
