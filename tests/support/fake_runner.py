@@ -3,7 +3,7 @@
 
 It stands in for the interpreter (setting ``runner_python``), so worker, guard and store do not know
 the difference. What it is asked stands as JSON in the argument ``source``: steps, step_s,
-save_steps, exit, ignore_term, leak_child, hang.
+save_steps, exit, ignore_term, leak_child, hang. A job of kind serve goes to fake_server.py.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ import time
 SPEC, WORKDIR = sys.argv[-2:]
 with open(SPEC) as file:
     spec = json.load(file)
-asked = json.loads(spec["arguments"]["source"])
+asked = json.loads(spec["arguments"].get("source", "{}"))
 stopping = False
 n = 0
 held = []  # a lock goes with its descriptor
@@ -116,6 +116,11 @@ def main():
     return 0
 
 
+if spec["kind"] == "serve":
+    import fake_server
+
+    emit("started", pid=os.getpid())
+    fake_server.serve(spec, WORKDIR, emit)
 code = main()
 for name in filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")):
     diary(os.environ["TUNEYARD_FAKE_GPUS"], name, "release")
