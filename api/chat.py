@@ -6,7 +6,7 @@ job; its node's gateway passes the question on to the runner.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from uuid import UUID
 
@@ -23,7 +23,7 @@ from tuneyard.api.streams import HEARTBEAT_EVERY_S, Stream
 from tuneyard.models import jobs, reading
 from tuneyard.models.keys import Caller
 from tuneyard.models.serving import Listening, NotReady, listening
-from tuneyard.specs.errors import Unavailable
+from tuneyard.specs.errors import InputError, TuneyardError, Unavailable
 from tuneyard.specs.serve import read_chat
 from tuneyard.specs.views import ChatView, JobView
 
@@ -120,16 +120,23 @@ async def _hung_up(request: Request) -> None:
 
 
 async def _whole(passage: Passage) -> dict[str, Any]:
-    """All pieces as one answer. Raises: Unavailable where it ends with an error."""
+    """All pieces as one answer. Raises: what it ended with instead."""
     text = ""
     while (line := await passage.line()) is not None:
         text += line.get("delta", "")
         if "error" in line:
-            error = line["error"]
-            raise Unavailable(error["message"], code=error["code"], hint=error["hint"])
+            raise _ended_by(line["error"])
         if "done" in line:
             return line | {"text": text}
     raise broken_off()
+
+
+def _ended_by(error: Mapping[str, Any]) -> TuneyardError:
+    """Whose turn it is now: to ask again, to ask otherwise, or ours."""
+    code = error["code"]
+    kind = Unavailable if code == "stopping" else TuneyardError
+    kind = InputError if code == "out_of_memory" else kind
+    return kind(error["message"], code=code, hint=error["hint"])
 
 
 class ChatStream(Stream):

@@ -84,10 +84,11 @@ class ServedModel:
     def _start_again(self) -> None:
         """The job has ended. One that answered before may have been idle for too long."""
         ended = self._client.job(self.job)
-        if ended["state"] == "failed" or not self._was_ready:
+        ours = self.job in self._ours
+        if ended["state"] == "failed" or (ours and not self._was_ready):
             report_failure(ended)
             raise JobOver
-        self._tell(f"{self.job} {ended['state']}; the model is loaded again")
+        self._tell(f"{self.job} {ended['state']}: the model is loaded again")
         self.job = self._submit()
 
     def ask(

@@ -215,6 +215,18 @@ def test_a_client_that_goes_away_cancels_its_answer(yard: Yard, stream: bool) ->
     wait_for(hung_up.exists, within_s=5, what="the runner to notice")
 
 
+def test_a_stream_that_has_nothing_to_say_shows_that_it_lives(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuneyard.api.chat.HEARTBEAT_EVERY_S", 0.05)
+    job = yard.ready(default_system='{"word_s": 0.3}')
+    body = {"messages": WHO, "stream": True, "max_new_tokens": 2}
+    with yard.http.stream("POST", f"/jobs/{job}/chat", json=body) as answer:
+        lines = list(answer.iter_lines())
+    assert ": still here" in lines
+    assert "event: done" in lines
+
+
 def test_the_gateway_opens_to_the_nodes_token_alone(yard: Yard) -> None:
     job = yard.ready()
     attempt = yard.cluster.attempts(parse_id("job", job))[0].id

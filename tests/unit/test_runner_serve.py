@@ -264,6 +264,22 @@ def test_it_ends_when_nobody_asks_any_more(tmp_path: Path, base: Path) -> None:
     assert [e["done"] for e in served.of_type("progress")][-1] == 1
 
 
+def test_a_runner_that_waits_or_answers_for_long_is_seen_to_live(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuneyard.runners.serve.HEARTBEAT_EVERY_S", 0.05)
+
+    def beats() -> int:
+        return len(served.of_type("progress"))
+
+    wait_for(lambda: beats() >= 3, within_s=10, what="a sign of life while it waits")
+    asking = ask(served.workdir, **LONG)
+    next(asking.pieces())
+    before = beats()
+    wait_for(lambda: beats() > before, within_s=10, what="a sign of life while it answers")
+    asking.hang_up()
+
+
 def test_the_socket_is_for_its_owner_alone_and_its_path_may_be_long(
     tmp_path: Path, base: Path
 ) -> None:
