@@ -76,7 +76,7 @@ def load_host(asked: Asked, arguments: ServeArguments, attempt: Attempt) -> "Hos
     if arguments.default_system is not None:
         chat = replace(chat, default_system=arguments.default_system)
     speaker = load_speaker(asked, attempt, chat, settings_of(asked, chat))
-    return Host(asked, arguments, attempt, speaker)
+    return Host(read_generation_config(asked.model), arguments, attempt, speaker)
 
 
 class _Left(Exception):
@@ -98,9 +98,12 @@ class Tally:
 
 @dataclass
 class Host:
-    """A loaded model behind a desk; ``ask`` is called from any thread, the rest from one."""
+    """A loaded model behind a desk; ``ask`` is called from any thread, the rest from one.
 
-    asked: Asked
+    model_says: its generation_config.json.
+    """
+
+    model_says: Mapping[str, Any]
     arguments: ServeArguments
     attempt: Attempt
     speaker: "Speaker"
@@ -123,7 +126,7 @@ class Host:
         text = chat.render(chat.with_system(messages), generation_prompt=True)
         (ids,) = chat.encode([text])
         if len(ids) >= self.speaker.limit:
-            raise _Unfit(
+            raise BadData(
                 f"The conversation has {len(ids)} tokens; the model reads {self.speaker.limit}"
                 " with its answer.",
                 code="context_too_long",
@@ -141,9 +144,8 @@ class Host:
             said.setdefault("do_sample", None)
         chosen, _ = read_arguments(InferArguments, self.arguments.model_dump() | said)
         seed = secrets.randbelow(2**32) if chosen.seed is None else chosen.seed
-        says = read_generation_config(self.asked.model)
         stop_ids = self.speaker.settings.stop_ids
-        return choose_settings(chosen, says, stop_ids=stop_ids, seed=seed)
+        return choose_settings(chosen, self.model_says, stop_ids=stop_ids, seed=seed)
 
     # In the answering thread --------------------------------------------------------------------
 
@@ -231,10 +233,6 @@ class Host:
     def _report(self) -> None:
         self._beaten_at = time.monotonic()
         self.attempt.events.emit("progress", done=self.tally.answers, unit="answers")
-
-
-class _Unfit(BadData):
-    """The question does not fit the model."""
 
 
 class _Telling:
