@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
-from tuneyard.api import artifacts, files, flower, following, jobs, login, problems, things
+from tuneyard.api import artifacts, chat, files, flower, following, jobs, login, problems, things
 from tuneyard.api.access import Login, Yard
 from tuneyard.api.broker import Broker
 from tuneyard.api.checking import FileChecker
 from tuneyard.api.limits import Limits
 from tuneyard.api.paging import refuse_unknown_names
+from tuneyard.api.passages import Passages
 from tuneyard.api.prefix import Prefix
 from tuneyard.api.streams import Streams
 from tuneyard.api.uploads import Uploads
@@ -39,6 +40,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 ROUTERS = (
     jobs.router,
     jobs.pipelines,
+    chat.router,
     following.router,
     artifacts.router,
     files.router,
@@ -74,6 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.yard, app.state.streams, app.state.checker = yard, streams, checker
     app.state.uploads = Uploads(yard.store, max_file_bytes=settings.max_file_bytes)
     app.state.flower = flower.Flower(settings.flower_url)
+    app.state.passages = Passages()
     app.state.broker = Broker(settings.broker_url.get_secret_value())
     _include_routes(app)
     problems.register(app)

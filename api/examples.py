@@ -31,6 +31,10 @@ SUBMISSIONS: dict[str, Any] = {
             "model_name": "smollm2-135m-instruct",
         },
     },
+    "serve": {
+        "summary": "Keep a model loaded, for chats",
+        "value": {"kind": "serve", "model": "support-tone", "idle_s": 600},
+    },
     "pipeline": {
         "summary": "Bring a base, tune it and ask the result, in one submission",
         "value": {
@@ -48,6 +52,16 @@ SUBMISSIONS: dict[str, Any] = {
     },
 }
 
+CHAT: dict[str, Any] = {
+    "summary": "The whole conversation so far",
+    "value": {
+        "messages": [{"role": "user", "content": "Who are you?"}],
+        "max_new_tokens": 64,
+        "temperature": 0,
+        "stream": True,
+    },
+}
+
 RETRY: dict[str, Any] = {
     "summary": "With less memory, from the start",
     "value": {"patch": {"per_device_train_batch_size": 1}, "from_scratch": True},
@@ -60,4 +74,5 @@ def _json_body(examples: dict[str, Any], *, required: bool) -> dict[str, Any]:
 
 
 SUBMIT_BODY = _json_body(SUBMISSIONS, required=True)
+CHAT_BODY = _json_body({"chat": CHAT}, required=True)
 RETRY_BODY = _json_body({"retry": RETRY}, required=False)

@@ -8,29 +8,37 @@ from sqlalchemy import Connection
 
 from tuneyard.api.access import Yard
 from tuneyard.checks.hubs import check_place
-from tuneyard.checks.submission import check_finetune, check_prompts
+from tuneyard.checks.submission import check_finetune, check_prompts, check_serve
 from tuneyard.models import files
 from tuneyard.models.inputs import Inputs
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.jobs import JobSpec
+from tuneyard.specs.serve import ServeSpec
 
 
 def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> None:
     """Refuse what the inputs that are there already rule out. Raises: SpecRejected."""
     problems: list[InputError] = []
     if isinstance(spec, FinetuneSpec):
-        model = inputs["model"]
-        facts = yard.facts(model) if model.keys() <= {"base_model", "artifact"} else None
+        facts = _facts(yard, inputs)
         report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
         problems = check_finetune(spec, report, facts, eval_report=eval_report)
+    elif isinstance(spec, ServeSpec):
+        problems = check_serve(spec, _facts(yard, inputs)) if "adapter" not in inputs else []
     elif isinstance(spec, DownloadSpec):
         problems = check_place(spec, yard.settings.roots)
     elif report := _report(tx, inputs, "prompts"):
         problems = check_prompts(report)
     if problems:
         raise SpecRejected(problems)
+
+
+def _facts(yard: Yard, inputs: Inputs) -> Mapping[str, Any] | None:
+    """What the headers of the model say, if it is here already."""
+    model = inputs["model"]
+    return yard.facts(model) if model.keys() <= {"base_model", "artifact"} else None
 
 
 def _report(tx: Connection, inputs: Inputs, field: str) -> Mapping[str, Any] | None:

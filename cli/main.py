@@ -8,6 +8,7 @@ import sys
 import typer
 
 from tuneyard.cli import (
+    chat,
     downloading,
     files,
     fixtures,
@@ -30,7 +31,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-GROUPS = (services, jobs, merging, inference, results, downloading, files, models, fixtures)
+GROUPS = (
+    services,
+    jobs,
+    merging,
+    inference,
+    chat,
+    results,
+    downloading,
+    files,
+    models,
+    fixtures,
+)
 for group in GROUPS:
     group.register(app)
 

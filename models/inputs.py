@@ -331,6 +331,13 @@ def _output_of(tx: Connection, team_id: UUID, reference: Reference, name: str) -
     ).one_or_none()
     if job is None:
         raise NotFound(f"There is no job {job_name[:60]}.", field=reference.field)
+    if job.kind not in OUTPUTS:
+        raise InputError(
+            f"A {job.kind} job brings nothing forth.",
+            code="wrong_output",
+            field=reference.field,
+            hint="name the model that it serves",
+        )
     brings = output_of(job.kind, job.spec)
     output = output or brings
     _check_fits(reference, job.kind, output, brings)

@@ -160,6 +160,8 @@ class NodeRow(Row):
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
     disk_low: Mapped[bool]
+    gateway_url: Mapped[str | None]
+    gateway_token: Mapped[str | None]
 
 
 class NodeCacheRow(Row):

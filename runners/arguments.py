@@ -79,6 +79,13 @@ class MergeArguments(BaseModel):
     export_legacy_format: bool = False
 
 
+class ServeArguments(InferArguments):
+    """What `kind: serve` may say; each question may say otherwise how it is to be answered."""
+
+    default_system: str | None = None  # None: the one that trained
+    idle_s: float = Field(600.0, gt=0)
+
+
 class DownloadArguments(BaseModel):
     """What `kind: download` may say."""
 

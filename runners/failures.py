@@ -32,12 +32,16 @@ class RunnerError(TuneyardError):
 class BadSpec(RunnerError):
     """The spec asks for something that cannot be."""
 
+    code = "bad_spec"
+    http_status = 422
     cause = Cause.BAD_SPEC
 
 
 class BadData(RunnerError):
     """A row of the data cannot be used."""
 
+    code = "bad_data"
+    http_status = 422
     cause = Cause.BAD_DATA
 
 

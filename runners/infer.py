@@ -73,17 +73,22 @@ def read_asked(attempt: Attempt) -> Asked:
     arguments, unknown = read_arguments(InferArguments, attempt.spec.arguments)
     if unknown:
         attempt.events.warn("arguments_ignored", f"Not used here: {', '.join(unknown)}.")
-    model = attempt.input("model")
-    adapter = attempt.input("adapter") if "adapter" in attempt.spec.inputs else None
-    if adapter is not None:
-        read_adapter_config(adapter)
-    origin = read_origin(adapter or model)
     if "prompts" in attempt.spec.inputs:
         prompts = read_prompts(attempt.input("prompts"), system=arguments.system)
     else:
         listed = arguments.prompts if isinstance(arguments.prompts, list) else []
         given = list(enumerate(listed, start=1))
         prompts = prompts_of(given, system=arguments.system)
+    return ask_of(attempt, arguments, prompts)
+
+
+def ask_of(attempt: Attempt, arguments: InferArguments, prompts: Sequence[Prompt]) -> Asked:
+    """The weights that the spec names, and what trained them. Raises: BadSpec, InputGone."""
+    model = attempt.input("model")
+    adapter = attempt.input("adapter") if "adapter" in attempt.spec.inputs else None
+    if adapter is not None:
+        read_adapter_config(adapter)
+    origin = read_origin(adapter or model)
     seed = attempt.spec.seed if arguments.seed is None else arguments.seed
     return Asked(arguments, seed, model, read_config(model), adapter, origin, prompts)
 

@@ -31,12 +31,13 @@ from tuneyard.specs.llamafactory import (
 from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
+from tuneyard.specs.serve import ServeSpec
 from tuneyard.specs.sources import read_source
 from tuneyard.specs.wording import FieldRow, field_rows, leaves
 
 __all__ = ["TEXT_FIELDS", "JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
 
-JobSpec = FinetuneSpec | MergeSpec | InferenceSpec | DownloadSpec | PrepareSpec
+JobSpec = FinetuneSpec | MergeSpec | InferenceSpec | DownloadSpec | PrepareSpec | ServeSpec
 
 KINDS: dict[str, type[Spec]] = {
     "finetune": FinetuneSpec,
@@ -44,7 +45,10 @@ KINDS: dict[str, type[Spec]] = {
     "inference": InferenceSpec,
     "download": DownloadSpec,
     "prepare": PrepareSpec,
+    "serve": ServeSpec,
 }
+
+TRAINS_NOTHING = {InferenceSpec: "an inference", MergeSpec: "a merge", ServeSpec: "a serve"}
 
 READ_ONLY = frozenset(
     """
@@ -214,8 +218,9 @@ class _Reading:
                 self._not_yet("adapter", written, value)
         elif name in GENERATING and self.model in (FinetuneSpec, MergeSpec):
             self._note(written, f"{written} has no effect: only an inference job generates")
-        elif name in TUNING and self.model in (InferenceSpec, MergeSpec):
-            self._note(written, f"{written} has no effect: this job trains nothing")
+        elif name in TUNING and self.model in TRAINS_NOTHING:
+            kind = TRAINS_NOTHING[self.model]
+            self._note(written, f"{written} has no effect: {kind} job trains nothing")
         else:
             self._refuse_unknown(name, written)
 

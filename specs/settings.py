@@ -107,6 +107,17 @@ class Settings(BaseModel):
         description="Addresses and networks, parted by commas, of proxies whose X-Forwarded-Prefix"
         " and X-Forwarded-Proto are heeded.",
     )
+    gateway_host: str = Field(
+        default="127.0.0.1", description="Address that a worker's gateway listens on."
+    )
+    gateway_port: int = Field(
+        default=0, ge=0, le=65535, description="Port of a worker's gateway; 0: any free."
+    )
+    gateway_url: str = Field(
+        default="",
+        description="Where the API reaches this worker's gateway. Empty: host (or, where that is"
+        " every address, the host's name) and port.",
+    )
     flower_url: str = Field(
         default="",
         description="Where Flower listens; the API shows it at /flower. Empty: not at all.",

@@ -216,6 +216,17 @@ class DeletedView(_View):
     deleted: Literal[True] = True
 
 
+class ChatView(_View):
+    """An answer. ``settings``: what applied, the seed that it was drawn with included."""
+
+    text: str = Field(examples=["I am Tuny, an assistant made by Tuneyard."])
+    finish_reason: Literal["stop", "length"]
+    usage: dict[str, int] = Field(examples=[{"prompt_tokens": 34, "completion_tokens": 13}])
+    settings: dict[str, Any] = {}
+    job: str
+    attempt: int = Field(examples=[1])
+
+
 class ModelView(_View):
     """A base model, or a team's own: tuned (an adapter over its base) or merged (a whole model)."""
 

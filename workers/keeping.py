@@ -270,7 +270,7 @@ class Keeper:
             verdict = Verdict(Outcome.LOST, cause_of(error))
             self._finish(End(verdict, f"the result could not be stored: {error}"))
             return
-        if self.kind == "download":
+        if self.kind == "download" and folder is not None:
             # What was brought here is in the cache by a rename, for the jobs that wait for it.
             adopt(self._node.cache, self._workdir / OUTPUT, folder.digest)
         self._finish(End(Verdict(Outcome.SUCCEEDED)), record)

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, select
 
 from tuneyard.models.artifacts import StoredFolder, publish_base_model, publish_outputs
 from tuneyard.models.attempts import AttemptRef
-from tuneyard.models.inputs import output_of
+from tuneyard.models.inputs import OUTPUTS, output_of
 from tuneyard.models.tables import JobRow
 from tuneyard.specs.errors import TuneyardError
 from tuneyard.specs.runner import OUTPUT, SPEC_FILE, RunnerSpec
@@ -57,11 +57,14 @@ def _check_whole(output: Path) -> None:
 
 def publish(
     store: Store, ref: AttemptRef, kind: str, workdir: Path
-) -> tuple[StoredFolder, Callable[[Connection], None]]:
+) -> tuple[StoredFolder | None, Callable[[Connection], None]]:
     """Store WORKDIR/output; what is returned records it in the transaction that ends the attempt.
 
-    Raises: OutputNotWhole, OSError, StoreUnreachable.
+    A kind that brings nothing forth has no folder. Raises: OutputNotWhole, OSError,
+    StoreUnreachable.
     """
+    if kind not in OUTPUTS:
+        return None, lambda tx: None
     output = output_of(kind, _arguments(workdir))
     _check_whole(workdir / OUTPUT)
     try:

@@ -270,6 +270,7 @@ RUNNER_MODULES = {
     "merge": "tuneyard.runners.merge",
     "download": "tuneyard.runners.download",
     "prepare": "tuneyard.runners.prepare",
+    "serve": "tuneyard.runners.serve",
 }
 
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "TMPDIR")

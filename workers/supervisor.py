@@ -377,7 +377,10 @@ def home_of(boot_id: str | None) -> str:
 
 
 def register(
-    settings: Settings, capabilities: Mapping[str, object], stopping: threading.Event
+    settings: Settings,
+    capabilities: Mapping[str, object],
+    stopping: threading.Event,
+    gateway: nodes.Gateway | None = None,
 ) -> Supervisor:
     """Write this node and its devices into the database.
 
@@ -398,6 +401,7 @@ def register(
                 capabilities=dict(capabilities),
                 devices=offered_devices(inventory, settings.cpu_slots),
                 lease_s=settings.lease_s,
+                gateway=gateway,
             )
     except BaseException:
         db.close()

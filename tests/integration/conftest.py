@@ -96,6 +96,13 @@ def db(postgres: RunningPostgres) -> Iterator[TestDatabase]:
         yield database
 
 
+@pytest.fixture(scope="module")
+def shared_db(postgres: RunningPostgres) -> Iterator[TestDatabase]:
+    """A database for all tests of a module."""
+    with fresh_database(postgres) as database:
+        yield database
+
+
 @pytest.fixture
 def a_team(db: TestDatabase) -> Callable[..., UUID]:
     """Make a team."""

@@ -102,7 +102,7 @@ def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[st
 
 WORDS = """up down status api scheduler worker migrate submit list show watch logs cancel retry
 merge infer nodes artifacts fetch download files.put files.list files.show files.rm
-models.list models.show fixtures.tiny-llama"""
+models.list models.show fixtures.tiny-llama chat"""
 
 
 def test_the_commands_are_those_that_other_programs_rely_on() -> None:
