@@ -1,8 +1,9 @@
 """Settings of every process, read once in each ``main()`` and passed in.
 
 Sources, the first that has a value wins: environment (``TUNEYARD_`` + the field's name in upper
-case), the YAML or JSON file that ``TUNEYARD_SETTINGS`` names, the default here. Secrets may come
-by file: ``TUNEYARD_DATABASE_URL_FILE=/run/secrets/db`` fills ``database_url``.
+case), the YAML or JSON file that ``TUNEYARD_SETTINGS`` names, the default here. Any setting, and
+every secret of a server, may come by a file of its own:
+``TUNEYARD_DATABASE_URL_FILE=/run/secrets/db`` fills ``database_url``.
 """
 
 import json
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 from tuneyard.specs.errors import InputError
 
 PREFIX = "TUNEYARD_"
+FILE_SUFFIX = "_FILE"
 
 
 class Settings(BaseModel):
@@ -114,6 +116,10 @@ class Settings(BaseModel):
             Path(self.store_url.removeprefix("file://")) if self.store_url else self.home / "store"
         )
 
+    def beat_file(self, process: str) -> Path:
+        """Touched by a process at each turn of its loop: `tuneyard health` looks at its age."""
+        return self.home / f"{process}.beat"
+
     @property
     def renew_every_s(self) -> float:
         """Seconds between two renewals of a lease."""
@@ -143,10 +149,7 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
     if settings_file := environ.get(PREFIX + "SETTINGS"):
         values |= _from_file(Path(settings_file))
     for name in Settings.model_fields:
-        variable = PREFIX + name.upper()
-        if secret_file := environ.get(variable + "_FILE"):
-            values[name] = _read(Path(secret_file), variable + "_FILE").strip()
-        elif (value := environ.get(variable)) not in (None, ""):
+        if (value := _from_environment(environ, name)) is not None:
             values[name] = value
     values |= {name: value for name, value in overrides.items() if value is not None}
     try:
@@ -162,6 +165,30 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
         ) from None
 
 
+def _from_environment(environ: Mapping[str, str], name: str) -> str | None:
+    """A setting's variable, or the content of the file that its variable with _FILE names."""
+    variable = PREFIX + name.upper()
+    value, file = environ.get(variable), environ.get(variable + FILE_SUFFIX)
+    if not file:
+        return value or None
+    if value:
+        raise InputError(
+            f"{variable} and {variable}{FILE_SUFFIX} are both set.",
+            code="bad_setting",
+            field=name,
+            hint="keep one of the two",
+        )
+    content = _read(Path(file), variable + FILE_SUFFIX, field=name).strip()
+    if not content:
+        raise InputError(
+            f"{variable}{FILE_SUFFIX} names {file}, which is empty.",
+            code="bad_setting",
+            field=name,
+            hint="write the value into that file, and nothing else",
+        )
+    return content
+
+
 def _from_file(path: Path) -> dict[str, Any]:
     text = _read(path, PREFIX + "SETTINGS")
     try:
@@ -175,10 +202,14 @@ def _from_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read(path: Path, variable: str) -> str:
+def _read(path: Path, variable: str, *, field: str | None = None) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise InputError(
-            f"{variable} names {path}, which cannot be read: {error}.", code="bad_setting"
+            f"{variable} names {path}, which cannot be read: {reason}.",
+            code="bad_setting",
+            field=field,
+            hint="the file must be there and readable for the user of this process",
         ) from None
