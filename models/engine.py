@@ -9,11 +9,11 @@ from uuid import UUID
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError, TimeoutError
 from sqlalchemy.pool import QueuePool
 
-from tuneyard.specs.errors import Unavailable
+from tuneyard.specs.errors import Forbidden, Unavailable
 
 Result = TypeVar("Result")
 
@@ -91,6 +91,32 @@ class Database:
         self._reserved.dispose()
 
 
+@contextmanager
+def administer(url: str, name: str) -> Iterator[Connection]:
+    """A transaction on a connection of its own, for what a person runs as the tables' owner.
+
+    Raises: Unavailable with the reason, Forbidden when the URL's role may not do that.
+    """
+    engine = create_engine(
+        _sqlalchemy_url(url),
+        poolclass=NullPool,
+        hide_parameters=True,
+        connect_args=CONNECT_ARGS | {"application_name": name},
+    )
+    try:
+        with engine.begin() as tx:
+            yield tx
+    except DBAPIError as error:
+        reason = str(error.orig).strip().split("\n")[0]
+        if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+            hint = "TUNEYARD_DATABASE_URL must name the role that owns the tables"
+            raise Forbidden(f"PostgreSQL refuses: {reason}.", hint=hint) from None
+        if not _is_connection_error(error):
+            raise
+        hint = "is it running, and is TUNEYARD_DATABASE_URL right?"
+        raise Unavailable(f"PostgreSQL cannot be reached: {reason}.", hint=hint) from None
+
+
 def libpq_url(url: str) -> str:
     """The URL without SQLAlchemy's driver name."""
     return url.replace("postgresql+psycopg://", "postgresql://", 1)
@@ -102,9 +128,13 @@ def where(url: str) -> str:
     return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
 
 
+def _sqlalchemy_url(url: str) -> str:
+    return libpq_url(url).replace("postgresql://", "postgresql+psycopg://", 1)
+
+
 def _engine(url: str, name: str, *, size: int, overflow: int) -> Engine:
     return create_engine(
-        libpq_url(url).replace("postgresql://", "postgresql+psycopg://", 1),
+        _sqlalchemy_url(url),
         poolclass=QueuePool,
         pool_pre_ping=True,
         pool_size=size,

@@ -17,6 +17,7 @@ from tuneyard.models.events import SCHEDULER_CHANNEL
 from tuneyard.models.leadership import lead, resign
 from tuneyard.scheduler.hints import HintPublisher
 from tuneyard.scheduler.placing import plan
+from tuneyard.specs.beats import beat
 from tuneyard.specs.errors import StaleToken, Unavailable
 from tuneyard.specs.settings import Settings
 
@@ -134,6 +135,7 @@ def run(settings: Settings, stop: threading.Event) -> None:
     scheduler = Scheduler(db, hints, settings)
     away = False
     while not stop.is_set():
+        beat(settings, "scheduler")
         try:
             scheduler.tick()
             if away:

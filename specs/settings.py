@@ -116,10 +116,6 @@ class Settings(BaseModel):
             Path(self.store_url.removeprefix("file://")) if self.store_url else self.home / "store"
         )
 
-    def beat_file(self, process: str) -> Path:
-        """Touched by a process at each turn of its loop: `tuneyard health` looks at its age."""
-        return self.home / f"{process}.beat"
-
     @property
     def renew_every_s(self) -> float:
         """Seconds between two renewals of a lease."""

@@ -15,6 +15,7 @@ from uuid import UUID
 from tuneyard.models import artifacts, attempts, nodes
 from tuneyard.models.engine import Database
 from tuneyard.models.events import node_channel
+from tuneyard.specs.beats import beat
 from tuneyard.specs.errors import BadId, Unavailable
 from tuneyard.specs.exits import StopReason
 from tuneyard.specs.ids import parse_id, show_id
@@ -97,6 +98,7 @@ class Supervisor:
 
     def _look_often(self) -> None:
         while not self.stopping.is_set():
+            beat(self.node.settings, "worker")
             try:
                 self.look()
                 self._sweep()
