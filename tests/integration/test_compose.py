@@ -1,0 +1,373 @@
+"""The compose files by the real Docker Compose, and what they name by what is really there."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+import yaml
+from support.compose import (
+    FIRST,
+    OURS,
+    ROOT,
+    SECOND,
+    ask,
+    build_context,
+    config,
+    dockerfile,
+    image_environment,
+    seconds,
+)
+
+from tuneyard.api.main import END_WITHIN_S
+from tuneyard.cli.main import app
+from tuneyard.local.yard import PUBLISHED_WITHIN_S
+from tuneyard.specs.settings import FILE_SUFFIX, PREFIX, Settings
+from tuneyard.workers.supervisor import HELD_TOO_LONG_S
+
+SETS = [
+    (FIRST, {}),
+    ((*FIRST, "docker-compose.cpu.yml"), {}),
+    ((*FIRST, "docker-compose.first-node.yml"), {"TUNEYARD_PRIVATE_ADDRESS": "10.0.0.1"}),
+    (SECOND, {"TUNEYARD_NODE_NAME": "node-2"}),
+]
+MOUNT = "/run/secrets/"
+COMMANDS = typer.main.get_command(app)
+
+
+@pytest.fixture(scope="module")
+def first() -> dict[str, Any]:
+    return config(*FIRST)
+
+
+@pytest.fixture(scope="module")
+def second() -> dict[str, Any]:
+    return config(*SECOND, TUNEYARD_NODE_NAME="node-2")
+
+
+def check_command(words: list[str]) -> None:
+    """Parse a command line as `tuneyard` does; an unknown word raises click's UsageError."""
+    assert isinstance(COMMANDS, click.Group) or hasattr(COMMANDS, "commands")
+    command = COMMANDS.commands[words[0]]
+    command.make_context(words[0], list(words[1:])).close()
+
+
+@pytest.mark.parametrize(("files", "env"), SETS)
+def test_compose_takes_the_files_and_warns_of_nothing(
+    files: tuple[str, ...], env: dict[str, str]
+) -> None:
+    done = ask(files, "--quiet", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("services", "api", "depends_on", "nobody"), {"condition": "service_started"}, "nobody"),
+        (("services", "api", "secrets"), ["nothing"], "nothing"),
+        (("services", "api", "volumes"), ["nowhere:/store"], "nowhere"),
+        (("services", "api", "networks"), ["nonet"], "nonet"),
+        (("services", "api", "restrat"), "always", "restrat"),
+        (("services", "worker", "shm_size"), [8], "shm_size"),
+        (("services", "worker", "stop_grace_period"), "long", "long"),
+        (("services", "migrate", "command"), {"run": "migrate"}, "command"),
+    ],
+)
+def test_compose_refuses_a_broken_file(
+    tmp_path: Path, path: tuple[str, ...], value: object, said: str
+) -> None:
+    document = yaml.safe_load((ROOT / FIRST[0]).read_text())
+    assert ask([_written(tmp_path, document)], "--quiet").returncode == 0
+    spot = document
+    for name in path[:-1]:
+        spot = spot[name]
+    spot[path[-1]] = value
+    done = ask([_written(tmp_path, document)], "--quiet")
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+def _written(folder: Path, document: object) -> Path:
+    """The document in a file; without the merged parts standing in it as anchors."""
+    file = folder / "docker-compose.yml"
+    dumper = yaml.SafeDumper
+    dumper.ignore_aliases = lambda *_: True  # type: ignore[assignment]
+    file.write_text(yaml.dump(document, Dumper=dumper))
+    return file
+
+
+def test_every_command_and_health_check_is_one_of_ours(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    for services in (first["services"], second["services"]):
+        for name in set(OURS) & set(services):
+            command = services[name]["command"]
+            assert command[0] == name
+            check_command(command)
+            check = services[name].get("healthcheck")
+            if name == "migrate":
+                assert check == {"disable": True}
+            else:
+                assert check["test"] == ["CMD", "tuneyard", "health", name]
+                check_command(check["test"][2:])
+
+
+def test_a_command_that_is_not_there_would_be_noticed() -> None:
+    with pytest.raises(KeyError):
+        check_command(["sheduler"])
+    with pytest.raises(Exception, match="No such option"):
+        check_command(["api", "--jsno"])
+
+
+def test_every_setting_that_the_files_name_is_one_of_ours(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    named = {
+        name
+        for services in (first["services"], second["services"])
+        for service in services.values()
+        for name in service.get("environment", {})
+        if name.startswith(PREFIX)
+    }
+    for target in ("api", "worker"):
+        named |= {name for name in image_environment(target) if name.startswith(PREFIX)}
+    ours = {PREFIX + name.upper() for name in Settings.model_fields}
+    assert {name.removesuffix(FILE_SUFFIX) for name in named} - ours == set()
+    assert len(named) > 10
+
+
+def test_what_the_environment_may_say_stands_at_the_head_of_its_file() -> None:
+    for file in ROOT.glob("docker-compose*.yml"):
+        text = file.read_text()
+        head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+        asked = set(re.findall(r"\$\{(\w+)", text))
+        assert {name for name in asked if name not in head} == set(), file.name
+
+
+def test_secrets_come_by_file_alone_and_each_process_gets_its_own(first: dict[str, Any]) -> None:
+    secret = {
+        PREFIX + name.upper()
+        for name, field in Settings.model_fields.items()
+        if "SecretStr" in str(field.annotation)
+    }
+    used = set()
+    for service in first["services"].values():
+        environment = service.get("environment", {})
+        assert secret & set(environment) == set()
+        assert not any("@" in str(value) for value in environment.values())
+        granted = {each["source"] for each in service.get("secrets", [])}
+        text = f"{environment} {service.get('command')} {service.get('healthcheck')}"
+        assert granted == set(re.findall(MOUNT + r"(\w+)", text))
+        used |= granted
+    assert used == set(first["secrets"])
+    owner = [n for n, s in first["services"].items() if "owner_database_url" in str(s)]
+    assert owner == ["migrate"]
+
+
+def test_the_script_makes_every_secret_closed_to_others_and_keeps_what_is_there(
+    first: dict[str, Any], second: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "a folder"
+    run = ["sh", str(ROOT / "docker" / "secrets.sh"), str(folder)]
+    subprocess.run(run, check=True, capture_output=True)
+    made = {file.name: file.read_text() for file in folder.iterdir()}
+    for defined in (first["secrets"], second["secrets"]):
+        assert {Path(each["file"]).name for each in defined.values()} <= set(made)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o444}
+    passwords = [text for name, text in made.items() if name.endswith("_password")]
+    assert len(set(passwords)) == 5
+    assert all(re.fullmatch(r"[\w-]{43}\n", text) for text in passwords)
+    printed = subprocess.run([*run, "10.0.0.1"], check=True, capture_output=True, text=True).stdout
+    assert {name: (folder / name).read_text() for name in made} == made
+    for name in second["secrets"]:
+        assert "@10.0.0.1:" in (folder / "for-nodes" / name).read_text()
+    assert not any(text.strip() in printed for text in made.values())
+
+
+def test_the_schema_is_there_before_any_process_of_ours_starts(first: dict[str, Any]) -> None:
+    services = first["services"]
+    assert services["migrate"]["depends_on"]["postgres"]["condition"] == "service_healthy"
+    assert services["migrate"]["restart"] == "no"
+    for name in set(OURS) - {"migrate"}:
+        waits = services[name]["depends_on"]
+        assert waits["migrate"]["condition"] == "service_completed_successfully"
+        # Nothing depends on the broker: jobs run without it.
+        assert waits["valkey"]["condition"] == "service_started"
+
+
+def test_everything_comes_back_has_an_init_and_a_health_check(first: dict[str, Any]) -> None:
+    for name, service in first["services"].items():
+        assert service["init"] is True
+        if name != "migrate":
+            assert service["restart"] == "unless-stopped"
+            assert service["healthcheck"]["test"]
+
+
+def test_only_the_api_is_published_on_loopback_unless_asked_otherwise(
+    first: dict[str, Any],
+) -> None:
+    published = {n: s["ports"] for n, s in first["services"].items() if s.get("ports")}
+    assert list(published) == ["api"]
+    (port,) = published["api"]
+    environment = first["services"]["api"]["environment"]
+    assert (port["host_ip"], port["published"]) == ("127.0.0.1", "8800")
+    assert str(port["target"]) == environment["TUNEYARD_API_PORT"]
+    elsewhere = config(*FIRST, TUNEYARD_PUBLISH="10.0.0.1:80")["services"]["api"]["ports"][0]
+    assert (elsewhere["host_ip"], elsewhere["published"]) == ("10.0.0.1", "80")
+
+
+def test_the_database_and_the_broker_stand_in_a_network_without_a_way_out(
+    first: dict[str, Any],
+) -> None:
+    assert first["networks"]["inside"]["internal"] is True
+    outside = [n for n, s in first["services"].items() if "outside" in s["networks"]]
+    assert sorted(outside) == ["api", "worker"]
+
+
+def test_every_process_has_the_time_that_it_needs_to_end(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    grace = {n: seconds(s["stop_grace_period"]) for n, s in first["services"].items()}
+    runners_s = Settings().stop_grace_s + HELD_TOO_LONG_S + PUBLISHED_WITHIN_S
+    assert runners_s < grace["worker"] == 180
+    assert grace["worker"] == seconds(second["services"]["worker"]["stop_grace_period"])
+    assert min(grace["api"], grace["scheduler"], grace["flower"]) > END_WITHIN_S
+
+
+def test_a_worker_has_all_gpus_and_the_memory_that_loaders_share(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    for services in (first["services"], second["services"]):
+        worker = services["worker"]
+        (devices,) = worker["deploy"]["resources"]["reservations"]["devices"]
+        assert (devices["driver"], devices["capabilities"]) == ("nvidia", ["gpu"])
+        assert int(worker["shm_size"]) == 8 * 1024**3
+    services = config(*FIRST, "docker-compose.cpu.yml")["services"]
+    assert services["worker"].get("deploy") is None
+    assert services["worker"]["shm_size"] == first["services"]["worker"]["shm_size"]
+
+
+def test_a_second_node_is_a_worker_and_nothing_else_and_needs_a_name(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    assert list(second["services"]) == ["worker"]
+    mine, theirs = (dict(each["services"]["worker"]) for each in (second, first))
+    assert mine["environment"].pop("TUNEYARD_NODE_NAME") == "node-2"
+    assert theirs["environment"].pop("TUNEYARD_NODE_NAME") == "node-1"
+    for name in ("command", "environment", "secrets", "build", "image", "init", "healthcheck"):
+        assert mine[name] == theirs[name]
+    assert not mine.get("depends_on")
+    refused = ask(SECOND, "--quiet")
+    assert refused.returncode != 0
+    assert "a name that no other machine has" in refused.stderr
+
+
+def test_what_is_reached_by_other_machines_is_bound_to_the_private_address() -> None:
+    files = (*FIRST, "docker-compose.first-node.yml")
+    services = config(*files, TUNEYARD_PRIVATE_ADDRESS="10.0.0.1")["services"]
+    for name, port in (("postgres", "5432"), ("valkey", "6379")):
+        assert [(p["host_ip"], p["published"]) for p in services[name]["ports"]] == [
+            ("10.0.0.1", port)
+        ]
+    assert ask(files, "--quiet").returncode != 0
+    for name in ("api", "worker"):
+        store = next(v for v in services[name]["volumes"] if v["target"] == "/store")
+        assert store["type"] == "bind"
+        assert not store["bind"].get("create_host_path")
+
+
+# The images --------------------------------------------------------------------------------------
+
+
+def test_the_images_start_what_is_there_as_nobody_in_particular() -> None:
+    stages = dockerfile()
+    for target in ("api", "worker"):
+        stage = stages[target]
+        assert stage.words("ENTRYPOINT") == ["tuneyard"]
+        check_command(stage.words("CMD"))
+        health = stage.words("HEALTHCHECK")
+        assert health[0] == "tuneyard"
+        check_command(health[1:])
+        assert stage.all("USER") == ["10001:10001"]
+
+
+def test_compose_builds_targets_that_are_there_and_each_image_once(first: dict[str, Any]) -> None:
+    services = first["services"]
+    built = {s["image"]: s["build"]["target"] for s in services.values() if "build" in s}
+    assert built == {"tuneyard-api": "api", "tuneyard-worker": "worker"}
+    assert set(built.values()) <= set(dockerfile())
+    assert {services[name]["image"] for name in OURS} == set(built)
+    assert sum("build" in s for s in services.values()) == len(built)
+
+
+def test_torch_is_installed_for_runners_alone_and_every_extra_is_known() -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installs = {
+        name: [run for run in stage.all("RUN") if "--constraint /wheel/constraints.txt" in run]
+        for name, stage in dockerfile().items()
+    }
+    extras = {
+        name: [re.search(r"\[([\w,]+)\]", run)[1].split(",") for run in runs]  # type: ignore[index]
+        for name, runs in installs.items()
+        if runs
+    }
+    assert extras == {
+        "api-packages": [["api", "flower", "worker"]],
+        "worker-packages": [["worker"], ["runner"]],
+    }
+    assert {extra for runs in extras.values() for each in runs for extra in each} <= set(known)
+    runners_install = installs["worker-packages"][1]
+    assert "/opt/runner/bin/python" in runners_install
+    assert "${TORCH}" in runners_install
+    assert image_environment("worker")["TUNEYARD_RUNNER_PYTHON"] == "/opt/runner/bin/python"
+    pinned = re.search(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.M)
+    assert pinned is not None
+    assert dockerfile()["worker-packages"].all("ARG") == [f"TORCH=torch=={pinned[1]}"]
+
+
+def test_the_wheel_of_the_images_holds_every_file_of_the_package(tmp_path: Path) -> None:
+    """Built from what .dockerignore lets through, as the Dockerfile does, without its network."""
+    context, wheels = tmp_path / "context", tmp_path / "wheel"
+    context.mkdir()
+    for name in build_context():
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(
+                source,
+                context / name,
+                symlinks=True,
+                ignore=shutil.ignore_patterns("__pycache__"),
+            )
+        else:
+            shutil.copy(source, context / name)
+    build = [sys.executable, "-P", "-m", "build", "--wheel", "--no-isolation", "--outdir"]
+    done = subprocess.run([*build, str(wheels), "."], cwd=context, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = wheels.iterdir()
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("tuneyard/")}
+    assert packed == package_files()
+    assert "tuneyard/workers/guard.py" in packed
+    assert any(name.startswith("tuneyard/migrations/versions/") for name in packed)
+
+
+def package_files() -> set[str]:
+    """The files that git knows below src/tuneyard and below the folders linked there."""
+    git = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    known = subprocess.run(git, check=True, capture_output=True, text=True).stdout.splitlines()
+    package = ROOT / "src" / "tuneyard"
+    links = {link.resolve().name: link.name for link in package.iterdir() if link.is_symlink()}
+    found = {
+        f"tuneyard/{links[folder]}/{rest}"
+        for folder, _, rest in (name.partition("/") for name in known)
+        if folder in links
+    }
+    own = [name for name in known if name.startswith("src/tuneyard/")]
+    return found | {name.removeprefix("src/") for name in own if not (ROOT / name).is_symlink()}
