@@ -44,21 +44,24 @@ def test_a_loop_that_turns_is_well_and_one_that_hangs_is_not(
     assert health(process) == 4
 
 
-@pytest.mark.parametrize("process", ["scheduler", "worker"])
 def test_a_process_that_waits_for_its_database_beats_and_ends_well_at_sigterm(
-    health: Callable[..., int], tmp_path: Path, process: str
+    health: Callable[..., int], tmp_path: Path
 ) -> None:
     env = os.environ | {
         "TUNEYARD_HOME": str(tmp_path),
         "TUNEYARD_DATABASE_URL": "postgresql://127.0.0.1:1/nowhere",
         "TUNEYARD_BROKER_URL": "redis://127.0.0.1:1/0",
     }
-    with subprocess.Popen([*TUNEYARD, process], env=env, stderr=subprocess.DEVNULL) as running:
-        wait_for(lambda: health(process) == 0, within_s=20, what="a beat")
-        os.utime(tmp_path / f"{process}.beat", (0, 0))
-        wait_for(lambda: health(process) == 0, within_s=20, what="another beat")
-        running.terminate()
-        assert running.wait(20) == 0
+    processes = {
+        name: subprocess.Popen([*TUNEYARD, name], env=env, stderr=subprocess.DEVNULL)
+        for name in ("scheduler", "worker")
+    }
+    for name, process in processes.items():
+        wait_for(lambda name=name: health(name) == 0, within_s=20, what="a beat")  # type: ignore[misc]
+        os.utime(tmp_path / f"{name}.beat", (0, 0))
+        wait_for(lambda name=name: health(name) == 0, within_s=20, what="another beat")  # type: ignore[misc]
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_flower_by_its_command_is_well_read_only_and_ends_well_at_sigterm(
