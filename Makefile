@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test unit integration e2e docs demo clean
+.PHONY: help setup check format test unit integration e2e wheel-check docs demo clean
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z/-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ integration: setup ## tests on real PostgreSQL and Valkey
 
 e2e: setup ## tests with real processes, kill -9 and real training steps
 	$(BIN)/pytest tests/e2e
+
+wheel-check: setup ## install the wheel as the images do, compare it with git, run the servers' test on it
+	$(BIN)/pytest tests/wheel
 
 test: check unit integration e2e ## everything that CI runs
 

@@ -1,9 +1,7 @@
 """The compose files by the real Docker Compose, and what they name by what is really there."""
 
 import re
-import shutil
 import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -19,12 +17,12 @@ from support.compose import (
     ROOT,
     SECOND,
     ask,
-    build_context,
     config,
     dockerfile,
     image_environment,
     seconds,
 )
+from support.wheels import build_wheel, package_files
 
 from tuneyard.api.main import END_WITHIN_S
 from tuneyard.cli.main import app
@@ -334,40 +332,8 @@ def test_torch_is_installed_for_runners_alone_and_every_extra_is_known() -> None
 
 
 def test_the_wheel_of_the_images_holds_every_file_of_the_package(tmp_path: Path) -> None:
-    """Built from what .dockerignore lets through, as the Dockerfile does, without its network."""
-    context, wheels = tmp_path / "context", tmp_path / "wheel"
-    context.mkdir()
-    for name in build_context():
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(
-                source,
-                context / name,
-                symlinks=True,
-                ignore=shutil.ignore_patterns("__pycache__"),
-            )
-        else:
-            shutil.copy(source, context / name)
-    build = [sys.executable, "-P", "-m", "build", "--wheel", "--no-isolation", "--outdir"]
-    done = subprocess.run([*build, str(wheels), "."], cwd=context, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = wheels.iterdir()
+    wheel = build_wheel(tmp_path)
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("tuneyard/")}
     assert packed == package_files()
     assert "tuneyard/workers/guard.py" in packed
     assert any(name.startswith("tuneyard/migrations/versions/") for name in packed)
-
-
-def package_files() -> set[str]:
-    """The files that git knows below src/tuneyard and below the folders linked there."""
-    git = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
-    known = subprocess.run(git, check=True, capture_output=True, text=True).stdout.splitlines()
-    package = ROOT / "src" / "tuneyard"
-    links = {link.resolve().name: link.name for link in package.iterdir() if link.is_symlink()}
-    found = {
-        f"tuneyard/{links[folder]}/{rest}"
-        for folder, _, rest in (name.partition("/") for name in known)
-        if folder in links
-    }
-    own = [name for name in known if name.startswith("src/tuneyard/")]
-    return found | {name.removeprefix("src/") for name in own if not (ROOT / name).is_symlink()}

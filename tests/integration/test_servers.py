@@ -32,6 +32,9 @@ from tuneyard.workers.guarding import marked_attempts
 HASTE = {"DISK_FLOOR_BYTES": 0, "FAKE_GPUS": 2, "LEASE_S": 10, "POLL_S": 0.5, "TICK_S": 0.1}
 """Not in the files: a runner that hashes on pretended GPUs, and shorter pauses."""
 
+PROGRAMS = Path(os.environ.get("PROGRAMS") or Path(sys.executable).parent)
+"""Where the commands are: here, or in an environment of an image's packages (tests/wheel)."""
+
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - replaced, not bound
 FLOWER = f"{EVERYWHERE}:5555"
 STEPS = 80
@@ -60,9 +63,9 @@ class Servers:
         return process
 
     def argv(self, command: list[str]) -> list[str]:
-        """The image's entry point, as this environment has it, and the service's command."""
+        """The image's entry point and the service's command."""
         (entry,) = dockerfile()["api"].words("ENTRYPOINT")
-        return [str(Path(sys.executable).with_name(entry)), *command]
+        return [str(PROGRAMS / entry), *command]
 
     def environment(self, name: str) -> dict[str, str]:
         """The image's environment and the service's, with addresses and folders of this machine."""
