@@ -1,6 +1,7 @@
 """The compose files by the real Docker Compose, and what they name by what is really there."""
 
 import re
+import shlex
 import subprocess
 import tomllib
 import zipfile
@@ -17,6 +18,7 @@ from support.compose import (
     ROOT,
     SECOND,
     ask,
+    binary,
     config,
     dockerfile,
     image_environment,
@@ -337,3 +339,70 @@ def test_the_wheel_of_the_images_holds_every_file_of_the_package(tmp_path: Path)
     assert packed == package_files()
     assert "tuneyard/workers/guard.py" in packed
     assert any(name.startswith("tuneyard/migrations/versions/") for name in packed)
+
+
+# The how-tos -------------------------------------------------------------------------------------
+
+
+def command_lines() -> list[str]:
+    """Every line of a fenced sh block in the how-tos about servers."""
+    pages = [ROOT / "docs" / "howto" / name for name in ("servers.md", "second-node.md")]
+    blocks = [b for page in pages for b in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)]
+    return [line for block in blocks for line in block.splitlines()]
+
+
+COMPOSE_LINES = [line for line in command_lines() if "docker compose" in line]
+TUNEYARD_LINES = [line for line in command_lines() if line.startswith("tuneyard ")]
+
+
+@pytest.mark.parametrize("line", COMPOSE_LINES)
+def test_a_line_of_the_how_tos_is_one_that_compose_takes(line: str) -> None:
+    """Its files, its variables, its subcommand, options and services; its command of ours."""
+    words = shlex.split(line.partition(" > ")[0])
+    env = dict(word.split("=", 1) for word in words[: words.index("docker")])
+    words = words[words.index("compose") + 1 :]
+    files = []
+    while words[0] == "-f":
+        files, words = [*files, words[1]], words[2:]
+    services = set(config(*(files or FIRST), **env)["services"])
+    verb, rest = words[0], words[1:]
+    options = [word for word in rest[: _command_at(verb, rest)] if word.startswith("-")]
+    shown = subprocess.run(
+        [str(binary()), verb, "--help"], check=True, capture_output=True, text=True
+    ).stdout
+    assert f"docker compose {verb}" in shown
+    for option in options:
+        assert re.search(rf"(^|\s){option}\b", shown), option
+    named = rest[len(options) :]
+    if verb in ("run", "exec"):
+        assert named[0] in services
+        named = named[1:]
+        if named[0] in ("keys", "tuneyard"):
+            check_command(named[named[0] == "tuneyard" :])
+    else:
+        assert set(named) <= services
+
+
+def _command_at(verb: str, words: list[str]) -> int:
+    """Where the service is named: what stands behind it is not Compose's."""
+    if verb not in ("run", "exec"):
+        return len(words)
+    return next(number for number, word in enumerate(words) if not word.startswith("-"))
+
+
+@pytest.mark.parametrize("line", TUNEYARD_LINES)
+def test_a_line_of_the_how_tos_is_one_that_tuneyard_takes(line: str) -> None:
+    check_command(shlex.split(line)[1:])
+
+
+def test_the_how_tos_name_files_and_settings_that_are_there() -> None:
+    text = "\n".join(command_lines())
+    assert len(COMPOSE_LINES) > 12
+    for name in re.findall(r"docker[\w-]*[./][\w.-]*\.(?:yml|sh)", text):
+        assert (ROOT / name).is_file(), name
+    variables = set(re.findall(rf"{PREFIX}\w+(?==)", text))
+    ours = {PREFIX + name.upper() for name in Settings.model_fields}
+    ours |= {f"{name}{FILE_SUFFIX}" for name in ours}
+    files = "".join(file.read_text() for file in ROOT.glob("docker-compose*.yml"))
+    asked = set(re.findall(r"\$\{(\w+)", files))
+    assert variables - ours - asked == {"TUNEYARD_URL", "TUNEYARD_API_KEY"}

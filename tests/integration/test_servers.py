@@ -246,12 +246,22 @@ def records(database: RunningPostgres) -> Iterator[TestDatabase]:
     owner.close()
 
 
-def test_the_database_and_the_broker_are_found_well_by_their_health_checks(
+def test_database_and_broker_are_found_well_by_their_health_checks_and_can_be_dumped(
     servers: Servers, database: RunningPostgres, broker: int
 ) -> None:
     pg = servers.services["postgres"]["healthcheck"]["test"][1:]
     found = [str(postgres.binary(pg[0])), f"--port={database.plan.port}", *pg[1:]]
     assert subprocess.run(found, check=False).returncode == 0
+    words = "pg_dump --username=tuneyard --format=custom tuneyard".split()  # docs/howto/servers.md
+    address = ["--host=127.0.0.1", f"--port={database.plan.port}"]
+    password = (servers.folder / "secrets" / "owner_password").read_text().strip()
+    dump = subprocess.run(
+        [str(postgres.binary(words[0])), *address, *words[1:]],
+        env={"PGPASSWORD": password},
+        capture_output=True,
+        check=True,
+    )
+    assert dump.stdout.startswith(b"PGDMP")
     kind, script = servers.services["valkey"]["healthcheck"]["test"]
     assert kind == "CMD-SHELL"
     script = servers.here(script).replace("$$", "$")
