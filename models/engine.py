@@ -95,7 +95,8 @@ class Database:
 def administer(url: str, name: str) -> Iterator[Connection]:
     """A transaction on a connection of its own, for what a person runs as the tables' owner.
 
-    Raises: Unavailable with the reason, Forbidden when the URL's role may not do that.
+    It waits two seconds for what others hold. Raises: Unavailable with the reason, Forbidden when
+    the URL's role may not do that.
     """
     engine = create_engine(
         _sqlalchemy_url(url),
@@ -105,16 +106,20 @@ def administer(url: str, name: str) -> Iterator[Connection]:
     )
     try:
         with engine.begin() as tx:
+            tx.execute(text("SET LOCAL lock_timeout = '2s'"))
             yield tx
     except DBAPIError as error:
         reason = str(error.orig).strip().split("\n")[0]
         if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
             hint = "TUNEYARD_DATABASE_URL must name the role that owns the tables"
             raise Forbidden(f"PostgreSQL refuses: {reason}.", hint=hint) from None
-        if not _is_connection_error(error):
+        if not is_retryable(error):
             raise
-        hint = "is it running, and is TUNEYARD_DATABASE_URL right?"
-        raise Unavailable(f"PostgreSQL cannot be reached: {reason}.", hint=hint) from None
+        if getattr(error.orig, "sqlstate", None) is None:
+            hint = "is it running, and is TUNEYARD_DATABASE_URL right?"
+            raise Unavailable(f"PostgreSQL cannot be reached: {reason}.", hint=hint) from None
+        hint = "nothing was changed: run it again"
+        raise Unavailable(f"PostgreSQL is busy: {reason}.", hint=hint) from None
 
 
 def libpq_url(url: str) -> str:

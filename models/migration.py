@@ -21,7 +21,6 @@ DEFAULT_TEAM = "default"
 def migrate(settings: Settings) -> None:
     """Migrate as the owner, in one transaction; running it again changes nothing."""
     with administer(settings.database_url.get_secret_value(), "ty-migrate") as tx:
-        tx.execute(text("SET LOCAL lock_timeout = '2s'"))
         upgrade(tx)
         load_transitions(tx)
         for role in ("api", "worker", "scheduler"):

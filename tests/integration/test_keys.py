@@ -4,6 +4,7 @@ import json
 
 import httpx
 import pytest
+from sqlalchemy import text
 from support.apis import Api
 from support.commands import Command, Done
 
@@ -98,6 +99,15 @@ def test_a_database_that_is_away_or_a_wrong_password_is_said(
         done = keys("keys", "list")
         assert done.code == 4
         assert "PostgreSQL cannot be reached" in done.err
+
+
+def test_a_table_that_another_holds_is_not_waited_for_for_long(api: Api, keys: Command) -> None:
+    with api.db.owner.begin() as tx:
+        tx.execute(text("LOCK TABLE api_keys"))
+        done = keys("keys", "create", "vision")
+    assert done.code == 4
+    assert "PostgreSQL is busy: canceling statement due to lock timeout." in done.err
+    assert keys("keys", "list", "vision", "--json").out == "[]\n"
 
 
 def test_names_of_teams_hold_what_a_url_and_a_shell_take() -> None:
