@@ -4,7 +4,9 @@ Its own start (`tuneyard flower`), because the password of the broker must not s
 line, and because all applications on one broker need the same key prefix and visibility timeout.
 """
 
+import errno
 import os
+import socket
 from urllib.parse import urlsplit
 
 from celery import Celery
@@ -14,6 +16,7 @@ from tuneyard.specs.messages import TRANSPORT
 from tuneyard.specs.settings import Settings
 
 DEFAULT_PORT = 5555
+NOT_LISTENED_ON = (errno.EACCES, errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_NONAME)
 MAX_TASKS = 10_000
 PURGE_WORKERS_AFTER_S = 3600
 
@@ -32,6 +35,8 @@ def run(settings: Settings) -> None:
     try:
         app.start(["--quiet", "flower", *flower_options(settings)])
     except OSError as error:
+        if error.errno not in NOT_LISTENED_ON:
+            raise
         where = listens_at(settings)
         raise InputError(
             f"{where[0]}:{where[1]} cannot be listened on: {error.strerror}.",
