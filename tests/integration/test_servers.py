@@ -25,7 +25,7 @@ from support.databases import TestDatabase
 from support.invariants import broken_invariants
 from support.yards import wait_for
 
-from tuneyard.local import ports, postgres, valkey
+from tuneyard.local import ports, postgres, processes, valkey
 from tuneyard.local.postgres import RunningPostgres, start_postgres
 from tuneyard.models.engine import Database
 from tuneyard.workers.guarding import marked_attempts
@@ -38,7 +38,7 @@ PROGRAMS = Path(os.environ.get("PROGRAMS") or Path(sys.executable).parent)
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - replaced, not bound
 FLOWER = f"{EVERYWHERE}:5555"
-STEPS = 80
+STEPS = 100
 
 
 @dataclass
@@ -86,27 +86,25 @@ class Servers:
             text = text.replace(there, mine)
         return text
 
-    def health(self, name: str) -> int:
-        """Run a service's health check; its exit code."""
+    def check_health(self, name: str) -> str:
+        """Run a service's health check; what it complains of."""
         kind, *words = self.services[name]["healthcheck"]["test"]
         assert kind == "CMD"
         check = subprocess.run(
-            self.argv(words[1:]), env=self.environment(name), capture_output=True, check=False
+            self.argv(words[1:]), env=self.environment(name), capture_output=True, text=True
         )
-        return check.returncode
+        return check.stderr if check.returncode else ""
 
-    def all_look_well(self) -> bool:
-        """What the health checks ask, without starting an interpreter for each look."""
+    def unwell(self) -> list[str]:
+        """Who is not up, as the health checks ask, but without an interpreter for each look."""
         loops = {"scheduler": "scheduler", "worker": "worker", "second-worker": "worker"}
-        beats = [self.folder / f"home-{name}" / f"{kind}.beat" for name, kind in loops.items()]
-        api = f"http://127.0.0.1:{self.addresses['8800']}/readyz"
-        pages = (api, f"http://{self.addresses[FLOWER]}/healthcheck")
-        try:
-            return all(file.exists() for file in beats) and all(
-                httpx.get(page, trust_env=False).status_code == 200 for page in pages
-            )
-        except httpx.TransportError:
-            return False
+        pages = {
+            "api": f"http://127.0.0.1:{self.addresses['8800']}/readyz",
+            "flower": f"http://{self.addresses[FLOWER]}/healthcheck",
+        }
+        beats = {name: self.folder / f"home-{name}" / f"{loops[name]}.beat" for name in loops}
+        silent = [name for name, file in beats.items() if not file.exists()]
+        return silent + [name for name, page in pages.items() if not _answers(page)]
 
     def stop(self, name: str) -> float:
         """SIGTERM; the seconds that it took. It must end with 0 within its grace period."""
@@ -157,6 +155,13 @@ class Servers:
         with self.http as http:
             found: list[dict[str, Any]] = http.get(f"/jobs/{job}/artifacts").json()["data"]
         return found
+
+
+def _answers(page: str) -> bool:
+    try:
+        return httpx.get(page, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +235,9 @@ def servers(secrets: Path, database: RunningPostgres, broker: int) -> Iterator[S
         del ours.running["migrate"]
         for name in ("api", "scheduler", "flower", "worker", "second-worker"):
             ours.start(name)
-        wait_for(ours.all_look_well, within_s=60, what="everything up")
-        assert {name: ours.health(name) for name in ours.running} == dict.fromkeys(ours.running, 0)
+        assert processes.wait_until(lambda: not ours.unwell(), within_s=60), ours.unwell()
+        complaints = [said for name in ours.running if (said := ours.check_health(name))]
+        assert complaints == []
         yield ours
     finally:
         for process in ours.running.values():
@@ -290,14 +296,14 @@ def test_no_secret_stands_in_a_command_line_or_an_environment(servers: Servers) 
 def test_both_nodes_get_work_and_a_stopped_ones_job_goes_on_at_the_other(
     servers: Servers, records: TestDatabase
 ) -> None:
-    jobs = [servers.submit(steps=STEPS, step_s=0.05, save_steps=5) for _ in range(3)]
+    jobs = [servers.submit(steps=STEPS, step_s=0.08, save_steps=5) for _ in range(3)]
 
     def at() -> dict[str, str]:
         found = [servers.job(job) for job in jobs]
         return {j["id"]: j["attempts"][0]["node"] for j in found if j["state"] == "running"}
 
     wait_for(
-        lambda: set(at().values()) == {"node-1", "node-2"}, within_s=20, what="work on both nodes"
+        lambda: set(at().values()) == {"node-1", "node-2"}, within_s=30, what="work on both nodes"
     )
     moved = next(job for job, node in at().items() if node == "node-1")
     wait_for(lambda: servers.artifacts(moved), within_s=20, what="a checkpoint in the store")
