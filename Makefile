@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test unit integration e2e wheel-check docs demo clean
+.PHONY: help setup check format test test-browser unit integration hubs e2e wheel-check docs demo clean
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z/-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -43,10 +43,19 @@ integration: setup ## tests on real PostgreSQL and Valkey
 e2e: setup ## tests with real processes, kill -9 and real training steps
 	$(BIN)/pytest tests/e2e
 
+hubs: setup ## tests of downloads by the hubs' real clients, from a stub that misbehaves
+	$(BIN)/pytest tests/hubs
+
+test: check unit integration hubs e2e ## everything that CI runs
+
+test-browser: setup ## a real browser logs in and looks at Flower; needs chromium
+	@command -v chromium >/dev/null || { echo "there is no chromium: apt-get install chromium" >&2; exit 1; }
+	@$(BIN)/python -c "import playwright" 2>/dev/null || \
+	  $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/pytest tests/browser
+
 wheel-check: setup ## install the wheel as the images do, compare it with git, run the servers' test on it
 	$(BIN)/pytest tests/wheel
-
-test: check unit integration e2e ## everything that CI runs
 
 docs: setup ## write the pages that are derived from code
 	$(BIN)/python docs/generate.py

@@ -5,13 +5,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
+from urllib.parse import quote
 from uuid import UUID
 
 from anyio import to_thread
 from fastapi import Depends, Request
 from sqlalchemy import Connection
+from starlette.datastructures import Headers
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tuneyard.api import sessions
+from tuneyard.api.prefix import inner_path
 from tuneyard.api.problems import answer
 from tuneyard.checks.models import model_facts
 from tuneyard.models.engine import Database
@@ -33,7 +38,12 @@ KEYS_KNOWN = 1000
 MAX_KEY_CHARACTERS = 200
 WAIT_FOR_TURN_S = 2.0
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+PAGES = sessions.PATH
+"""Below here a browser's session counts as its key, and nowhere else."""
+
+OPEN_PATHS = frozenset(
+    {"/healthz", "/readyz", "/docs", "/openapi.json", f"{PAGES}/login", f"{PAGES}/logout"}
+)
 """Exactly these are answered without a key."""
 
 LOOKING = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -49,6 +59,10 @@ class Yard:
         # Streams and the checker use the pool's overflow: requests have their turns to themselves.
         self.db = Database(url, "ty-api", pool_size=settings.api_threads)
         self.store = Store(settings.store_root)
+        secret = settings.session_secret
+        self.sessions = sessions.Sessions(
+            secret.get_secret_value() if secret else None, lasting_s=settings.session_s
+        )
         self._turns = threading.BoundedSemaphore(settings.api_threads)
         self._callers: dict[bytes, tuple[float, Caller]] = {}
         self._facts: dict[UUID, dict[str, object]] = {}
@@ -56,30 +70,40 @@ class Yard:
     @contextmanager
     def begin(self, team: UUID | None) -> Iterator[Connection]:
         """A transaction that sees one team's rows. Raises: Unavailable db_busy."""
+        with self._turn(), self.db.begin(team=team) as tx:
+            yield tx
+
+    @contextmanager
+    def snapshot(self, team: UUID) -> Iterator[Connection]:
+        """One moment of a team's rows, to read several of them. Raises: Unavailable db_busy."""
+        with self._turn(), self.db.snapshot(team=team) as tx:
+            yield tx
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
         if not self._turns.acquire(timeout=WAIT_FOR_TURN_S):
             raise Unavailable("Too many requests at once; ask again.", code="db_busy")
         try:
-            with self.db.begin(team=team) as tx:
-                yield tx
+            yield
         finally:
             self._turns.release()
 
-    def known_caller(self, key: str) -> Caller | None:
+    def known_caller(self, key_hash: bytes) -> Caller | None:
         """Whose key this is, if that was asked a moment ago."""
-        known = self._callers.get(hash_key(key))
+        known = self._callers.get(key_hash)
         if known is None or time.monotonic() - known[0] > KEY_KNOWN_S:
             return None
         return known[1]
 
-    def caller(self, key: str) -> Caller:
+    def caller(self, key_hash: bytes) -> Caller:
         """Whose key this is. Raises: Unauthenticated."""
         with self.begin(None) as tx:
-            caller = key_holder(tx, key)
+            caller = key_holder(tx, key_hash)
         if caller is None:
             raise Unauthenticated("This API key is not known.")
         if len(self._callers) >= KEYS_KNOWN:
             self._callers.clear()
-        self._callers[hash_key(key)] = (time.monotonic(), caller)
+        self._callers[key_hash] = (time.monotonic(), caller)
         return caller
 
     def facts(self, base_model: UUID) -> dict[str, object] | None:
@@ -100,22 +124,53 @@ class Login:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on with ``scope["caller"]``, or answer 401 or 403."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and inner_path(scope) not in OPEN_PATHS:
             try:
                 scope["caller"] = await self._caller(scope)
+            except Unauthenticated as error:
+                response = _to_login(scope) if _shows_pages(scope) else answer(error)
+                await response(scope, receive, send)
+                return
             except TuneyardError as error:
                 await answer(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
     async def _caller(self, scope: Scope) -> Caller:
-        key = _bearer(scope)
-        caller = self._yard.known_caller(key)
+        key_hash = self._key_hash(scope)
+        caller = self._yard.known_caller(key_hash)
         if caller is None:
-            caller = await to_thread.run_sync(self._yard.caller, key)
+            caller = await to_thread.run_sync(self._yard.caller, key_hash)
         if scope["method"] not in LOOKING and not caller.may_write:
             raise Forbidden("A viewer's key may only look.")
+        if _is_page(scope):
+            refuse_one_team(caller)
         return caller
+
+    def _key_hash(self, scope: Scope) -> bytes:
+        """The hash of a Bearer key, or on our pages of the session's. Raises: Unauthenticated."""
+        by_session = _is_page(scope) and "authorization" not in Headers(scope=scope)
+        of_session = self._yard.sessions.key_hash(scope) if by_session else None
+        return of_session or hash_key(_bearer(scope))
+
+
+def admin_of(yard: Yard, key_hash: bytes) -> Caller:
+    """Whose key this is, who may see our pages. Raises: Unauthenticated, Forbidden."""
+    caller = yard.caller(key_hash)
+    refuse_one_team(caller)
+    return caller
+
+
+def refuse_one_team(caller: Caller) -> None:
+    """Raises: Forbidden to whom may see the work of one team alone."""
+    if not caller.sees_all_teams:
+        hint = "ask with the key of an administrator"
+        raise Forbidden("These pages show the work of all teams.", hint=hint)
+
+
+def is_key(text: str) -> bool:
+    """Whether it may be a key at all."""
+    return 0 < len(text) <= MAX_KEY_CHARACTERS
 
 
 def _bearer(scope: Scope) -> str:
@@ -123,9 +178,29 @@ def _bearer(scope: Scope) -> str:
     given = [value for name, value in scope["headers"] if name == b"authorization"]
     scheme, _, key = (given[0] if given else b"").decode("latin-1").partition(" ")
     key = key.strip()
-    if scheme.lower() != "bearer" or not key or len(key) > MAX_KEY_CHARACTERS:
+    if scheme.lower() != "bearer" or not is_key(key):
         raise Unauthenticated(hint="send the header `Authorization: Bearer YOUR_KEY`")
     return key
+
+
+def _is_page(scope: Scope) -> bool:
+    path = inner_path(scope)
+    return path == PAGES or path.startswith(f"{PAGES}/")
+
+
+def _shows_pages(scope: Scope) -> bool:
+    """Whether it is a browser that asks for a page to show, and no program."""
+    headers = Headers(scope=scope)
+    asks = scope["method"] == "GET" and "text/html" in headers.get("accept", "")
+    return _is_page(scope) and asks and "authorization" not in headers
+
+
+def _to_login(scope: Scope) -> RedirectResponse:
+    wanted = inner_path(scope)
+    if scope["query_string"]:
+        wanted += "?" + scope["query_string"].decode("latin-1")
+    where = f"{PAGES}/login?next={quote(wanted, safe='/')}"
+    return RedirectResponse(where, 303, {"Cache-Control": "no-store"})
 
 
 def yard_of(request: Request) -> Yard:

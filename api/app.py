@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
-from tuneyard.api import artifacts, files, following, jobs, problems, things
+from tuneyard.api import artifacts, files, flower, following, jobs, login, problems, things
 from tuneyard.api.access import Login, Yard
 from tuneyard.api.broker import Broker
 from tuneyard.api.checking import FileChecker
 from tuneyard.api.limits import Limits
 from tuneyard.api.paging import refuse_unknown_names
+from tuneyard.api.prefix import Prefix
 from tuneyard.api.streams import Streams
 from tuneyard.api.uploads import Uploads
 from tuneyard.specs.settings import Settings
@@ -35,7 +36,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "Away or busy: ask again after Retry-After."},
 }
 
-ROUTERS = (jobs.router, following.router, artifacts.router, files.router, things.router)
+ROUTERS = (
+    jobs.router,
+    jobs.pipelines,
+    following.router,
+    artifacts.router,
+    files.router,
+    things.router,
+)
+PAGES = (login.router, flower.router)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -44,10 +53,11 @@ def create_app(settings: Settings) -> FastAPI:
     streams, checker = Streams(yard.db), FileChecker(yard)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         streams.start()
         checker.start()
         yield
+        await app.state.flower.close()
         checker.stop()
         streams.stop()
         yard.db.close()
@@ -63,6 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.yard, app.state.streams, app.state.checker = yard, streams, checker
     app.state.uploads = Uploads(yard.store, max_file_bytes=settings.max_file_bytes)
+    app.state.flower = flower.Flower(settings.flower_url)
     app.state.broker = Broker(settings.broker_url.get_secret_value())
     _include_routes(app)
     problems.register(app)
@@ -71,6 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(
         Limits, max_body_bytes=settings.max_body_bytes, max_file_bytes=settings.max_file_bytes
     )
+    app.add_middleware(Prefix, root_path=settings.root_path, trusted=settings.trusted_networks)
     return app
 
 
@@ -79,4 +91,5 @@ def _include_routes(app: FastAPI) -> None:
     documented = Depends(HTTPBearer(auto_error=False, description="An API key of a team."))
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(refuse_unknown_names), documented])
-    app.include_router(things.health)
+    for router in (things.health, *PAGES):
+        app.include_router(router)

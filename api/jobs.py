@@ -1,9 +1,10 @@
 """/api/v1/jobs: submit, list, show, cancel, retry. Check, one transaction, a view."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
-from uuid import UUID
 
 from fastapi import APIRouter, Query, Response
 from sqlalchemy import Connection
@@ -12,77 +13,120 @@ from tuneyard.api.access import TheCaller, TheYard, Yard, path_id
 from tuneyard.api.bodies import Document, IdempotencyKey
 from tuneyard.api.examples import RETRY_BODY, SUBMIT_BODY
 from tuneyard.api.paging import page, read_cursor
-from tuneyard.checks.submission import check_finetune, check_prompts
-from tuneyard.models import files, jobs, reading
-from tuneyard.models.inputs import resolve
+from tuneyard.api.submissions import check_inputs
+from tuneyard.checks.hubs import ask_hubs
+from tuneyard.models import jobs, reading
+from tuneyard.models.inputs import knows_model
 from tuneyard.models.keys import Caller
+from tuneyard.specs.download import DownloadSpec, implied_download
 from tuneyard.specs.errors import InputError, SpecRejected
-from tuneyard.specs.finetune import FinetuneSpec
-from tuneyard.specs.jobs import JobSpec, read_spec
+from tuneyard.specs.ids import new_id
+from tuneyard.specs.jobs import JobSpec, Note, read_spec
+from tuneyard.specs.pipelines import Step, in_step, read_pipeline
 from tuneyard.specs.states import JobState
-from tuneyard.specs.views import JobList, JobView
+from tuneyard.specs.views import JobList, JobView, PipelineView
 
 router = APIRouter(prefix="/api/v1/jobs", tags=["jobs"])
+pipelines = APIRouter(prefix="/api/v1/pipelines", tags=["pipelines"])
 
 
 @router.post("", status_code=201, openapi_extra=SUBMIT_BODY)
 def submit(
     body: Document, caller: TheCaller, yard: TheYard, response: Response, key: IdempotencyKey
-) -> JobView:
-    """Submit a job. Once this answers 201 it is on disk and will run.
+) -> JobView | PipelineView:
+    """Submit a job, or a pipeline of jobs: all of them or none.
 
-    Asked again with the same Idempotency-Key and body it answers the same job, with the header
-    `Idempotency-Replayed: true`.
+    Once this answers 201 it is on disk and will run. Asked again with the same Idempotency-Key
+    and body it answers the same job, with the header `Idempotency-Replayed: true`.
     """
+    request = _request_key(key, body)
     if "pipeline" in body:
-        message = "Pipelines are not there yet."
-        hint = 'submit the jobs one by one; {"from": "job_…"} makes one wait for another'
-        raise InputError(message, code="not_supported_yet", field="pipeline", hint=hint)
+        steps = [
+            replace(step, notes=(*step.notes, *_hubs_notes(yard, caller, step.spec)))
+            for step in read_pipeline(body)
+        ]
+        with yard.begin(caller.team_id) as tx:
+            return _submit_pipeline(tx, yard, caller, steps, request, response)
     spec, notes = read_spec(body)
-    submission = jobs.Submission(spec, tuple(notes), key, _digest(body))
+    submission = jobs.Submission(spec, (*notes, *_hubs_notes(yard, caller, spec)))
     with yard.begin(caller.team_id) as tx:
-        return _submit(tx, yard, caller, submission, response)
+        return _submit(tx, yard, caller, submission, request, response)
 
 
-def _digest(value: object) -> str:
-    """The hash of a body by what it says, however its names are ordered and spaced."""
-    return jobs.body_hash(json.dumps(value, sort_keys=True).encode())
+def _hubs_notes(yard: Yard, caller: Caller, spec: JobSpec) -> list[Note]:
+    """What hubs say of what a job makes download, asked before its transaction begins.
+
+    Raises: SpecRejected where no hub has it.
+    """
+    if isinstance(spec, DownloadSpec):
+        return ask_hubs(spec, yard.settings.hubs, os.environ)
+    notes: list[Note] = []
+    for reference in spec.references():
+        download = isinstance(reference.value, str) and implied_download(reference.value)
+        if reference.what != "model" or not download:
+            continue
+        with yard.snapshot(caller.team_id) as tx:
+            if knows_model(tx, caller.team_id, str(reference.value)):
+                continue
+        try:
+            notes += ask_hubs(download, yard.settings.hubs, os.environ)
+        except SpecRejected as error:
+            error.field = error.problems[0].field = reference.field
+            raise
+    return notes
+
+
+def _request_key(key: str | None, body: object) -> jobs.RequestKey | None:
+    """A body counts by what it says, however its names are ordered and spaced."""
+    if key is None:
+        return None
+    return jobs.RequestKey(key, jobs.body_hash(json.dumps(body, sort_keys=True).encode()))
 
 
 def _submit(
-    tx: Connection, yard: Yard, caller: Caller, submission: jobs.Submission, response: Response
+    tx: Connection,
+    yard: Yard,
+    caller: Caller,
+    submission: jobs.Submission,
+    request: jobs.RequestKey | None,
+    response: Response,
 ) -> JobView:
-    job_id, replayed = jobs.submit_job(tx, caller.team_id, submission)
-    if replayed:
-        # Its inputs may be gone by now: the first answer holds all the same.
-        response.headers["Idempotency-Replayed"] = "true"
+    earlier = jobs.take_key(tx, caller.team_id, submission.id, request)
+    if earlier is None:
+        inputs = jobs.submit_job(tx, caller.team_id, submission)
+        check_inputs(tx, yard, submission.spec, inputs)
     else:
-        check_submission(tx, yard, submission.spec)
-    view = reading.show_job(tx, caller.team, job_id)
+        # Its inputs may be gone by now; the job that was made then is shown as it stands.
+        response.headers["Idempotency-Replayed"] = "true"
+    view = reading.show_job(tx, caller.team, earlier or submission.id)
     response.headers["Location"] = f"/api/v1/jobs/{view.id}"
     return view
 
 
-def check_submission(tx: Connection, yard: Yard, spec: JobSpec) -> None:
-    """What the data's reports and the base's headers rule out. Raises: SpecRejected."""
-    inputs = resolve(tx, spec.references()).inputs
-    problems: list[InputError] = []
-    if isinstance(spec, FinetuneSpec):
-        base = inputs.get("model", {}).get("base_model")
-        facts = yard.facts(UUID(base)) if base else None
-        report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
-        problems = check_finetune(spec, report, facts, eval_report=eval_report)
-    elif report := _report(tx, inputs, "prompts"):
-        problems = check_prompts(report)
-    if problems:
-        raise SpecRejected(problems)
-
-
-def _report(
-    tx: Connection, inputs: Mapping[str, Mapping[str, str]], field: str
-) -> Mapping[str, Any] | None:
-    file = inputs.get(field, {}).get("file")
-    return files.report_of(tx, UUID(file)) if file else None
+def _submit_pipeline(
+    tx: Connection,
+    yard: Yard,
+    caller: Caller,
+    steps: Sequence[Step],
+    request: jobs.RequestKey | None,
+    response: Response,
+) -> PipelineView:
+    pipeline_id = new_id()
+    earlier = jobs.take_key(tx, caller.team_id, steps[0].id, request)
+    if earlier is None:
+        for step in steps:
+            submission = jobs.Submission(step.spec, step.notes, step.id, pipeline_id)
+            try:
+                inputs = jobs.submit_job(tx, caller.team_id, submission)
+                check_inputs(tx, yard, step.spec, inputs)
+            except InputError as error:
+                raise in_step(step.position, error) from None
+    else:
+        response.headers["Idempotency-Replayed"] = "true"
+        pipeline_id = reading.pipeline_of(tx, earlier)
+    view = reading.show_pipeline(tx, caller.team, pipeline_id)
+    response.headers["Location"] = f"/api/v1/pipelines/{view.id}"
+    return view
 
 
 @router.get("")
@@ -92,14 +136,17 @@ def list_jobs(
     state: Annotated[list[str] | None, Query(description="Repeat it or part by commas.")] = None,
     kind: str | None = None,
     name: str | None = None,
+    all_: Annotated[
+        bool, Query(alias="all", description="Also those made for other jobs.")
+    ] = False,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     cursor: str | None = None,
 ) -> JobList:
     """A page of the team's jobs, newest first."""
-    wanted = reading.JobFilter(_states(state or []), kind, name)
-    listing = ("jobs", caller.team_id.hex, [*wanted.states], kind, name)
+    wanted = reading.JobFilter(_states(state or []), kind, name, None if all_ else False)
+    listing = ("jobs", caller.team_id.hex, [*wanted.states], kind, name, all_)
     before = read_cursor(cursor, *listing)
-    with yard.begin(caller.team_id) as tx:
+    with yard.snapshot(caller.team_id) as tx:
         rows = reading.list_jobs(tx, caller.team, wanted, before=before, limit=limit + 1)
     shown, next_cursor = page(rows, limit, *listing)
     return JobList(data=shown, next_cursor=next_cursor)
@@ -119,7 +166,7 @@ def _states(asked: list[str]) -> list[JobState]:
 def show(job: str, caller: TheCaller, yard: TheYard) -> JobView:
     """One job, with its attempts, progress and reason for waiting."""
     job_id = path_id("job", job)
-    with yard.begin(caller.team_id) as tx:
+    with yard.snapshot(caller.team_id) as tx:
         return reading.show_job(tx, caller.team, job_id)
 
 
@@ -130,6 +177,23 @@ def cancel(job: str, caller: TheCaller, yard: TheYard) -> JobView:
     with yard.begin(caller.team_id) as tx:
         jobs.cancel_job(tx, job_id)
         return reading.show_job(tx, caller.team, job_id)
+
+
+@pipelines.get("/{pipeline}")
+def show_pipeline(pipeline: str, caller: TheCaller, yard: TheYard) -> PipelineView:
+    """A pipeline with its jobs, each after those that it needs."""
+    pipeline_id = path_id("pipeline", pipeline)
+    with yard.snapshot(caller.team_id) as tx:
+        return reading.show_pipeline(tx, caller.team, pipeline_id)
+
+
+@pipelines.post("/{pipeline}/cancel")
+def cancel_pipeline(pipeline: str, caller: TheCaller, yard: TheYard) -> PipelineView:
+    """Cancel all jobs of a pipeline that have not ended."""
+    pipeline_id = path_id("pipeline", pipeline)
+    with yard.begin(caller.team_id) as tx:
+        jobs.cancel_pipeline(tx, pipeline_id)
+        return reading.show_pipeline(tx, caller.team, pipeline_id)
 
 
 @router.post("/{job}/retry", status_code=201, openapi_extra=RETRY_BODY)
@@ -145,9 +209,8 @@ def retry(
     job_id, patch = path_id("job", job), _patch(body)
     with yard.begin(caller.team_id) as tx:
         again = jobs.retry_job(tx, job_id, patch)
-        digest = _digest([job, body])
-        submission = jobs.Submission(again.spec, again.notes, key, digest, again.retry_of)
-        return _submit(tx, yard, caller, submission, response)
+        request = _request_key(key, [job, body])
+        return _submit(tx, yard, caller, again, request, response)
 
 
 def _patch(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tuneyard.api.prefix import inner_path
 from tuneyard.api.problems import answer, internal
 from tuneyard.specs.errors import InputError
 
@@ -24,9 +25,12 @@ MAX_TARGET_BYTES = 8 * 1024
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
 FORM_BYTES = 64 * 1024
-"""What a multipart body may hold besides its file."""
+"""What a form may hold, and a multipart body besides its file."""
 
 UPLOADS = "/api/v1/files"
+FORMS = frozenset({"/flower/login", "/flower/logout", "/flower/tasks/datatable"})
+"""Where a browser's forms are taken; /api/ never takes one."""
+
 DRAINED_BYTES, DRAINED_S = 8 * 1024**2, 2.0
 """Of a refused body so much is read and thrown away: a connection that is closed over unread bytes
 is reset, and many clients then never see the answer."""
@@ -92,13 +96,18 @@ class Limits:
 
     async def _serve(self, scope: Scope, exchange: "_Exchange") -> None:
         headers = Headers(scope=scope)
-        limit = self._max_upload_bytes if scope["path"] == UPLOADS else self._max_body_bytes
+        limit = self._limit(inner_path(scope))
         problem = _bad_head(scope, headers) or _bad_body(scope, headers, limit)
         if problem is not None:
             await answer(problem)(scope, exchange.receive, exchange.send)
             return
         exchange.limit = limit
         await self._app(scope, exchange.receive, exchange.send)
+
+    def _limit(self, path: str) -> int:
+        if path == UPLOADS:
+            return self._max_upload_bytes
+        return FORM_BYTES if path in FORMS else self._max_body_bytes
 
 
 class _Exchange:
@@ -147,7 +156,7 @@ class _Exchange:
             pass
 
     def named(self, event: str) -> dict[str, object]:
-        method, path = self._scope["method"], self._scope["path"]
+        method, path = self._scope["method"], inner_path(self._scope)
         return {"event": event, "request": self.id, "method": method, "path": path}
 
     def log(self) -> None:
@@ -163,7 +172,7 @@ def _bad_head(scope: Scope, headers: Headers) -> InputError | None:
         return TargetTooLong(hint=f"at most {MAX_TARGET_BYTES} bytes")
     if len(headers.raw) > MAX_HEADERS or _size(headers.raw) > MAX_HEADER_BYTES:
         return HeadersTooLarge(hint=f"at most {MAX_HEADERS} headers, {MAX_HEADER_BYTES} bytes")
-    asked = [scope["path"], *(part for pair in QueryParams(scope["query_string"]).multi_items()
+    asked = [inner_path(scope), *(part for pair in QueryParams(scope["query_string"]).multi_items()
                               for part in pair)]  # fmt: skip
     if any(CONTROL.search(text) for text in asked):
         return InputError("The address holds a control character.", code="bad_character")
@@ -181,11 +190,17 @@ def _bad_body(scope: Scope, headers: Headers, limit: int) -> InputError | None:
     length = headers.get("content-length", "0")
     if length.isdigit() and int(length) > limit:
         return BodyTooLarge(hint=f"at most {limit} bytes")
-    wanted = "multipart/form-data" if scope["path"] == UPLOADS else "application/json"
+    wanted = _media(inner_path(scope))
     media = headers.get("content-type", "").partition(";")[0].strip().lower()
     if _has_body(headers) and scope["method"] != "GET" and media != wanted:
         return Unsupported(f"This address takes {wanted}.", field="Content-Type")
     return None
+
+
+def _media(path: str) -> str:
+    if path == UPLOADS:
+        return "multipart/form-data"
+    return "application/x-www-form-urlencoded" if path in FORMS else "application/json"
 
 
 def _has_body(headers: Headers) -> bool:

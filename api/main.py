@@ -79,6 +79,7 @@ class Server(uvicorn.Server):
             log_level="warning",
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # prefix.py heeds them, and must see who really asks
             timeout_graceful_shutdown=END_WITHIN_S,
             server_header=False,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,

@@ -58,9 +58,11 @@ def register(app: FastAPI) -> None:
         return answer(_parameter_problem(error.errors()[0]))
 
     @app.exception_handler(HTTPException)
-    async def routes(_: Request, error: HTTPException) -> JSONResponse:
+    async def routes(request: Request, error: HTTPException) -> JSONResponse:
         plain = ("bad_request", f"{error.detail}.", None)
         code, message, hint = ROUTING.get(error.status_code, plain)
+        if hint:
+            hint = request.scope["root_path"] + hint
         body = {"error": InputError(message, code=code, hint=hint).as_dict()}
         return JSONResponse(body, error.status_code, dict(error.headers or {}))
 

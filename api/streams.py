@@ -97,7 +97,7 @@ class Streams:
 
         def in_transaction() -> Answer | None:
             try:
-                with self._db.begin(team=caller.team_id) as tx:
+                with self._db.snapshot(team=caller.team_id) as tx:
                     return unit(tx)
             except Unavailable:
                 return None
@@ -194,7 +194,7 @@ class Streams:
 def _news(
     job_id: UUID, after: int
 ) -> Callable[[Connection], tuple[reading.Standing, list[EventView], LiveView]]:
-    """Where the job stands is read first: what it says to be the last line is read after it."""
+    """Where the job stands, its new lines and what runs, all of one moment."""
     return lambda tx: (
         reading.standing(tx, job_id),
         reading.list_events(tx, job_id, after=after, limit=EVENTS_AT_ONCE),
@@ -213,7 +213,7 @@ def _live(view: LiveView) -> bytes:
 def _log_after(
     job_id: UUID, attempt: int | None, position: logs.LogPosition
 ) -> Callable[[Connection], tuple[reading.Standing, list[bytes], logs.LogPosition]]:
-    """The state is read first: a job that had ended by then has no more log to come."""
+    """Of one moment: a job that had ended by then has no more log to come."""
 
     def read(tx: Connection) -> tuple[reading.Standing, list[bytes], logs.LogPosition]:
         standing = reading.standing(tx, job_id)

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuneyard.checks.safetensors import product, read_header
+from tuneyard.specs.base_models import asks_for_code
 from tuneyard.specs.errors import InputError
+from tuneyard.store.safetensors import product, read_header
 
 MAX_JSON_BYTES = 32 * 1024**2
 MAX_LAYERS = 10_000
@@ -75,22 +76,11 @@ def _refuse_pickle(path: Path) -> None:
 
 def refuse_code(config: Any, name: str) -> None:
     """Refuse a configuration that would run code of its own, however deep it stands."""
-    pending = [config]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, list):
-            pending += value
-        elif isinstance(value, Mapping):
-            pending += value.values()
-            odd = next((each for each in value if _runs_code(each)), None)
-            if odd is not None:
-                message = f"{name} asks for code of its own ({odd})."
-                hint = "take a model that transformers knows by itself"
-                raise InputError(message, code="remote_code_forbidden", field=odd, hint=hint)
-
-
-def _runs_code(name: str) -> bool:
-    return name == "auto_map" or (name.startswith("_") and "implementation" in name)
+    odd = asks_for_code(config)
+    if odd is not None:
+        message = f"{name} asks for code of its own ({odd})."
+        hint = "take a model that transformers knows by itself"
+        raise InputError(message, code="remote_code_forbidden", field=odd, hint=hint)
 
 
 def _check_index(folder: Path, tensors: Mapping[str, Any]) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tuneyard.checks.records import BadLine, Record, file_format, read_records
-from tuneyard.checks.rows import Judged, check_row
 from tuneyard.specs.conversations import check_prompt
 from tuneyard.specs.errors import InputError
+from tuneyard.specs.rows import Judged, check_row
 
 SHOWN = 5
 PREVIEWED = 3

@@ -7,10 +7,10 @@ from typing import Any
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
 from tuneyard.specs.problems import problem
+from tuneyard.specs.rows import TRAINABLE
 
 Report = Mapping[str, Any]
 
-TRAINABLE = frozenset({"alpaca", "openai", "sharegpt"})
 FOR_OTHER_STAGES = {
     "text": "rows of text are for stage pt, which comes later",
     "preference": "rows of chosen and rejected are for stage dpo or rm, which come later",

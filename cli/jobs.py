@@ -10,7 +10,14 @@ import typer
 from tuneyard.cli.output import age, print_json, print_table, say
 from tuneyard.cli.profile import Json, connect
 from tuneyard.cli.submitting import check_alone, read_document, submit_document
-from tuneyard.cli.watching import await_end, leaving_alone, report_end, report_failure, watch_job
+from tuneyard.cli.watching import (
+    await_end,
+    leaving_alone,
+    report_end,
+    report_failure,
+    watch_job,
+    watch_jobs,
+)
 from tuneyard.client import Client
 from tuneyard.specs.documents import apply_overrides
 from tuneyard.specs.errors import InputError
@@ -21,6 +28,9 @@ from tuneyard.specs.states import TERMINAL, JobState
 Kind = StrEnum("Kind", {name: name for name in KINDS})  # type: ignore[misc]  # as KINDS grows
 
 Job = Annotated[str, typer.Argument(help="The job's id, or its name if only one has it.")]
+JobOrPipeline = Annotated[
+    str, typer.Argument(help="The id of a job or pipeline, or the name of a job.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value over the document.")]
 
 
@@ -38,7 +48,7 @@ def submit(
     set_: Set = None,
     json: Json = False,
 ) -> int:
-    """Submit a job. Files that it names beside itself are uploaded.
+    """Submit a job, or a pipeline of jobs. Files that they name beside themselves are uploaded.
 
     Example: tuneyard submit examples/identity_lora.yaml --set lora_rank=8 --wait
     """
@@ -46,23 +56,26 @@ def submit(
     base = Path(file).parent if file != "-" else Path.cwd()
     check_alone(document, base)
     with connect() as client:
-        job = submit_document(client, document, base)
+        made = submit_document(client, document, base)
+        jobs = made.get("jobs") or [made]
         if json:
-            job = await_end(client, job["id"]) if wait else job
-            print_json(job)
-            return 1 if wait and job["state"] != JobState.SUCCEEDED else 0
-        say(f"{job['id']}  {job['name']}  {job['state']}")
-        for note in job.get("notes") or []:
-            say(f"  note: {note['message']}")
+            ended = [await_end(client, job["id"]) if wait else job for job in jobs]
+            print_json(made | {"jobs": ended} if "jobs" in made else ended[0])
+            return int(wait and not all(job["state"] == JobState.SUCCEEDED for job in ended))
+        for job in jobs:
+            say(f"{job['id']}  {job['name']}  {job['state']}")
+            for note in job.get("notes") or []:
+                say(f"  note: {note['message']}")
         if wait:
-            return watch_job(client, job["id"])
-        say(f"  next: tuneyard watch {job['id']}")
+            return watch_jobs(client, jobs)
+        say(f"  next: tuneyard watch {made['id']}")
         return 0
 
 
 def list_jobs(
     state: Annotated[JobState | None, typer.Option(help="Only this state.")] = None,
     kind: Annotated[Kind | None, typer.Option(help="Only this kind.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Also those made for other jobs.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="This many at most.")] = 20,
     json: Json = False,
 ) -> None:
@@ -71,7 +84,7 @@ def list_jobs(
     Example: tuneyard list --state running
     """
     with connect() as client:
-        found = client.jobs(state=state, kind=kind, limit=limit)
+        found = client.jobs(state=state, kind=kind, all_=all_, limit=limit)
     if json:
         print_json(found)
         return
@@ -99,22 +112,28 @@ def find(client: Client, job: str) -> str:
     raise InputError(f"{many} called {job[:80]!r}.", code="bad_id", hint="`tuneyard list` has ids")
 
 
-def show(job: Job, json: Json = False) -> None:
+def show(job: JobOrPipeline, json: Json = False) -> None:
     """Show a job: its state, attempts, inputs and result.
 
     Example: tuneyard show job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b
     """
     with connect() as client:
-        found = client.job(find(client, job))
+        steps = is_id("pipeline", job)
+        found = client.pipeline(job) if steps else client.job(find(client, job))
         if json:
             print_json(found)
             return
-        for line in _summary(found):
-            say(line)
-        if found["state"] == JobState.SUCCEEDED:
-            report_end(client, found["id"])
-        elif found["state"] in TERMINAL:
-            report_failure(found)
+        for each in found["jobs"] if steps else [found]:
+            _show_job(client, each)
+
+
+def _show_job(client: Client, job: dict[str, Any]) -> None:
+    for line in _summary(job):
+        say(line)
+    if job["state"] == JobState.SUCCEEDED:
+        report_end(client, job["id"])
+    elif job["state"] in TERMINAL:
+        report_failure(job)
 
 
 def _summary(job: dict[str, Any]) -> list[str]:
@@ -126,6 +145,8 @@ def _summary(job: dict[str, Any]) -> list[str]:
         lines.append(f"  a retry of {job['retry_of']}")
     if job.get("wait_reason"):
         lines.append(f"  waits: {job['wait_reason']}")
+    if job.get("pipeline"):
+        lines.append(f"  a step of {job['pipeline']}")
     lines += [f"  {field}: {name}" for field, name in (job.get("inputs") or {}).items()]
     lines += [f"  note: {note['message']}" for note in job.get("notes") or []]
     for attempt in job.get("attempts") or []:
@@ -136,12 +157,14 @@ def _summary(job: dict[str, Any]) -> list[str]:
     return lines
 
 
-def watch(job: Job, json: Json = False) -> int:
+def watch(job: JobOrPipeline, json: Json = False) -> int:
     """Watch a job to its end; Ctrl-C leaves the job alone.
 
     Example: tuneyard watch job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b
     """
     with connect() as client:
+        if is_id("pipeline", job):
+            return watch_jobs(client, client.pipeline(job)["jobs"], as_json=json)
         return watch_job(client, find(client, job), as_json=json)
 
 
@@ -168,17 +191,19 @@ def logs(
                 sys.stdout.flush()
 
 
-def cancel(job: Job, json: Json = False) -> None:
-    """Cancel a job; a running one saves a checkpoint first.
+def cancel(job: JobOrPipeline, json: Json = False) -> None:
+    """Cancel a job, or all jobs of a pipeline; a running one saves a checkpoint first.
 
     Example: tuneyard cancel job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b
     """
     with connect() as client:
-        found = client.cancel(find(client, job))
+        steps = is_id("pipeline", job)
+        found = client.cancel_pipeline(job) if steps else client.cancel(find(client, job))
     if json:
         print_json(found)
-    else:
-        say(f"{found['id']}  {found['state']}")
+        return
+    for each in found["jobs"] if steps else [found]:
+        say(f"{each['id']}  {each['state']}")
 
 
 def retry(

@@ -7,7 +7,18 @@ import sys
 
 import typer
 
-from tuneyard.cli import files, health, inference, jobs, keys, models, results, services
+from tuneyard.cli import (
+    downloading,
+    files,
+    fixtures,
+    health,
+    inference,
+    jobs,
+    keys,
+    models,
+    results,
+    services,
+)
 from tuneyard.cli.output import print_error
 from tuneyard.client import Refused, Unreachable
 from tuneyard.specs.errors import TuneyardError, Unavailable
@@ -20,7 +31,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (services, jobs, inference, results, files, models, health, keys):
+GROUPS = (
+    services, health, keys, jobs, inference, results, downloading, files, models, fixtures,
+)  # fmt: skip
+for group in GROUPS:
     group.register(app)
 
 

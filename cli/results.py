@@ -16,7 +16,7 @@ from tuneyard.specs.errors import InputError
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(artifacts)
-    app.command()(download)
+    app.command()(fetch)
 
 
 def artifacts(job: Job, json: Json = False) -> None:
@@ -33,7 +33,7 @@ def artifacts(job: Job, json: Json = False) -> None:
     print_table(("id", "kind", "step", "bytes", "digest"), rows)
 
 
-def download(
+def fetch(
     job: Job,
     output: Annotated[
         Path | None, typer.Option("--out", help="Folder to write to; unset: one named as the job.")
@@ -42,7 +42,7 @@ def download(
 ) -> None:
     """Fetch a job's result, each file checked against its sha256.
 
-    Example: tuneyard download job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b --out ./tuny
+    Example: tuneyard fetch job_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b --out ./tuny
     """
     with connect() as client:
         job = find(client, job)

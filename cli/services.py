@@ -14,6 +14,10 @@ from tuneyard.cli.profile import HomeOption, Json, home_folder
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.settings import PREFIX, Settings, load_settings
 
+RootPath = Annotated[
+    str | None,
+    typer.Option(metavar="PREFIX", help="Path prefix that a proxy puts before the API's paths."),
+]
 JsonLogs = Annotated[bool, typer.Option("--json", help="Log a JSON object a line.")]
 
 
@@ -33,6 +37,7 @@ def register(app: typer.Typer) -> None:
 def up(
     home: HomeOption = None,
     port: Annotated[int | None, typer.Option(help="Port of the API; 0: any free one.")] = None,
+    root_path: RootPath = None,
     detach: Annotated[bool, typer.Option(help="Return once all is ready.")] = False,
     json: Json = False,
 ) -> int:
@@ -43,7 +48,7 @@ def up(
     with installed("local"):
         from tuneyard.local.up import up as start
 
-    return start(home_folder(home), port=port, detach=detach, as_json=json)
+    return start(home_folder(home), port=port, root_path=root_path, detach=detach, as_json=json)
 
 
 def down(home: HomeOption = None, json: Json = False) -> None:
@@ -74,9 +79,9 @@ def status(home: HomeOption = None, json: Json = False) -> None:
         print_json(found)
         return
     say(f"{found['phase']}  {found['home']}")
-    for name in ("url", "flower_url"):
-        if found[name] and found["phase"] != "stopped":
-            say(f"  {found[name]}")
+    if found["url"] and found["phase"] != "stopped":
+        say(f"  {found['url']}")
+        say(f"  {found['url']}/flower/")
     rows = [
         (c["name"], c["pid"], _state(c), duration(c["uptime_s"]), c["restarts"])
         for c in found["children"]
@@ -89,12 +94,12 @@ def _state(child: dict[str, Any]) -> str:
     return "up" if child["alive"] else "gone"
 
 
-def api(json: JsonLogs = False) -> None:
+def api(root_path: RootPath = None, json: JsonLogs = False) -> None:
     """Run the API's process.
 
     Example: TUNEYARD_DATABASE_URL=postgresql://tuneyard_api:…@db/tuneyard tuneyard api
     """
-    settings = _settings(as_json=json)
+    settings = _settings(as_json=json, root_path=root_path)
     with installed("api"):
         from tuneyard.api.main import run
     run(settings)
@@ -148,8 +153,8 @@ def migrate(json: JsonLogs = False) -> None:
     run(settings)
 
 
-def _settings(*, as_json: bool) -> Settings:
-    settings = load_settings()
+def _settings(*, as_json: bool, root_path: str | None = None) -> Settings:
+    settings = load_settings(root_path=root_path)
     start_logging(settings.log_level, as_json=as_json)
     return settings
 

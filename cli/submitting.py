@@ -1,7 +1,7 @@
 """From a file on the client's disk to a submission: paths in it are the client's, and go along."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from tuneyard.client import Client, Refused
 from tuneyard.specs.documents import apply_overrides, read_json, read_yaml
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.jobs import read_spec
+from tuneyard.specs.pipelines import read_pipeline
 
 CHECK_WITHIN_S = 10.0
 LOOK_EVERY_S = 0.1
@@ -28,30 +29,72 @@ def read_document(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     except InputError as error:
         error.message = f"{'stdin' if name == '-' else name}: {error.message}"
         raise
+    if isinstance(document.get("pipeline"), list):
+        return _override_steps(document, overrides)
     document = apply_overrides(document, overrides)
-    if name != "-" and document.get("name") is None and "pipeline" not in document:
+    if name != "-" and document.get("name") is None:
         document["name"] = Path(name).stem
     return document
 
 
+def _override_steps(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``step.key=value`` over the steps of a pipeline."""
+    steps = list(document["pipeline"])
+    names = [step.get("name") if isinstance(step, Mapping) else None for step in steps]
+    for override in overrides:
+        name, dot, rest = override.partition(".")
+        if not dot or name not in names:
+            known = ", ".join(str(each) for each in names if each) or "none has a name"
+            message = f"{override[:80]!r} names no step."
+            hint = f"write STEP.key=value; steps here: {known}"
+            raise InputError(message, code="bad_override", hint=hint)
+        position = names.index(name)
+        steps[position] = apply_overrides(dict(steps[position]), [rest])
+    return document | {"pipeline": steps}
+
+
 def submit_document(client: Client, document: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """Upload the files that a document names, then submit it with their ids.
+    """Upload the files that a job or a pipeline names, then submit it with their ids.
 
     Raises: Refused that speaks of the files by their paths, as the document does.
     """
-    asked, paths = dict(document), {}
-    for field, path in _files_in(document, base).items():
-        asked[field] = upload(client, path, purpose=FILES[field])
-        paths[asked[field]] = str(path)
+    paths: dict[str, str] = {}
+
+    def uploaded(job: Mapping[str, Any]) -> dict[str, Any]:
+        found = {
+            field: upload(client, path, purpose=FILES[field])
+            for field, path in _files_in(job, base).items()
+        }
+        paths.update({found[field]: str(path) for field, path in _files_in(job, base).items()})
+        return {**job, **found}
+
     try:
-        return client.submit(asked)
+        return client.submit(_in_each_job(document, uploaded))
     except Refused as error:
         raise error.naming(paths) from None
 
 
 def check_alone(document: Mapping[str, Any], base: Path) -> None:
     """Refuse what is wrong by itself before anything travels. Raises: SpecRejected."""
-    read_spec({**document, **dict.fromkeys(_files_in(document, base), PLACEHOLDER)})
+
+    def placeholders(job: Mapping[str, Any]) -> dict[str, Any]:
+        return {**job, **dict.fromkeys(_files_in(job, base), PLACEHOLDER)}
+
+    asked = _in_each_job(document, placeholders)
+    if "pipeline" in asked:
+        read_pipeline(asked)
+    else:
+        read_spec(asked)
+
+
+def _in_each_job(
+    document: Mapping[str, Any], change: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Change a job's document, or those of all steps of a pipeline."""
+    if not isinstance(document.get("pipeline"), list):
+        return change(document)
+    steps = [change(s) if isinstance(s, Mapping) else s for s in document["pipeline"]]
+    return {**document, "pipeline": steps}
 
 
 def _files_in(document: Mapping[str, Any], base: Path) -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,16 @@ def watch_job(client: Client, job: str, *, as_json: bool = False) -> int:
         else:
             _watch_plain(client, job)
     return report_end(client, job, quiet=as_json)
+
+
+def watch_jobs(client: Client, jobs: Sequence[Mapping[str, Any]], *, as_json: bool = False) -> int:
+    """Follow jobs one after the other. Returns the exit code: 0 if all succeeded, 1 otherwise."""
+    code = 0
+    for job in jobs:
+        if len(jobs) > 1 and not as_json:
+            say(f"{job['name']}  ({job['kind']})")
+        code = max(code, watch_job(client, job["id"], as_json=as_json))
+    return code
 
 
 def await_end(client: Client, job: str) -> dict[str, Any]:
@@ -101,7 +111,7 @@ def describe(data: Mapping[str, Any]) -> str:
     if (data.get("attempt") or 1) > 1:
         parts.append(f"attempt {data['attempt']}")
     if progress.get("total"):
-        parts.append(f"{progress['unit']} {progress['done']}/{progress['total']}")
+        parts.append(_amount(progress))
     return "  ".join([*parts, *_measured(values), *_left(progress)])
 
 
@@ -114,6 +124,12 @@ def _measured(values: Mapping[str, float | None]) -> Iterator[str]:
     memory = next((values[name] for name in MEMORY if values.get(name)), None)
     if memory:
         yield size(memory)
+
+
+def _amount(progress: Mapping[str, Any]) -> str:
+    if progress["unit"] == "bytes":
+        return f"{size(progress['done'])} of {size(progress['total'])}"
+    return f"{progress['unit']} {progress['done']}/{progress['total']}"
 
 
 def _left(progress: Mapping[str, Any]) -> list[str]:

@@ -52,10 +52,11 @@ class Client:
         state: str | None = None,
         kind: str | None = None,
         name: str | None = None,
+        all_: bool = False,
         limit: int = 20,
     ) -> list[Thing]:
-        """Jobs, newest first."""
-        filters = {"state": state, "kind": kind, "name": name}
+        """Jobs, newest first; with ``all_`` also those made for other jobs."""
+        filters = {"state": state, "kind": kind, "name": name, "all": "true" if all_ else None}
         return list(self._pages("/jobs", limit, **filters))
 
     def job(self, job: str) -> Thing:
@@ -65,6 +66,14 @@ class Client:
     def cancel(self, job: str) -> Thing:
         """Cancel a job."""
         return self._post(f"{_job(job)}/cancel")
+
+    def pipeline(self, pipeline: str) -> Thing:
+        """A pipeline with its jobs."""
+        return self._get(f"/pipelines/{_part(pipeline)}")
+
+    def cancel_pipeline(self, pipeline: str) -> Thing:
+        """Cancel all jobs of a pipeline that have not ended."""
+        return self._post(f"/pipelines/{_part(pipeline)}/cancel")
 
     def retry(self, job: str, *, patch: Mapping[str, Any], from_scratch: bool = False) -> Thing:
         """Try an ended job again, as a new job."""

@@ -38,6 +38,7 @@ chmod 700 "$folder"
 for name in owner_password api_password scheduler_password worker_password broker_password; do
     once "$name"
 done
+once session_secret
 once first_api_key ty-
 
 write owner_database_url "$(database_url tuneyard owner_password postgres)"

@@ -35,7 +35,7 @@ def states_page() -> str:
     ends += [("a signal, out of memory", RunnerEnd(signal=9, oom_killed=True))]
     ends += [("no exit.json", RunnerEnd())]
     for shown, end in ends:
-        verdict = judge(end, None)
+        verdict = judge(end)
         row = [shown, verdict.outcome.value, verdict.cause or "-"]
         row += ["yes" if verdict.charged else "no", "yes" if verdict.retry else "no"]
         lines.append(f"| {' | '.join(row)} |")

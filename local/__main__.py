@@ -35,7 +35,14 @@ def supervise(root: Path, plan: Callable[[Home], Yard]) -> int:
         home = open_home(root)
         with home.held():
             yard = plan(home)
-            Supervisor(home, yard.children).run(on_ready=lambda: _announce(home, yard))
+            ready = {
+                "url": yard.url,
+                "flower_url": yard.flower_url,
+                "notices": list(yard.notices),
+            }
+            Supervisor(home, yard.children).run(
+                ready=ready, on_ready=lambda: _announce(home, yard, ready)
+            )
     except TuneyardError as error:
         return _fail(error)
     except OSError as error:
@@ -43,11 +50,9 @@ def supervise(root: Path, plan: Callable[[Home], Yard]) -> int:
     return 0
 
 
-def _announce(home: Home, yard: Yard) -> Mapping[str, object]:
+def _announce(home: Home, yard: Yard, ready: Mapping[str, object]) -> None:
     home.write_json(home.profile, yard.profile(home))
-    told = {"url": yard.url, "flower_url": yard.flower_url, "notices": list(yard.notices)}
-    _tell({"ready": told})
-    return told
+    _tell({"ready": ready})
 
 
 def _fail(error: TuneyardError) -> int:

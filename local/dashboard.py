@@ -1,5 +1,8 @@
 """Flower on the broker: read-only, nothing kept; on loopback, or where flower_url says.
 
+People see it through the API, at /flower, behind its login. A path in flower_url becomes Flower's
+url_prefix; the API sets its links right with and without one.
+
 Its own start (`tuneyard flower`), because the password of the broker must not stand in a command
 line, and because all applications on one broker need the same key prefix and visibility timeout.
 """
@@ -10,6 +13,7 @@ import socket
 from urllib.parse import urlsplit
 
 from celery import Celery
+from flower.views import BaseHandler
 
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.messages import TRANSPORT
@@ -25,6 +29,8 @@ def run(settings: Settings) -> None:
     """Serve until SIGTERM. Raises: InputError when the address cannot be listened on."""
     # Flower's JSON pages show what its HTML pages show; every operation is refused by read_only.
     os.environ["FLOWER_UNAUTHENTICATED_API"] = "true"
+    # With that, Flower lets the scripts of every site that a browser visits read its answers.
+    BaseHandler.set_default_headers = _let_no_other_site_read
     app = Celery("tuneyard", broker=settings.broker_url.get_secret_value())
     app.conf.update(
         accept_content=["json"],
@@ -44,6 +50,10 @@ def run(settings: Settings) -> None:
             field="flower_url",
             hint="another process has it, or the address is not this machine's",
         ) from None
+
+
+def _let_no_other_site_read(handler: BaseHandler) -> None:
+    handler.set_header("X-Content-Type-Options", "nosniff")
 
 
 def flower_options(settings: Settings) -> list[str]:

@@ -66,16 +66,17 @@ class Supervisor:
         self._impatient = False
         self._said: dict[str, object] = {}
 
-    def run(self, *, on_ready: Callable[[], Mapping[str, object]]) -> None:
+    def run(self, *, ready: Mapping[str, object], on_ready: Callable[[], None]) -> None:
         """Start, tell, watch until SIGTERM or SIGINT, stop.
 
-        on_ready: called once all are ready; the state file holds what it returns.
+        ready: what the state file says once all are ready; on_ready: called when it does.
         Raises: Unavailable with the end of a log when a child does not start.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
         try:
             self._start_all()
-            self._say("ready", **on_ready())
+            self._say("ready", **ready)
+            on_ready()
             while True:
                 self._wait()
                 self._look()

@@ -32,6 +32,7 @@ def up(
     root: Path,
     *,
     port: int | None = None,
+    root_path: str | None = None,
     detach: bool = False,
     as_json: bool = False,
     environ: Mapping[str, str] | None = None,
@@ -45,6 +46,8 @@ def up(
     environ = dict(os.environ if environ is None else environ)
     if port is not None:
         environ[PREFIX + "API_PORT"] = str(port)
+    if root_path is not None:
+        environ[PREFIX + "ROOT_PATH"] = root_path
     home = open_home(root)
     load_settings(environ, home=home.root)  # what is wrong in them is said at once
     if home.holder() is not None:
@@ -58,7 +61,7 @@ def up(
             if detach:
                 return 0
             return _stay(home, supervisor, errors, interrupts)
-        _stop(home, supervisor, errors)
+        _stop(supervisor, errors)
         return interrupts.exit_code
 
 
@@ -148,7 +151,7 @@ def _show(home: Home, ready: Mapping[str, Any], errors: Console, *, as_json: boo
     lines = {
         "API": profile["url"],
         "API docs": f"{profile['url']}/docs",
-        "Flower": profile["flower_url"],
+        "Flower": f"{profile['url']}/flower/",
         "API key": f"in {home.profile}",
         "logs": home.root / "logs",
     }
@@ -164,7 +167,7 @@ def _stay(home: Home, supervisor: ProcessId, errors: Console, interrupts: _Inter
         if processes.reap(supervisor) is not None or not supervisor.alive:
             return _ended(home, errors)
         time.sleep(LOOK_EVERY_S)
-    _stop(home, supervisor, errors)
+    _stop(supervisor, errors)
     return interrupts.exit_code
 
 
@@ -180,7 +183,7 @@ def _ended(home: Home, errors: Console) -> int:
     return DIED
 
 
-def _stop(home: Home, supervisor: ProcessId, errors: Console) -> None:
+def _stop(supervisor: ProcessId, errors: Console) -> None:
     with errors.status("stopping"):
         stop_supervisor(supervisor)
         processes.reap(supervisor)

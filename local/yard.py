@@ -165,9 +165,14 @@ def _services(
         "scheduler": {},
         "worker": {"stop_within_s": stop_grace_s + PUBLISHED_WITHIN_S},
     }
+    known = {"api": {"session_secret": secret(home.secret("session"))}}
     return [
         _own_child(
-            home, role, shared | {"database_url": _role_url(home, postgres, role)}, stage=2, **more
+            home,
+            role,
+            shared | {"database_url": _role_url(home, postgres, role)} | known.get(role, {}),
+            stage=2,
+            **more,
         )
         for role, more in particular.items()
     ]

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, func, insert, select, update
-from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy import Connection, func, select, text, update
+from sqlalchemy.dialects.postgresql import insert
 
 from tuneyard.models.attempts import AttemptRef, check_token
 from tuneyard.models.events import lock_job, record_event
 from tuneyard.models.tables import ArtifactRow, AttemptRow, BaseModelRow, JobRow, ModelRow
 from tuneyard.specs.fields import model_name_of
 from tuneyard.specs.ids import new_id, show_id
-
-KEPT_CHECKPOINTS = 2
-"""So many newest checkpoints are kept, besides the best one."""
+from tuneyard.specs.runner import KEPT_CHECKPOINTS
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def record_checkpoint(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> 
 
 def _insert(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> bool:
     """Record a folder; False when it is recorded already."""
-    row = upsert(ArtifactRow).values(
+    row = insert(ArtifactRow).values(
         id=folder.id,
         team_id=ref.team_id,
         job_id=ref.job_id,
@@ -60,14 +58,17 @@ def _insert(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> bool:
 
 
 def _prune_checkpoints(tx: Connection, job_id: UUID) -> None:
-    """Mark all checkpoints but the newest two and the best; their files are swept afterwards."""
+    """Mark all but the newest (save_total_limit, or two) and the best; files are swept later."""
+    limit = tx.execute(
+        select(JobRow.spec["save_total_limit"].as_integer()).where(JobRow.id == job_id)
+    ).scalar_one()
     rows = tx.execute(
         select(ArtifactRow.id, ArtifactRow.manifest["eval_loss"].as_float().label("eval_loss"))
         .where(ArtifactRow.job_id == job_id, ArtifactRow.kind == "checkpoint")
         .where(ArtifactRow.pruned_at.is_(None))
         .order_by(ArtifactRow.step.desc(), ArtifactRow.id.desc())
     ).all()
-    kept = {row.id for row in rows[:KEPT_CHECKPOINTS]}
+    kept = {row.id for row in rows[: limit or KEPT_CHECKPOINTS]}
     measured = [row for row in rows if row.eval_loss is not None]
     if measured:
         kept.add(min(measured, key=lambda row: row.eval_loss).id)
@@ -89,22 +90,25 @@ class KeptCheckpoint:
     digest: str
 
 
-def checkpoints_to_resume(tx: Connection, job_id: UUID) -> list[KeptCheckpoint]:
-    """A job's recorded checkpoints, newest first; a retry's follow with those of its origin."""
-    origin = select(JobRow.retry_of).where(JobRow.id == job_id)
-    from_scratch = select(JobRow.spec["from_scratch"].as_boolean()).where(JobRow.id == job_id)
-    jobs = [job_id]
-    older = tx.execute(origin).scalar_one_or_none()
-    if older is not None and not tx.execute(from_scratch).scalar_one_or_none():
-        jobs.append(older)
-    rows = tx.execute(
-        select(ArtifactRow.id, ArtifactRow.step, ArtifactRow.digest)
-        .where(ArtifactRow.job_id.in_(jobs), ArtifactRow.kind == "checkpoint")
-        .where(ArtifactRow.pruned_at.is_(None))
-        .order_by(
-            (ArtifactRow.job_id == job_id).desc(), ArtifactRow.step.desc(), ArtifactRow.id.desc()
-        )
+# A retry goes on from what its origin left, or that one's origin, up to one that began anew.
+TO_RESUME = text("""
+    WITH RECURSIVE line AS (
+        SELECT id, retry_of, spec, 0 AS back FROM jobs WHERE id = :job
+        UNION ALL
+        SELECT j.id, j.retry_of, j.spec, line.back + 1
+        FROM line JOIN jobs j ON j.id = line.retry_of
+        WHERE NOT coalesce(CAST(line.spec ->> 'from_scratch' AS boolean), false)
+          AND line.back < 100
     )
+    SELECT a.id, a.step, a.digest FROM line JOIN artifacts a ON a.job_id = line.id
+    WHERE a.kind = 'checkpoint' AND a.pruned_at IS NULL
+    ORDER BY line.back, a.step DESC, a.id DESC
+""")
+
+
+def checkpoints_to_resume(tx: Connection, job_id: UUID) -> list[KeptCheckpoint]:
+    """A job's recorded checkpoints, newest first; a retry's follow with those of its origins."""
+    rows = tx.execute(TO_RESUME, {"job": job_id})
     return [KeptCheckpoint(row.id, row.step, row.digest) for row in rows]
 
 
@@ -120,28 +124,26 @@ def publish_outputs(tx: Connection, ref: AttemptRef, folders: list[StoredFolder]
 
 
 def _insert_model(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> None:
+    """Name the model as its job; where that name is taken, with the end of the job's id."""
     job = tx.execute(select(JobRow.name, JobRow.inputs).where(JobRow.id == ref.job_id)).one()
     wanted = model_name_of(job.name) or "tuned"
-    taken = tx.execute(
-        select(ModelRow.id).where(ModelRow.team_id == ref.team_id, ModelRow.name == wanted)
-    ).one_or_none()
-    name = wanted if taken is None else f"{wanted}-{ref.job_id.hex[-12:]}"
-    tx.execute(
-        insert(ModelRow).values(
-            id=new_id(),
-            team_id=ref.team_id,
-            name=name,
-            job_id=ref.job_id,
-            artifact_id=folder.id,
-            base_model_id=UUID(job.inputs["model"]["base_model"]),
-        )
+    row = insert(ModelRow).values(
+        id=new_id(),
+        team_id=ref.team_id,
+        job_id=ref.job_id,
+        artifact_id=folder.id,
+        base_model_id=UUID(job.inputs["model"]["base_model"]),
     )
+    for name in (wanted, f"{wanted}-{ref.job_id.hex[-12:]}"):
+        named = row.values(name=name).on_conflict_do_nothing(constraint="models_name_once")
+        if tx.execute(named.returning(ModelRow.id)).one_or_none() is not None:
+            return
 
 
 def publish_base_model(tx: Connection, name: str, folder: StoredFolder) -> None:
     """Record a downloaded model; the same bytes under the same name are recorded once."""
     manifest = dict(folder.manifest)
-    row = upsert(BaseModelRow).values(
+    row = insert(BaseModelRow).values(
         id=folder.id,
         name=name,
         source=str(manifest.get("source", "")),

@@ -5,10 +5,11 @@ Lock order everywhere: job, attempt, members, allocations, devices.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, func, select, text, update
+from sqlalchemy import Connection, Update, func, select, text, update
 
 from tuneyard.models.dependencies import settle_children
 from tuneyard.models.events import apply_event, lock_job, record_event
@@ -47,14 +48,15 @@ class Assignment:
     ref: AttemptRef
     kind: str
     name: str
-    claimed: bool
+    claimed_by: str | None  # the boot_id of the worker's life that claimed it
     phase: str
     stop_reason: StopReason | None
 
 
 ASSIGNMENTS = text("""
     SELECT a.id, a.job_id, a.team_id, a.number, a.token, a.phase, a.stop_reason,
-           j.kind, j.name, m.claimed_at IS NOT NULL AS claimed
+           j.kind, j.name,
+           CASE WHEN m.claimed_at IS NOT NULL THEN m.boot_id END AS claimed_by
     FROM members m
     JOIN attempts a ON a.id = m.attempt_id
     JOIN jobs j ON j.id = a.job_id
@@ -74,7 +76,7 @@ def assignments(tx: Connection, node_id: UUID) -> list[Assignment]:
             AttemptRef(row.id, row.job_id, row.team_id, row.number, row.token),
             row.kind,
             row.name,
-            row.claimed,
+            row.claimed_by,
             row.phase,
             StopReason(row.stop_reason) if row.stop_reason else None,
         )
@@ -116,13 +118,10 @@ RENEW = text("""
 def renew_leases(
     tx: Connection, refs: Sequence[AttemptRef], node_id: UUID, *, lease_s: float
 ) -> set[UUID]:
-    """Renew a node's leases in one statement, and say that the node is alive.
+    """Renew a node's leases in one statement.
 
     Returns the attempts that were renewed; any other is over and must stop at once.
     """
-    tx.execute(
-        text("UPDATE nodes SET seen_at = clock_timestamp() WHERE id = :node"), {"node": node_id}
-    )
     if not refs:
         return set()
     values = {"ids": [r.id for r in refs], "tokens": [r.token for r in refs]}
@@ -156,15 +155,16 @@ def report_started(tx: Connection, ref: AttemptRef) -> None:
     )
 
 
-def release_devices(tx: Connection, ref: AttemptRef) -> None:
+def release_devices(tx: Connection, ref: AttemptRef, *, device_state: str = "cleaning") -> None:
     """Every process of the attempt is gone: free its slots, let its GPUs be seen to be empty.
 
+    Where some process would not go, ``unconfirmed`` keeps its devices from others until it has.
     The attempt itself goes on as ``publishing``. Raises: StaleToken.
     """
     lock_job(tx, ref.job_id)
     check_token(tx, ref)
     tx.execute(update(AttemptRow).where(AttemptRow.id == ref.id).values(phase="publishing"))
-    free_slots(tx, ref.id, gpu_state="cleaning")
+    free_slots(tx, ref.id, device_state=device_state)
 
 
 FREE_SLOTS = text("""
@@ -180,9 +180,9 @@ FREE_SLOTS = text("""
 """A CPU slot is free once its processes are gone; a GPU must be seen empty as well."""
 
 
-def free_slots(tx: Connection, attempt_id: UUID, *, gpu_state: str) -> None:
-    """Take an attempt's slots back; its devices wait in ``cleaning`` or ``unconfirmed``."""
-    tx.execute(FREE_SLOTS, {"attempt": attempt_id, "state": gpu_state})
+def free_slots(tx: Connection, attempt_id: UUID, *, device_state: str) -> None:
+    """Take an attempt's slots back; its GPUs wait in this state, its cores if ``unconfirmed``."""
+    tx.execute(FREE_SLOTS, {"attempt": attempt_id, "state": device_state})
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,7 @@ def finish_attempt(
     *,
     record: Callable[[Connection], None] | None = None,
     backoff_s: float = 0.0,
+    device_state: str = "cleaning",
 ) -> Verdict:
     """End a live attempt, record what it brought forth, move its job. Raises: StaleToken.
 
@@ -211,12 +212,13 @@ def finish_attempt(
     verdict = after_stop(end.verdict, check_token(tx, ref))
     if record is not None:
         record(tx)
-    end_attempt(tx, ref, replace(end, verdict=verdict), backoff_s=backoff_s, gpu_state="cleaning")
+    ended = replace(end, verdict=verdict)
+    end_attempt(tx, ref, ended, backoff_s=backoff_s, device_state=device_state)
     return verdict
 
 
 def end_attempt(
-    tx: Connection, ref: AttemptRef, end: End, *, backoff_s: float, gpu_state: str
+    tx: Connection, ref: AttemptRef, end: End, *, backoff_s: float, device_state: str
 ) -> JobState:
     """End an attempt whose job and row this transaction holds."""
     verdict = end.verdict
@@ -237,7 +239,7 @@ def end_attempt(
         .where(MemberRow.attempt_id == ref.id, MemberRow.ended_at.is_(None))
         .values(ended_at=func.clock_timestamp(), exit=end.exit)
     )
-    free_slots(tx, ref.id, gpu_state=gpu_state)
+    free_slots(tx, ref.id, device_state=device_state)
     return _move_job(tx, ref, end, backoff_s)
 
 
@@ -278,19 +280,22 @@ class PastEnds:
     workers_lost_in_a_row: int
 
 
+PAST_ENDS = text("""
+    SELECT a.charged, a.outcome,
+           -- One that nobody had claimed took no worker along.
+           a.cause = 'node_lost' AND EXISTS (
+               SELECT 1 FROM members m WHERE m.attempt_id = a.id AND m.claimed_at IS NOT NULL
+           ) AS lost_its_worker
+    FROM attempts a WHERE a.job_id = :job AND a.ended_at IS NOT NULL
+    ORDER BY a.number DESC
+""")
+
+
 def past_ends(tx: Connection, job_id: UUID) -> PastEnds:
     """Count a job's ended attempts by who is charged."""
-    rows = tx.execute(
-        select(AttemptRow.charged, AttemptRow.outcome, AttemptRow.cause)
-        .where(AttemptRow.job_id == job_id, AttemptRow.ended_at.is_not(None))
-        .order_by(AttemptRow.number.desc())
-    ).all()
-    lost_in_a_row = 0
-    for row in rows:
-        if row.cause != Cause.NODE_LOST:
-            break
-        lost_in_a_row += 1
+    rows = tx.execute(PAST_ENDS, {"job": job_id}).all()
     lost = [row for row in rows if row.outcome == Outcome.LOST]
+    lost_in_a_row = len(list(takewhile(lambda row: row.lost_its_worker, rows)))
     return PastEnds(sum(row.charged for row in rows), len(lost), lost_in_a_row)
 
 
@@ -325,18 +330,26 @@ def pause_s(event: JobEvent, past: PastEnds, *, backoff_s: float) -> float:
 def ask_to_stop(tx: Connection, job_id: UUID, reason: StopReason) -> UUID | None:
     """Note on a job's live attempt why it shall stop; the first reason but cancel stays.
 
-    Returns the attempt, or None where none lives.
+    The job's row is held. Returns the attempt, or None where none lives.
     """
     return tx.execute(
-        update(AttemptRow)
-        .where(
-            AttemptRow.job_id == job_id,
-            AttemptRow.ended_at.is_(None),
-            AttemptRow.stop_reason.is_(None) | (reason is StopReason.CANCEL),
-        )
-        .values(stop_reason=reason.value, stop_asked_at=func.clock_timestamp())
-        .returning(AttemptRow.id)
+        _asking(reason).where(AttemptRow.job_id == job_id).returning(AttemptRow.id)
     ).scalar_one_or_none()
+
+
+def note_shutdown(tx: Connection, ref: AttemptRef) -> None:
+    """The worker ends and stops this attempt; one that is over stays as it is."""
+    asking = _asking(StopReason.SHUTDOWN)
+    tx.execute(asking.where(AttemptRow.id == ref.id, AttemptRow.token == ref.token))
+
+
+def _asking(reason: StopReason) -> Update:
+    return (
+        update(AttemptRow)
+        .where(AttemptRow.ended_at.is_(None))
+        .where(AttemptRow.stop_reason.is_(None) | (reason is StopReason.CANCEL))
+        .values(stop_reason=reason.value, stop_asked_at=func.clock_timestamp())
+    )
 
 
 def nodes_of(tx: Connection, attempt_id: UUID) -> list[UUID]:

@@ -1,10 +1,8 @@
 """Connections to PostgreSQL: two bounded pools a process, transactions, and what may be retried."""
 
-import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import psycopg
@@ -14,8 +12,6 @@ from sqlalchemy.exc import DBAPIError, TimeoutError
 from sqlalchemy.pool import QueuePool
 
 from tuneyard.specs.errors import Forbidden, Unavailable
-
-Result = TypeVar("Result")
 
 RETRYABLE = ("08", "25P", "40001", "40P01", "53", "55P03", "57014", "57P0")
 """SQLSTATEs (or their class) after which the whole unit may be run again."""
@@ -34,7 +30,7 @@ class Database:
     """A process's way to PostgreSQL.
 
     ``begin`` opens a transaction from the ordinary pool; ``begin_reserved`` from one connection
-    kept apart, so that renewals and cancels get through when the pool is full.
+    kept apart, so that renewals get through when the pool is full.
     """
 
     def __init__(self, url: str, name: str, *, pool_size: int = 5) -> None:
@@ -51,29 +47,23 @@ class Database:
         kept, or (at the commit) whether it was is unknown and must be asked by key or token.
         """
         with _translated(), self._engine.begin() as tx:
-            if team is not None:
-                # SET LOCAL takes no parameter.
-                tx.execute(
-                    text("SELECT set_config('tuneyard.team', :team, true)"), {"team": str(team)}
-                )
+            _see_as(tx, team)
             yield tx
+
+    @contextmanager
+    def snapshot(self, *, team: UUID | None = None) -> Iterator[Connection]:
+        """A transaction that only reads, all its statements at one moment. Raises: Unavailable."""
+        with _translated(), self._engine.connect() as tx:
+            tx.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+            with tx.begin():
+                _see_as(tx, team)
+                yield tx
 
     @contextmanager
     def begin_reserved(self) -> Iterator[Connection]:
         """A transaction on the reserved connection. Raises: Unavailable."""
         with _translated(), self._reserved.begin() as tx:
             yield tx
-
-    def retry(self, unit: Callable[[Connection], Result], *, tries: int = 5) -> Result:
-        """Run a whole unit in a transaction, again when PostgreSQL says that this may help."""
-        for attempt in range(tries - 1):
-            try:
-                with self.begin() as tx:
-                    return unit(tx)
-            except Unavailable:
-                time.sleep(random.uniform(0.02, 0.1) * 2**attempt)  # noqa: S311 - jitter
-        with self.begin() as tx:
-            return unit(tx)
 
     def listener(self) -> psycopg.Connection[Any]:
         """A connection of its own, in autocommit, for LISTEN."""
@@ -120,6 +110,12 @@ def administer(url: str, name: str) -> Iterator[Connection]:
             raise Unavailable(f"PostgreSQL cannot be reached: {reason}.", hint=hint) from None
         hint = "nothing was changed: run it again"
         raise Unavailable(f"PostgreSQL is busy: {reason}.", hint=hint) from None
+
+
+def _see_as(tx: Connection, team: UUID | None) -> None:
+    """Let row level security show one team's rows; SET LOCAL takes no parameter."""
+    if team is not None:
+        tx.execute(text("SELECT set_config('tuneyard.team', :team, true)"), {"team": str(team)})
 
 
 def libpq_url(url: str) -> str:

@@ -83,28 +83,24 @@ def _view(row: Row[Any]) -> FileView:
     )
 
 
-# A job that waits knows the file as its spec names it, one that may run by its id alone.
 NEEDED_BY = text("""
     SELECT j.id FROM jobs j
-    WHERE j.finished_at IS NULL
-      AND (j.inputs -> 'dataset' ->> 'file' = :uuid OR j.inputs -> 'prompts' ->> 'file' = :uuid
-           OR (j.inputs IS NULL AND (j.spec ->> 'dataset' IN (:shown, :name)
-                                     OR j.spec ->> 'prompts' IN (:shown, :name))))
+    WHERE j.finished_at IS NULL AND EXISTS (
+        SELECT 1 FROM jsonb_each(j.inputs) input WHERE input.value ->> 'file' = :file)
     ORDER BY j.id LIMIT 1
 """)
 
 
 def delete_file(tx: Connection, file_id: UUID) -> None:
     """Take a file out of sight; its bytes go afterwards. Raises: NotFound, Conflict."""
-    name = tx.execute(
-        select(FileRow.name)
+    found = tx.execute(
+        select(FileRow.id)
         .where(FileRow.id == file_id, FileRow.deleted_at.is_(None))
         .with_for_update()
     ).scalar_one_or_none()
-    if name is None:
+    if found is None:
         raise no_file()
-    values = {"uuid": str(file_id), "shown": show_id("file", file_id), "name": name}
-    job = tx.execute(NEEDED_BY, values).scalar_one_or_none()
+    job = tx.execute(NEEDED_BY, {"file": str(file_id)}).scalar_one_or_none()
     if job is not None:
         raise Conflict(
             f"{show_id('job', job)} needs this file.",

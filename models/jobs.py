@@ -1,13 +1,14 @@
 """Submitting, cancelling and retrying jobs: what a person asks for."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, delete, func, insert, select
-from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy import Connection, delete, func, select, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import IntegrityError
 
 from tuneyard.models.attempts import ask_to_stop, nodes_of
 from tuneyard.models.dependencies import settle_children
@@ -18,14 +19,15 @@ from tuneyard.models.events import (
     notify,
     record_submission,
 )
-from tuneyard.models.inputs import Resolved, resolve
+from tuneyard.models.implied import IMPLIED, Work
+from tuneyard.models.inputs import OUTPUTS, Inputs, complete, resolve
 from tuneyard.models.tables import (
     DeviceRow,
     IdempotencyKeyRow,
     JobEdgeRow,
     JobRow,
 )
-from tuneyard.specs.errors import Conflict
+from tuneyard.specs.errors import Conflict, NotFound
 from tuneyard.specs.exits import StopReason
 from tuneyard.specs.ids import new_id, show_id
 from tuneyard.specs.jobs import JobSpec, Note, read_spec
@@ -38,43 +40,79 @@ class Submission:
 
     spec: JobSpec
     notes: tuple[Note, ...] = ()
-    key: str | None = None  # Idempotency-Key
-    body_sha256: str = ""
+    id: UUID = field(default_factory=new_id)
+    pipeline_id: UUID | None = None
     retry_of: UUID | None = None
+    kept: Inputs = field(default_factory=dict)  # inputs that are known by id already
+    work_key: str | None = None  # of a system job: what it does
 
 
-def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> tuple[UUID, bool]:
-    """Write a job with all that belongs to it. Returns its id and whether it was there already.
+@dataclass(frozen=True)
+class RequestKey:
+    """The client's own name for a request (Idempotency-Key), and the hash of its body."""
 
-    Raises: Conflict (the key was used with another body), InputError (a reference leads nowhere).
+    key: str
+    body_sha256: str
+
+
+def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Inputs:
+    """Write a job with all that belongs to it; its inputs as far as they are there.
+
+    Raises: InputError (a reference leads nowhere).
     """
-    job_id = new_id()
-    if submission.key is not None:
-        earlier = _take_key(tx, team_id, job_id, submission)
-        if earlier is not None:
-            return earlier, True
     spec = submission.spec
-    resolved = resolve(tx, spec.references())
+    inputs = dict(resolve(tx, team_id, spec.references(), kept=submission.kept).inputs)
+    for implied in IMPLIED:
+        for field_, work in implied(spec, inputs).items():
+            job = _share(tx, team_id, work)
+            inputs[field_] = {"job": str(job), "output": OUTPUTS[work.spec.kind]}
+    resolved = complete(tx, team_id, inputs)
     state = JobState.QUEUED if resolved.ready else JobState.BLOCKED
     tx.execute(
         insert(JobRow).values(
-            id=job_id,
+            id=submission.id,
             team_id=team_id,
             kind=spec.kind,
-            name=spec.name or f"{spec.kind}-{job_id.hex[-6:]}",
+            name=spec.name or f"{spec.kind}-{submission.id.hex[-6:]}",
             spec=spec.document(),
             notes=[note.model_dump() for note in submission.notes],
             state=state.value,
             priority=spec.priority,
             demand=_demand(tx, spec),
-            inputs=dict(resolved.inputs) if resolved.ready else None,
+            inputs=dict(resolved.inputs),
             wait_reason=resolved.wait_reason,
+            pipeline_id=submission.pipeline_id,
             retry_of=submission.retry_of,
+            system=submission.work_key is not None,
+            work_key=submission.work_key,
         )
     )
-    _write_edges(tx, team_id, job_id, resolved)
-    record_submission(tx, job_id, team_id, state)
-    return job_id, False
+    _write_edges(tx, team_id, submission.id, resolved.parents)
+    record_submission(tx, submission.id, team_id, state)
+    return resolved.inputs
+
+
+def _share(tx: Connection, team_id: UUID, work: Work) -> UUID:
+    """The job that does this work or has done it; it is made where there is none."""
+    found = _doing(tx, team_id, work.key)
+    if found is not None:
+        return found
+    submission = Submission(work.spec, kept=work.inputs, work_key=work.key)
+    try:
+        with tx.begin_nested():
+            submit_job(tx, team_id, submission)
+    except IntegrityError:
+        found = _doing(tx, team_id, work.key)
+        if found is None:
+            raise
+        return found  # another submission made it meanwhile
+    return submission.id
+
+
+def _doing(tx: Connection, team_id: UUID, work_key: str) -> UUID | None:
+    same = select(JobRow.id).where(JobRow.team_id == team_id, JobRow.work_key == work_key)
+    going = same.where(JobRow.state.not_in([JobState.FAILED.value, JobState.CANCELLED.value]))
+    return tx.execute(going).scalar_one_or_none()
 
 
 def body_hash(body: bytes) -> str:
@@ -82,23 +120,28 @@ def body_hash(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-def _take_key(tx: Connection, team_id: UUID, job_id: UUID, submission: Submission) -> UUID | None:
-    """Write the key with the job; the earlier job where the key stands already.
+def take_key(
+    tx: Connection, team_id: UUID, job_id: UUID, request: RequestKey | None
+) -> UUID | None:
+    """Write a request's key for the job that it will make; the job that it has made before, if any.
 
     Two at once: the second waits in the insert until the first has committed or rolled back.
+    Raises: Conflict (the key was used with another body).
     """
-    same_key = (IdempotencyKeyRow.team_id == team_id, IdempotencyKeyRow.key == submission.key)
+    if request is None:
+        return None
+    same_key = (IdempotencyKeyRow.team_id == team_id, IdempotencyKeyRow.key == request.key)
     expired = IdempotencyKeyRow.expires < func.clock_timestamp()
     tx.execute(delete(IdempotencyKeyRow).where(*same_key, expired))
-    row = upsert(IdempotencyKeyRow).values(
-        team_id=team_id, key=submission.key, body_sha256=submission.body_sha256, job_id=job_id
+    row = insert(IdempotencyKeyRow).values(
+        team_id=team_id, key=request.key, body_sha256=request.body_sha256, job_id=job_id
     )
     if tx.execute(row.on_conflict_do_nothing().returning(IdempotencyKeyRow.key)).one_or_none():
         return None
     earlier = tx.execute(
         select(IdempotencyKeyRow.job_id, IdempotencyKeyRow.body_sha256).where(*same_key)
     ).one()
-    if earlier.body_sha256 != submission.body_sha256:
+    if earlier.body_sha256 != request.body_sha256:
         raise Conflict(
             "This Idempotency-Key was used with another body.",
             code="idempotency_conflict",
@@ -128,17 +171,35 @@ def _demand(tx: Connection, spec: JobSpec) -> dict[str, Any]:
     }
 
 
-def _write_edges(tx: Connection, team_id: UUID, job_id: UUID, resolved: Resolved) -> None:
+def _write_edges(
+    tx: Connection, team_id: UUID, job_id: UUID, parents: Sequence[tuple[UUID, str]]
+) -> None:
     edges = [
         {"team_id": team_id, "child": job_id, "parent": parent, "output": output}
-        for parent, output in dict.fromkeys(resolved.parents)
+        for parent, output in parents
     ]
     if edges:
         tx.execute(insert(JobEdgeRow), edges)
 
 
+SERVES_IT_ALONE = text("""
+    SELECT p.id FROM job_edges e JOIN jobs p ON p.id = e.parent
+    WHERE e.child = :job AND p.system AND p.finished_at IS NULL
+      AND NOT EXISTS (
+          SELECT 1 FROM job_edges other JOIN jobs c ON c.id = other.child
+          WHERE other.parent = p.id AND c.id <> :job AND c.finished_at IS NULL)
+    ORDER BY p.id
+""")
+
+
 def cancel_job(tx: Connection, job_id: UUID) -> JobState:
-    """Cancel a job, at once or through its live attempt. Raises: NotFound, Conflict."""
+    """Cancel a job, at once or through its live attempt, and what was to be done for it alone.
+
+    Raises: NotFound, Conflict.
+    """
+    for parent in tx.execute(SERVES_IT_ALONE, {"job": job_id}).scalars().all():
+        if next_state(lock_job(tx, parent).state, JobEvent.CANCEL) is not None:
+            _cancel(tx, parent)
     job = lock_job(tx, job_id)
     if job.state in (JobState.CANCELLING, JobState.CANCELLED):
         return job.state
@@ -148,6 +209,10 @@ def cancel_job(tx: Connection, job_id: UUID) -> JobState:
             code="already_ended",
             hint="a job that has ended cannot be cancelled",
         )
+    return _cancel(tx, job_id)
+
+
+def _cancel(tx: Connection, job_id: UUID) -> JobState:
     state = apply_event(tx, job_id, JobEvent.CANCEL)
     attempt = ask_to_stop(tx, job_id, StopReason.CANCEL)
     if attempt is not None:
@@ -156,6 +221,27 @@ def cancel_job(tx: Connection, job_id: UUID) -> JobState:
     if state in TERMINAL:
         settle_children(tx, job_id, state)
     return state
+
+
+def cancel_pipeline(tx: Connection, pipeline_id: UUID) -> None:
+    """Cancel whatever of a pipeline has not ended. Raises: NotFound, Conflict."""
+    jobs = tx.execute(
+        select(JobRow.id, JobRow.finished_at)
+        .where(JobRow.pipeline_id == pipeline_id)
+        .order_by(JobRow.id)
+    ).all()
+    if not jobs:
+        raise NotFound("There is no such pipeline here.", field="pipeline")
+    open_ = [job.id for job in jobs if job.finished_at is None]
+    if not open_:
+        raise Conflict(
+            "All jobs of this pipeline have ended already.",
+            code="already_ended",
+            hint="a job that has ended cannot be cancelled",
+        )
+    for job_id in open_:
+        if lock_job(tx, job_id).state not in TERMINAL:  # its parent's end may have taken it along
+            cancel_job(tx, job_id)
 
 
 def retry_job(tx: Connection, job_id: UUID, patch: Mapping[str, Any]) -> Submission:
@@ -167,6 +253,19 @@ def retry_job(tx: Connection, job_id: UUID, patch: Mapping[str, Any]) -> Submiss
             code="not_ended",
             hint="wait for its end, or cancel it first",
         )
-    old = tx.execute(select(JobRow.spec).where(JobRow.id == job_id)).scalar_one()
-    spec, notes = read_spec(old | dict(patch))
-    return Submission(spec, tuple(notes), retry_of=job_id)
+    old = tx.execute(select(JobRow.spec, JobRow.inputs).where(JobRow.id == job_id)).one()
+    spec, notes = read_spec(old.spec | dict(patch))
+    kept = _kept_inputs(old.inputs, patch)
+    return Submission(spec, tuple(notes), retry_of=job_id, kept=kept)
+
+
+def _kept_inputs(inputs: Inputs, patch: Mapping[str, Any]) -> Inputs:
+    """What a retry takes as its origin had it: the same bytes, whatever bears the name by now.
+
+    A tuned model is named by one field and becomes two, so these change together; what other jobs
+    prepare is found again by what it is.
+    """
+    changed = {*patch, "tokens"}
+    if changed & {"model", "adapter"}:
+        changed |= {"model", "adapter"}
+    return {name: value for name, value in inputs.items() if name not in changed}

@@ -38,14 +38,19 @@ class Caller:
         """Whether anything may be made, changed or deleted."""
         return self.role != "viewer"
 
+    @property
+    def sees_all_teams(self) -> bool:
+        """Whether pages may be looked at that show the work of every team."""
+        return self.role == "admin"
+
 
 # Compared by hash: how long it takes says nothing about a key that is nearly right.
 HOLDER = text("SELECT team_id, team_name, role, key_name FROM key_team(:hash)")
 
 
-def key_holder(tx: Connection, key: str) -> Caller | None:
-    """Whose key this is; None when it is unknown or revoked."""
-    row = tx.execute(HOLDER, {"hash": hash_key(key)}).one_or_none()
+def key_holder(tx: Connection, key_hash: bytes) -> Caller | None:
+    """Whose key this is, by its hash; None when it is unknown or revoked."""
+    row = tx.execute(HOLDER, {"hash": key_hash}).one_or_none()
     return Caller(row.team_id, row.team_name, row.role, row.key_name) if row else None
 
 

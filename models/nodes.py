@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, func, select, text, update
+from sqlalchemy import Connection, func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from tuneyard.models.events import SCHEDULER_CHANNEL, notify
 from tuneyard.models.tables import DeviceRow, NodeRow, SlotRow
+from tuneyard.specs.errors import InputError
 from tuneyard.specs.ids import new_id
 
 
@@ -24,6 +25,12 @@ class OfferedDevice:
     slot_cores: Sequence[Sequence[int]] = field(default_factory=lambda: [[]])
 
 
+class NodeTaken(InputError):
+    """Another worker serves a node of this name."""
+
+    code = "node_taken"
+
+
 def register_node(
     tx: Connection,
     name: str,
@@ -31,9 +38,14 @@ def register_node(
     boot_id: str,
     capabilities: dict[str, Any],
     devices: Sequence[OfferedDevice],
+    lease_s: float = 60.0,
 ) -> UUID:
-    """Make or refresh a node's row, its devices and slots. Devices that are gone become lost."""
-    node_id = _upsert_node(tx, name, boot_id, capabilities)
+    """Make or refresh a node's row, its devices and slots. Devices that are gone become lost.
+
+    boot_id: names a life of the node; a worker of the same life may come again at any time, one
+    of another life once the node has said goodbye or was silent for a lease. Raises: NodeTaken.
+    """
+    node_id = _upsert_node(tx, name, boot_id, capabilities, lease_s)
     for device in devices:
         device_id = _upsert_device(tx, node_id, device)
         _upsert_slots(tx, device_id, device)
@@ -46,7 +58,9 @@ def register_node(
     return node_id
 
 
-def _upsert_node(tx: Connection, name: str, boot_id: str, capabilities: dict[str, Any]) -> UUID:
+def _upsert_node(
+    tx: Connection, name: str, boot_id: str, capabilities: dict[str, Any], lease_s: float
+) -> UUID:
     row = insert(NodeRow).values(
         id=new_id(), name=name, boot_id=boot_id, capabilities=capabilities, state="up"
     )
@@ -57,8 +71,18 @@ def _upsert_node(tx: Connection, name: str, boot_id: str, capabilities: dict[str
         "started_at": func.clock_timestamp(),
         "seen_at": func.clock_timestamp(),
     }
-    upsert = row.on_conflict_do_update(index_elements=["name"], set_=fresh)
-    return tx.execute(upsert.returning(NodeRow.id)).scalar_one()
+    silent_since = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, lease_s)
+    free = or_(NodeRow.boot_id == boot_id, NodeRow.state == "down", NodeRow.seen_at < silent_since)
+    upsert = row.on_conflict_do_update(index_elements=["name"], set_=fresh, where=free)
+    node_id = tx.execute(upsert.returning(NodeRow.id)).scalar_one_or_none()
+    if node_id is None:
+        raise NodeTaken(
+            f"Another worker serves the node {name}.",
+            field="node_name",
+            hint="give each node a name of its own by TUNEYARD_NODE_NAME; if that worker died, "
+            f"the name is free {lease_s:g} s after it was last seen",
+        )
+    return node_id
 
 
 def _upsert_device(tx: Connection, node_id: UUID, device: OfferedDevice) -> UUID:
@@ -89,6 +113,12 @@ def _upsert_slots(tx: Connection, device_id: UUID, device: OfferedDevice) -> Non
         .where(SlotRow.device_id == device_id, SlotRow.index >= len(device.slot_cores))
         .values(retired_at=func.clock_timestamp())
     )
+
+
+def report_alive(tx: Connection, node_id: UUID) -> None:
+    """The node's worker lives."""
+    seen = {"seen_at": func.clock_timestamp()}
+    tx.execute(update(NodeRow).where(NodeRow.id == node_id).values(seen))
 
 
 def leave(tx: Connection, node_id: UUID) -> None:

@@ -24,6 +24,7 @@ class QueuedJob:
     name: str
     devices_each: int
     device_kind: str
+    digests: frozenset[str] = frozenset()  # of its inputs, as nodes' caches know them
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,18 @@ class Placement:
 
 
 QUEUE = text("""
-    SELECT id, kind, name, device_kind, CAST(demand ->> 'devices_each' AS integer) AS devices_each
+    SELECT id, kind, name, device_kind, CAST(demand ->> 'devices_each' AS integer) AS devices_each,
+        array(
+            SELECT b.digest FROM jsonb_each(jobs.inputs) AS input
+            JOIN base_models b ON b.id = CAST(input.value ->> 'base_model' AS uuid)
+            UNION ALL
+            SELECT a.digest FROM jsonb_each(jobs.inputs) AS input
+            JOIN artifacts a ON a.id = CAST(input.value ->> 'artifact' AS uuid)
+            UNION ALL
+            -- A download goes where an earlier one of the same source has left its files.
+            SELECT b.digest FROM base_models b
+            WHERE jobs.kind = 'download' AND b.source = jobs.spec ->> 'source'
+        ) AS digests
     FROM jobs
     WHERE state = 'queued' AND (not_before IS NULL OR not_before <= clock_timestamp())
     ORDER BY priority DESC, id
@@ -60,7 +72,10 @@ QUEUE = text("""
 def queue(tx: Connection, *, limit: int) -> list[QueuedJob]:
     """The head of the queue: highest priority first, then oldest."""
     rows = tx.execute(QUEUE, {"limit": limit})
-    return [QueuedJob(r.id, r.kind, r.name, r.devices_each, r.device_kind) for r in rows]
+    return [
+        QueuedJob(r.id, r.kind, r.name, r.devices_each, r.device_kind, frozenset(r.digests))
+        for r in rows
+    ]
 
 
 FREE = text("""
@@ -68,7 +83,7 @@ FREE = text("""
     FROM slots s
     JOIN devices d ON d.id = s.device_id
     JOIN nodes n ON n.id = d.node_id
-    WHERE d.state = 'ok' AND n.state = 'up' AND s.retired_at IS NULL
+    WHERE d.state = 'ok' AND n.state = 'up' AND NOT n.disk_low AND s.retired_at IS NULL
       -- A silent node gets nothing new; what it has is its leases' affair.
       AND n.seen_at > clock_timestamp() - make_interval(secs => :silence_s)
       AND NOT EXISTS (
@@ -202,7 +217,7 @@ def expired(tx: Connection) -> list[AttemptRef]:
     return [AttemptRef(r.id, r.job_id, r.team_id, r.number, r.token) for r in rows]
 
 
-def reap(tx: Connection, ref: AttemptRef, *, epoch: int) -> JobState | None:
+def reap(tx: Connection, ref: AttemptRef, *, epoch: int, backoff_s: float) -> JobState | None:
     """End an attempt whose lease ran out; None when it was renewed or ended meanwhile.
 
     Its devices become ``unconfirmed``: only their node can say that nothing runs there. One that
@@ -222,8 +237,8 @@ def reap(tx: Connection, ref: AttemptRef, *, epoch: int) -> JobState | None:
         return None
     what = "was not renewed" if gone.claimed else "was never claimed"
     end = End(Verdict(Outcome.LOST, Cause.NODE_LOST), evidence=f"The lease of {gone.nodes} {what}.")
-    gpu_state = "unconfirmed" if gone.claimed else "ok"
-    return end_attempt(tx, ref, end, backoff_s=0.0, gpu_state=gpu_state)
+    device_state = "unconfirmed" if gone.claimed else "ok"
+    return end_attempt(tx, ref, end, backoff_s=backoff_s, device_state=device_state)
 
 
 @dataclass(frozen=True)
@@ -279,32 +294,38 @@ def stop_overdue(tx: Connection, *, epoch: int) -> int:
 
 
 def set_wait_reasons(tx: Connection, reasons: dict[UUID, str]) -> None:
-    """Write why queued jobs wait; rows that already say so are left alone for 10 s."""
+    """Write why queued jobs wait, where that has changed."""
     if not reasons:
         return
     tx.execute(
         text("""
-            UPDATE jobs j SET wait_reason = w.reason, wait_reason_at = clock_timestamp()
+            UPDATE jobs j SET wait_reason = w.reason
             FROM unnest(CAST(:ids AS uuid[]), CAST(:reasons AS text[])) AS w (id, reason)
-            WHERE j.id = w.id AND j.state = 'queued'
-              AND (j.wait_reason IS DISTINCT FROM w.reason
-                   OR j.wait_reason_at < clock_timestamp() - interval '10 s')
+            WHERE j.id = w.id AND j.state = 'queued' AND j.wait_reason IS DISTINCT FROM w.reason
         """),
         {"ids": list(reasons), "reasons": list(reasons.values())},
     )
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """What a node could hold of one kind of device if nothing was busy."""
+
+    slots: int
+    disk_low: bool = False
+
+
 CAPACITY = text("""
-    SELECT n.name, d.kind, count(*) AS slots
+    SELECT n.name, n.disk_low, d.kind, count(*) AS slots
     FROM slots s JOIN devices d ON d.id = s.device_id JOIN nodes n ON n.id = d.node_id
     WHERE s.retired_at IS NULL AND d.state <> 'lost'
-    GROUP BY n.name, d.kind
+    GROUP BY n.name, n.disk_low, d.kind
 """)
 
 
-def capacity(tx: Connection) -> dict[str, dict[str, int]]:
-    """Kind of device -> node's name -> how many slots it has, busy or not."""
-    nodes: dict[str, dict[str, int]] = {}
+def capacity(tx: Connection) -> dict[str, dict[str, Capacity]]:
+    """Kind of device -> node's name -> what it could hold."""
+    nodes: dict[str, dict[str, Capacity]] = {}
     for row in tx.execute(CAPACITY):
-        nodes.setdefault(row.kind, {})[row.name] = row.slots
+        nodes.setdefault(row.kind, {})[row.name] = Capacity(row.slots, row.disk_low)
     return nodes

@@ -23,6 +23,7 @@ from tuneyard.specs.views import (
     JobView,
     LiveView,
     MetricPoint,
+    PipelineView,
     ProgressView,
 )
 
@@ -44,6 +45,7 @@ class JobFilter:
     states: Sequence[JobState] = ()
     kind: str | None = None
     name: str | None = None
+    system: bool | None = False  # None: both
 
 
 def list_jobs(
@@ -57,6 +59,8 @@ def list_jobs(
         query = query.where(JobRow.state.in_([state.value for state in wanted.states]))
     if wanted.kind is not None:
         query = query.where(JobRow.kind == wanted.kind)
+    if wanted.system is not None:
+        query = query.where(JobRow.system.is_(wanted.system))
     if wanted.name is not None:
         query = query.where(JobRow.name == wanted.name)
     return _views(tx, team, tx.execute(query).all())
@@ -68,6 +72,22 @@ def show_job(tx: Connection, team: str, job_id: UUID) -> JobView:
     if not rows:
         raise no_job()
     return _views(tx, team, rows)[0]
+
+
+def pipeline_of(tx: Connection, job_id: UUID) -> UUID:
+    """The pipeline that a job is a step of."""
+    row = select(JobRow.pipeline_id).where(JobRow.id == job_id, JobRow.pipeline_id.is_not(None))
+    found: UUID = tx.execute(row).scalars().one()  # type: ignore[assignment]  # as is asked for
+    return found
+
+
+def show_pipeline(tx: Connection, team: str, pipeline_id: UUID) -> PipelineView:
+    """A pipeline's jobs in the order of their needs. Raises: NotFound."""
+    steps = select(JobRow.__table__).where(JobRow.pipeline_id == pipeline_id).order_by(JobRow.id)
+    rows = tx.execute(steps).all()
+    if not rows:
+        raise NotFound("There is no such pipeline here.", field="pipeline")
+    return PipelineView(id=show_id("pipeline", pipeline_id), jobs=_views(tx, team, rows))
 
 
 def _views(tx: Connection, team: str, rows: Sequence[Row[Any]]) -> list[JobView]:
@@ -98,15 +118,15 @@ def _view(team: str, row: Row[Any], attempts: Sequence[Row[Any]], model: str | N
         device=row.device_kind,
         demand=row.demand,
         inputs=_shown_inputs(row.inputs),
+        pipeline=show_id("pipeline", row.pipeline_id) if row.pipeline_id else None,
         retry_of=show_id("job", row.retry_of) if row.retry_of else None,
+        system=row.system,
         allowed_actions=allowed_actions(state),
         model=model,
     )
 
 
-def _shown_inputs(inputs: Mapping[str, Mapping[str, str]] | None) -> dict[str, str] | None:
-    if inputs is None:
-        return None
+def _shown_inputs(inputs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     return {field: show_input(value) for field, value in inputs.items()}
 
 

@@ -1,7 +1,7 @@
 """What a worker ships about a running attempt each second: metrics, log, progress, offsets.
 
-One transaction moves the offsets with the rows, so that each line is shipped exactly once however
-often the worker dies.
+One transaction moves the offsets with the rows, lines of the timeline included, so that each is
+shipped exactly once however often the worker dies.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from uuid import UUID
 import psycopg
 from sqlalchemy import Connection, func, insert, select, text, update
 
-from tuneyard.models.attempts import AttemptRef, check_token
+from tuneyard.models.attempts import AttemptRef, check_token, note
 from tuneyard.models.events import JOB_CHANNEL, notify
 from tuneyard.models.tables import AttemptRow, LogChunkRow
 
@@ -30,13 +30,18 @@ class Shipment:
     metrics: Sequence[tuple[str, int, float]] = field(default_factory=tuple)  # name, step, value
     phase: str | None = None
     progress: dict[str, Any] | None = None
+    notes: Sequence[tuple[str, dict[str, Any]]] = field(default_factory=tuple)  # type, data
 
 
 def ship(tx: Connection, ref: AttemptRef, shipment: Shipment) -> None:
     """Write a shipment. Raises: StaleToken when the attempt is over."""
-    # Losing the last second of metrics to a crash of the server costs nothing but that second,
-    # and the offsets go with them.
-    tx.execute(text("SET LOCAL synchronous_commit = off"))
+    for type_, data in shipment.notes:
+        note(tx, ref, type_, data)
+    if not shipment.notes:
+        # Losing the last second of metrics to a crash of the server costs nothing but that second,
+        # and the offsets go with them. A line of the timeline is numbered, and told at once to
+        # whoever listens: its number must not be given twice.
+        tx.execute(text("SET LOCAL synchronous_commit = off"))
     check_token(tx, ref)
     changes: dict[str, Any] = {
         "events_offset": shipment.events_offset,

@@ -125,14 +125,14 @@ class JobRow(Row):
     priority: Mapped[int] = mapped_column(SmallInteger)
     demand: Mapped[dict[str, Any]]
     device_kind: Mapped[str] = mapped_column(Computed("demand ->> 'kind'"))
-    inputs: Mapped[dict[str, Any] | None]
+    inputs: Mapped[dict[str, Any]]
     pipeline_id: Mapped[UUID | None]
     retry_of: Mapped[UUID | None]
     system: Mapped[bool]
+    work_key: Mapped[str | None]
     not_before: Mapped[datetime | None]
     last_seq: Mapped[int] = _big()
     wait_reason: Mapped[str | None]
-    wait_reason_at: Mapped[datetime | None]
     error: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
@@ -149,7 +149,7 @@ class JobEdgeRow(Row):
 
 
 class NodeRow(Row):
-    """A machine with a worker; ``seen_at`` is written by its worker at each renewal."""
+    """A machine with a worker, which writes ``seen_at`` at each renewal."""
 
     __tablename__ = "nodes"
     id: Mapped[UUID] = _key()
@@ -159,6 +159,17 @@ class NodeRow(Row):
     capabilities: Mapped[dict[str, Any]]
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
+    disk_low: Mapped[bool]
+
+
+class NodeCacheRow(Row):
+    """Something whole in a node's cache, as its worker says; placing prefers such nodes."""
+
+    __tablename__ = "node_cache"
+    node_id: Mapped[UUID] = _key()
+    digest: Mapped[str] = _key()
+    bytes: Mapped[int] = _big()
+    used_at: Mapped[datetime]
 
 
 class DeviceRow(Row):

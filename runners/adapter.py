@@ -24,7 +24,7 @@ def add_adapter(base: Any, arguments: FinetuneArguments, *, seed: int, precision
     """Wrap a base with a fresh adapter that changes nothing yet. Raises: BadSpec."""
     config = LoraConfig(
         r=arguments.lora_rank,
-        lora_alpha=arguments.alpha,  # type: ignore[arg-type]  # any number does
+        lora_alpha=arguments.alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=find_targets(base, arguments.lora_target),
         layers_to_transform=arguments.layers_to_transform,

@@ -12,9 +12,8 @@ from tuneyard.runners.base_model import end_ids, read_generation_config, tokeniz
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import LOG_FILE, Position, write_log
 from tuneyard.runners.training import Trainer
+from tuneyard.specs.runner import TUNEYARD_FILE
 from tuneyard.store.folder import manifest_digest, publish_folder, read_manifest
-
-TUNEYARD_FILE = "tuneyard.json"
 
 
 def publish_adapter(asked: Asked, attempt: Attempt, chat: Chat, trainer: Trainer) -> None:
@@ -69,7 +68,7 @@ def origin(asked: Asked, attempt: Attempt, chat: Chat, position: Position) -> di
         "default_system": chat.default_system,
         "stop_token_ids": stop_ids,
         "stop_tokens": chat.tokenizer.convert_ids_to_tokens(stop_ids),
-        "arguments": asked.arguments.model_dump(),
+        "arguments": asked.arguments.of_the_runner(),
         "seed": asked.seed,
         "steps": position.step,
         "versions": dict(library_versions()),

@@ -1,6 +1,7 @@
-"""Arguments of the runners, with LLaMA-Factory's and transformers' names and defaults.
+"""Arguments of the runners: those of the specs, with the same defaults.
 
-They come checked from a submission; here they are checked again for a runner started by hand.
+They come checked from a submission; here they are checked again for a runner started by hand, which
+says in its inputs what a submission names by id.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,103 +10,59 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuneyard.runners.failures import BadSpec
+from tuneyard.specs.fields import OF_THE_JOB, WHAT
+from tuneyard.specs.finetune import FinetuneSpec
+from tuneyard.specs.inference import InferenceSpec
+from tuneyard.specs.prepare import PrepareSpec
+from tuneyard.specs.problems import problems_of
+from tuneyard.specs.sources import Hub
 
 Arguments = TypeVar("Arguments", bound=BaseModel)
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-Strategy = Literal["no", "steps", "epoch"]
-
-_OF_THE_JOB = {
-    "adapter", "dataset", "device", "do_train", "eval_dataset", "gpus", "kind", "model",
-    "model_name", "model_name_or_path", "name", "not_before", "output_dir", "priority", "prompts",
-    "share", "suffix",
+_BESIDE = OF_THE_JOB | WHAT.keys() | {
+    "do_train", "model_name", "model_name_or_path", "not_before", "output_dir", "share", "suffix",
 }  # fmt: skip
 """Fields of a submission that stand beside the runner's arguments and are not for it."""
 
+_BY_HAND = ConfigDict(extra="ignore", strict=False)
 
-class FinetuneArguments(BaseModel):
+
+class PrepareArguments(PrepareSpec):
+    """What `kind: prepare` may say: what decides about tokens."""
+
+    model_config = _BY_HAND
+    model: Any = None
+    dataset: Any = None
+
+
+class FinetuneArguments(FinetuneSpec):
     """What `kind: finetune` may say."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
-    stage: Literal["sft"] = "sft"
-    finetuning_type: Literal["lora"] = "lora"
-
-    lora_rank: int = Field(8, ge=1)
-    lora_alpha: float | None = None  # None: twice the rank
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    lora_target: str | list[str] = "all"
-    layers_to_transform: list[int] | None = None
-    additional_target: str | list[str] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
-
-    template: str | None = None
-    default_system: str | None = None
-    cutoff_len: int = Field(2048, ge=2)
-    train_on_prompt: bool = False
-    mask_history: bool = False
-    max_samples: int | None = Field(None, ge=1)
-    val_size: float = Field(0.0, ge=0)
-
-    per_device_train_batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    per_device_eval_batch_size: int = Field(8, ge=1)
-    num_train_epochs: float = Field(3.0, gt=0)
-    max_steps: int = -1
-    disable_shuffling: bool = False
-    seed: int | None = None  # None: the spec's
-
-    learning_rate: float = Field(5e-5, ge=0)
-    lr_scheduler_type: str = "linear"
-    lr_scheduler_kwargs: dict[str, float] | None = None
-    warmup_steps: float = Field(0, ge=0)  # below 1: a share of all steps
-    warmup_ratio: float = Field(0.0, ge=0, le=1)
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
-    neftune_noise_alpha: float | None = None
-
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    bf16: bool = False
-    fp16: bool = False
-    pure_bf16: bool = False
-    gradient_checkpointing: bool = False
-    disable_gradient_checkpointing: bool = False
-
-    logging_steps: float = Field(1, gt=0)
-    save_strategy: Strategy = "steps"
-    save_steps: float = Field(500, gt=0)  # below 1: a share of all steps
-    save_total_limit: int | None = Field(None, ge=1)  # None: the last two
-    eval_strategy: Strategy | None = None  # None: steps where eval_steps is set
-    eval_steps: float | None = Field(None, gt=0)
+    model_config = _BY_HAND
+    model: Any = None
+    dataset: Any = None
+    seed: int | None = None  # type: ignore[assignment]  # None: the spec's
+    precision: Precision = "auto"
 
     @property
-    def alpha(self) -> float:
+    def alpha(self) -> int:
         """lora_alpha, or LLaMA-Factory's default for it."""
-        alpha = 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
-        return int(alpha) if alpha == int(alpha) else alpha
+        return 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    def of_the_runner(self) -> dict[str, Any]:
+        """What was asked of the runner, defaults filled in."""
+        return {name: value for name, value in self.arguments().items() if name not in WHAT}
 
 
-class InferArguments(BaseModel):
+class InferArguments(InferenceSpec):
     """What `kind: inference` may say; None leaves a setting to the model's own files."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
+    model_config = _BY_HAND
+    model: Any = None
     prompts: Any = None  # a list of them, where inputs name no file
-    system: str | None = None
-    template: str | None = None
-    batch_size: int = Field(8, ge=1)
-    max_new_tokens: int | None = Field(None, ge=1)
-    do_sample: bool | None = None
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    repetition_penalty: float | None = Field(None, gt=0)
-    stop: str | list[str] = []
-    seed: int | None = None  # None: the spec's
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: int | None = None  # type: ignore[assignment]  # None: the spec's
+    precision: Precision = "auto"
 
 
 class DownloadArguments(BaseModel):
@@ -115,6 +72,16 @@ class DownloadArguments(BaseModel):
 
     source: str
     revision: str | None = None
+    what: Literal["model", "dataset"] = "model"
+    data_file: str | None = None
+
+    hubs: list[Hub] = ["modelscope", "huggingface"]
+    cache: str | None = None  # None: within WORKDIR
+    caches: list[str] = []  # of the hubs' own clients on this node
+    node_roots: list[str] = []
+    disk_floor_bytes: int = Field(0, ge=0)
+    copied: bool = False  # the store is on the cache's disk
+    stall_s: float = Field(300.0, gt=0)
 
 
 def read_arguments(
@@ -128,7 +95,6 @@ def read_arguments(
     try:
         arguments = model.model_validate(said)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise BadSpec(f"{first['msg']}.", field=field) from None
-    return arguments, sorted(said.keys() - model.model_fields.keys() - _OF_THE_JOB)
+        first = next(problems_of(error, model))
+        raise BadSpec(first.message, field=first.field, hint=first.hint) from None
+    return arguments, sorted(said.keys() - model.model_fields.keys() - _BESIDE)

@@ -1,6 +1,6 @@
 """What a fine-tune asks for, read and checked before anything slow is imported."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,24 +9,21 @@ from tuneyard.runners.arguments import FinetuneArguments, read_arguments
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import read_config
 from tuneyard.runners.failures import BadSpec
-from tuneyard.runners.rows import Conversation, read_conversations
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A fine-tune's arguments, its base, its data; base_id is what manifests call the base."""
+    """A fine-tune's arguments and its base; base_id is what manifests call the base."""
 
     arguments: FinetuneArguments
     seed: int
     model: Path
     config: Mapping[str, Any]
-    conversations: Sequence[Conversation]
-    held_out: Sequence[Conversation]
     base_id: str
 
 
 def read_asked(attempt: Attempt) -> Asked:
-    """Read arguments, the base's configuration, the data. Raises: BadSpec, BadData, InputGone."""
+    """Read arguments and the base's configuration. Raises: BadSpec, InputGone."""
     arguments, unknown = read_arguments(FinetuneArguments, attempt.spec.arguments)
     if unknown:
         attempt.events.warn("arguments_ignored", f"Not used here: {', '.join(unknown)}.")
@@ -36,10 +33,6 @@ def read_asked(attempt: Attempt) -> Asked:
         raise BadSpec("mask_history and train_on_prompt exclude each other.", field="mask_history")
     model = attempt.input("model")
     config = read_config(model)
-    conversations = read_conversations(attempt.input("dataset"), limit=arguments.max_samples)
-    held_out = []
-    if "eval_dataset" in attempt.spec.inputs:
-        held_out = read_conversations(attempt.input("eval_dataset"), limit=arguments.max_samples)
     seed = attempt.spec.seed if arguments.seed is None else arguments.seed
     base_id = attempt.spec.input_ids.get("model") or model.name
-    return Asked(arguments, seed, model, config, conversations, held_out, base_id)
+    return Asked(arguments, seed, model, config, base_id)

@@ -1,30 +1,29 @@
 """Putting a run together: weights, adapter, optimizer, schedule, plan, and where to begin."""
 
-import hashlib
 import logging
 import math
-from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tuneyard.runners.adapter import add_adapter, trained_parameters
-from tuneyard.runners.arguments import FinetuneArguments, Strategy
+from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import load_weights
-from tuneyard.runners.batches import Order, steps_of
+from tuneyard.runners.batches import Order, split, steps_of
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import Position, Running, differences, read_checkpoint
-from tuneyard.runners.examples import Example
 from tuneyard.runners.losses import SFT
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
 from tuneyard.runners.seeds import stream_seed
+from tuneyard.runners.tokenising import Tokenised
 from tuneyard.runners.training import Data, Plan, Trainer
+from tuneyard.specs.finetune import Strategy
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +32,13 @@ def build_trainer(
     asked: Asked,
     attempt: Attempt,
     chat: Chat,
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
+    tokenised: Tokenised,
 ) -> Trainer:
     """Load the base, add the adapter, go to the checkpoint if there is one."""
     arguments, device = asked.arguments, attempt.device.torch_name
+    examples, held_out = tokenised.examples, tokenised.held_out
+    if not held_out:
+        examples, held_out = split(examples, arguments.val_size, seed=asked.seed)
     precision = pick_precision(asked, attempt)
     model = load_model(asked, precision, device)
     plan = plan_of(arguments, len(examples))
@@ -45,7 +46,7 @@ def build_trainer(
     parameters = trained_parameters(model).values()
     running = Running(model, adamw(parameters, arguments, device), scaler_of(precision), device)
     torch.manual_seed(stream_seed(asked.seed, "dropout"))
-    run = description(asked, examples, device)
+    run = description(asked, tokenised.digest, len(examples), device)
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
     return Trainer(
         running=running,
@@ -133,7 +134,6 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         epochs=arguments.num_train_epochs,
         max_steps=arguments.max_steps,
     )
-    eval_strategy = arguments.eval_strategy or ("steps" if arguments.eval_steps else "no")
     eval_steps = arguments.eval_steps or arguments.logging_steps
     return Plan(
         steps=steps,
@@ -142,7 +142,7 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         batches_per_step=arguments.gradient_accumulation_steps,
         eval_rows_per_batch=arguments.per_device_eval_batch_size,
         max_grad_norm=arguments.max_grad_norm,
-        eval_every=every(eval_strategy, eval_steps, epoch=epoch, total=steps),
+        eval_every=every(arguments.eval_strategy, eval_steps, epoch=epoch, total=steps),
         save_every=every(arguments.save_strategy, arguments.save_steps, epoch=epoch, total=steps),
         log_every=every("steps", arguments.logging_steps, epoch=epoch, total=steps) or 1,
         keep=arguments.save_total_limit,
@@ -162,11 +162,8 @@ def every(strategy: Strategy, steps: float, *, epoch: int, total: int) -> int | 
     return math.ceil(total * steps) if steps < 1 else int(steps)
 
 
-def description(asked: Asked, examples: Sequence[Example], device: str) -> dict[str, Any]:
+def description(asked: Asked, data: str, examples: int, device: str) -> dict[str, Any]:
     """What a resumed run must agree with, and what it runs on."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(array("q", [len(example.ids), *example.ids, *example.labels]).tobytes())
     name = (
         torch.cuda.get_device_name()
         if device == "cuda"
@@ -175,8 +172,8 @@ def description(asked: Asked, examples: Sequence[Example], device: str) -> dict[
     threads = torch.get_num_threads()
     platform = {"torch": str(torch.__version__), "threads": threads, "device": name}
     return {
-        "examples": len(examples),
-        "data": digest.hexdigest(),
+        "examples": examples,
+        "data": data,
         "seed": asked.seed,
         "platform": platform,
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneyard.runners.failures import BadSpec, InputGone
+from tuneyard.specs.base_models import asks_for_code
 
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
@@ -130,19 +131,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_code(value: Any, name: str) -> None:
     """Refuse what makes libraries import code that the folder or a hub brings."""
-    if isinstance(value, list):
-        for each in value:
-            _refuse_code(each, name)
-    if not isinstance(value, dict):
-        return
-    for key, each in value.items():
-        if key == "auto_map" or (key.startswith("_attn_implementation") and each):
-            raise BadSpec(
-                f"{name} has {key}: it would run code that comes with the model.",
-                field="model",
-                hint="models that need code of their own are not accepted",
-            )
-        _refuse_code(each, name)
+    odd = asks_for_code(value)
+    if odd is not None:
+        raise BadSpec(
+            f"{name} has {odd}: it would run code that comes with the model.",
+            field="model",
+            hint="models that need code of their own are not accepted",
+        )
 
 
 def _refuse_without_safetensors(folder: Path) -> None:

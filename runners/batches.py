@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
 
@@ -49,13 +49,34 @@ def steps_of(count: int, *, rows_per_step: int, epochs: float, max_steps: int) -
     return each, max_steps if max_steps > 0 else math.ceil(epochs * each)
 
 
-def split(items: Sequence[Item], val_size: float, *, seed: int) -> tuple[list[Item], list[Item]]:
+class Chosen(Sequence[Item]):
+    """Some items of a sequence, which stay where they are."""
+
+    def __init__(self, items: Sequence[Item], indices: Sequence[int]) -> None:
+        self._items, self._indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        if isinstance(index, slice):
+            return [self._items[i] for i in self._indices[index]]
+        return self._items[self._indices[index]]
+
+
+def split(
+    items: Sequence[Item], val_size: float, *, seed: int
+) -> tuple[Sequence[Item], Sequence[Item]]:
     """Divide into training and validation; val_size is a count, or below 1 a share.
 
     Raises: BadData when one side would be empty.
     """
     if val_size == 0:
-        return list(items), []
+        return items, []
     held = int(val_size) if val_size >= 1 else int(len(items) * val_size)
     if not 0 < held < len(items):
         raise BadData(
@@ -65,9 +86,9 @@ def split(items: Sequence[Item], val_size: float, *, seed: int) -> tuple[list[It
         )
     indices = list(range(len(items)))
     random.Random(stream_seed(seed, "validation")).shuffle(indices)  # noqa: S311
-    chosen = set(indices[:held])
-    kept = [each for i, each in enumerate(items) if i not in chosen]
-    return kept, [each for i, each in enumerate(items) if i in chosen]
+    chosen = sorted(indices[:held])
+    kept = sorted(indices[held:])
+    return Chosen(items, kept), Chosen(items, chosen)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tuneyard.runners.adapter import restore_adapter, save_adapter, trained_parameters
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.retention import checkpoint_meta
 from tuneyard.specs.runner import CHECKPOINTS
 from tuneyard.store.folder import manifest_digest, publish_folder, verify_folder
 
@@ -36,6 +37,7 @@ class Position:
     examples: int = 0
     tokens: int = 0
     evaluated_step: int = -1
+    eval_loss: float | None = None  # of evaluated_step
     best_loss: float | None = None
     best_step: int | None = None
     loss_sum: float = 0.0
@@ -86,9 +88,9 @@ def write_checkpoint(
         save_file(_optimizer_tensors(running), aside / OPTIMIZER_FILE)
         save_file(dict(random), aside / RANDOM_FILE)
         _write_state(aside, running, position, run)
-        manifest = publish_folder(
-            aside, workdir / name, {"kind": "checkpoint", "step": position.step}
-        )
+        measured = position.eval_loss if position.evaluated_step == position.step else None
+        meta = checkpoint_meta(position.step, measured)
+        manifest = publish_folder(aside, workdir / name, meta)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # gives its space back to a full disk
         raise

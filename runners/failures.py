@@ -19,6 +19,7 @@ EXIT_CODES = {
     Cause.LOSS_NOT_FINITE: ExitCode.LOSS_NOT_FINITE,
     Cause.DISK_FULL: ExitCode.DISK_FULL,
     Cause.DEVICE_LOST: ExitCode.DEVICE_LOST,
+    Cause.HUB_UNREACHABLE: ExitCode.HUB_UNREACHABLE,
 }
 
 
@@ -56,6 +57,18 @@ class DeviceLost(RunnerError):
     """The device cannot be used."""
 
     cause = Cause.DEVICE_LOST
+
+
+class HubUnreachable(RunnerError):
+    """The hub cannot be reached, or does not answer as a hub does."""
+
+    cause = Cause.HUB_UNREACHABLE
+
+
+class NoRoom(RunnerError):
+    """The disk has no room for what is to be brought."""
+
+    cause = Cause.DISK_FULL
 
 
 class Stopped(BaseException):

@@ -52,7 +52,7 @@ def choose_settings(
         samples = model_says.get("do_sample")
     if samples is False:
         chosen["temperature"] = 0.0
-    stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop)
+    stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
     return Settings(
         **chosen,
         max_new_tokens=_first(asked.max_new_tokens, model_says.get("max_new_tokens")),

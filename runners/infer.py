@@ -33,15 +33,14 @@ from tuneyard.runners.results import (
     save_results,
     write_results,
 )
+from tuneyard.runners.retention import RESUME_POINT_S
+from tuneyard.specs.runner import TUNEYARD_FILE
 from tuneyard.store.folder import publish_folder
 
 if TYPE_CHECKING:
     from tuneyard.runners.generation import Settings, Speaker
 
 log = logging.getLogger(__name__)
-
-RESUME_POINT_S = 600.0
-TUNEYARD_FILE = "tuneyard.json"
 
 
 @dataclass(frozen=True)

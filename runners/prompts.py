@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tuneyard.runners.failures import BadData
-from tuneyard.runners.rows import ROLES, Message
+from tuneyard.runners.rows import Message
+from tuneyard.specs.conversations import ROLES
 
 FORMS = 'a text, {"prompt": text} or {"messages": [{"role", "content"}, …]}'
 

@@ -1,13 +1,26 @@
-"""Which checkpoints stay in the work folder."""
+"""Which checkpoints stay in the work folder, and what one says of itself to whoever keeps them."""
 
+import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from tuneyard.specs.runner import CHECKPOINTS
+from tuneyard.specs.runner import CHECKPOINTS, KEPT_CHECKPOINTS
 
-KEPT = 2
-"""How many of the newest stay, beside the best."""
+RESUME_POINT_S = 600.0
+"""A checkpoint is never older than this, whatever was asked."""
+
+
+def checkpoint_meta(step: int, eval_loss: float | None = None) -> dict[str, Any]:
+    """What a checkpoint's manifest holds beside its files; the store keeps the best by it.
+
+    eval_loss: of this very step, where it was measured.
+    """
+    meta: dict[str, Any] = {"kind": "checkpoint", "step": step}
+    if eval_loss is not None and math.isfinite(eval_loss):
+        meta["eval_loss"] = eval_loss
+    return meta
 
 
 def drop_old(
@@ -16,7 +29,7 @@ def drop_old(
     """Remove checkpoints beyond the newest ``limit`` and the best; ``newest`` is whole by now."""
     folder = workdir / CHECKPOINTS
     steps = sorted(int(p.name.removeprefix("step-")) for p in folder.glob("step-*"))
-    kept = {newest, best, *steps[-(limit or KEPT) :]}
+    kept = {newest, best, *steps[-(limit or KEPT_CHECKPOINTS) :]}
     for step in steps:
         if step not in kept:
             away = folder / f".old-{step}"

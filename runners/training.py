@@ -31,14 +31,11 @@ from tuneyard.runners.examples import Example
 from tuneyard.runners.failures import LossNotFinite, Stopped
 from tuneyard.runners.losses import Objective
 from tuneyard.runners.noise import EmbeddingNoise
-from tuneyard.runners.retention import drop_old
+from tuneyard.runners.retention import RESUME_POINT_S, drop_old
 from tuneyard.runners.schedules import Schedule
 from tuneyard.runners.stops import Stops
 
 log = logging.getLogger(__name__)
-
-RESUME_POINT_S = 600.0
-"""A checkpoint is never older than this, whatever save_steps says."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,9 @@ class Plan:
 
     def eval_due(self, step: int) -> bool:
         """Before the first step, after the last, and as often as was asked in between."""
-        return step in (0, self.steps) or _divides(self.eval_every, step)
+        return self.eval_every is not None and (
+            step in (0, self.steps) or step % self.eval_every == 0
+        )
 
     def save_due(self, step: int) -> bool:
         """As often as was asked."""
@@ -238,7 +237,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         loss = self._measure()
-        self.at.evaluated_step = self.at.step
+        self.at.evaluated_step, self.at.eval_loss = self.at.step, loss
         if self.at.step and (self.at.best_loss is None or loss < self.at.best_loss):
             self.at.best_loss, self.at.best_step = loss, self.at.step
         self.events.metric(self.at.step, eval_loss=loss)

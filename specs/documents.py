@@ -3,9 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from tuneyard.specs.conversations import UNSTORABLE, all_within
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.jobs import TEXT_FIELDS
 from tuneyard.specs.yaml_documents import read_yaml_text
@@ -17,7 +18,6 @@ MAX_DEPTH = 50
 # Possessive, and an end is optional: linear in whatever a stranger sends.
 _STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?'
 _TOKEN = re.compile(_STRING + r"|[\[\]{}]|[^\s\[\]{}\",:]++", re.DOTALL)
-_UNSTORABLE = re.compile("[\ud800-\udfff\x00]")
 
 
 class MalformedDocument(InputError):
@@ -201,20 +201,9 @@ def _checked(value: Any) -> dict[str, Any]:
         message = "An object of names and values is expected."
         raise InputError(message, code="not_an_object")
     for field, each in value.items():
-        if any(_UNSTORABLE.search(text) for text in _texts({field: each})):
+        texts = (text for text in all_within({field: each}) if isinstance(text, str))
+        if any(map(UNSTORABLE.search, texts)):
             message = "A text holds NUL or half a character, which cannot be stored."
             shown = field.encode("utf-8", "replace").decode().replace("\0", "?")[:80]
             raise InputError(message, code="bad_character", field=shown)
     return value
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield name
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)

@@ -11,6 +11,7 @@ class ExitCode(IntEnum):
     BAD_SPEC = 64
     BAD_DATA = 65
     INPUT_GONE = 66
+    HUB_UNREACHABLE = 69
     BUG = 70
     OUT_OF_MEMORY = 71
     LOSS_NOT_FINITE = 72
@@ -34,6 +35,7 @@ class Cause(StrEnum):
     DEVICE_LOST = "device_lost"
     NODE_LOST = "node_lost"
     GUARD_LOST = "guard_lost"
+    HUB_UNREACHABLE = "hub_unreachable"
     KILLED = "killed"
     LEASE_FENCED = "lease_fenced"
     STALLED = "stalled"
@@ -95,13 +97,12 @@ _FINAL = {
     ExitCode.BAD_DATA: Cause.BAD_DATA,
     ExitCode.INPUT_GONE: Cause.INPUT_GONE,
 }
-_NODES_FAULT = {ExitCode.DISK_FULL: Cause.DISK_FULL, ExitCode.DEVICE_LOST: Cause.DEVICE_LOST}
+_NOT_THE_JOBS_FAULT = {
+    ExitCode.HUB_UNREACHABLE: Cause.HUB_UNREACHABLE,
+    ExitCode.DISK_FULL: Cause.DISK_FULL,
+    ExitCode.DEVICE_LOST: Cause.DEVICE_LOST,
+}
 _UNASKED_STOPS = {ExitCode.STOPPED_AT_CHECKPOINT, ExitCode.STOPPED_WITHOUT}
-
-
-def judge(end: RunnerEnd, stop_reason: StopReason | None) -> Verdict:
-    """Say what an end means. The first rule that matches decides; their order is the contract."""
-    return after_stop(_judge_end(end), stop_reason)
 
 
 def after_stop(verdict: Verdict, stop_reason: StopReason | None) -> Verdict:
@@ -118,15 +119,16 @@ def after_stall(verdict: Verdict) -> Verdict:
     return Verdict(Outcome.LOST, Cause.STALLED) if verdict.outcome is Outcome.LOST else verdict
 
 
-def _judge_end(end: RunnerEnd) -> Verdict:
+def judge(end: RunnerEnd) -> Verdict:
+    """Say what an end means. The first rule that matches decides; their order is the contract."""
     if end.code == ExitCode.DONE:
         return Verdict(Outcome.SUCCEEDED)
     if end.code in _FINAL:
         return Verdict(Outcome.FAILED, _FINAL[ExitCode(end.code)], charged=True, retry=False)
     if end.code == ExitCode.OUT_OF_MEMORY or (end.signal is not None and end.oom_killed):
         return Verdict(Outcome.FAILED, Cause.OUT_OF_MEMORY, charged=True)
-    if end.code in _NODES_FAULT:
-        return Verdict(Outcome.LOST, _NODES_FAULT[ExitCode(end.code)])
+    if end.code in _NOT_THE_JOBS_FAULT:
+        return Verdict(Outcome.LOST, _NOT_THE_JOBS_FAULT[ExitCode(end.code)])
     if end.code in _UNASKED_STOPS:
         return Verdict(Outcome.LOST, Cause.LEASE_FENCED)
     if end.code is not None:

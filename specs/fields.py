@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
@@ -133,13 +133,33 @@ Words = Annotated[
 """A text, or a list of texts."""
 
 
+def check_data_file(name: str) -> str:
+    """Refuse what is no name of a file within a data set."""
+    parts = check_text(name).split("/")
+    if "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise refusal("path_not_allowed", "is no file within a data set", "such as data/train.json")
+    return name
+
+
+DataFile = Annotated[str, Field(min_length=1, max_length=400), AfterValidator(check_data_file)]
+"""A file within a data set that was downloaded."""
+
+
 class Reference(BaseModel):
-    """A thing that a spec names. what: model, adapter, dataset or prompts."""
+    """A thing that a spec names. what: model, adapter, dataset or prompts.
+
+    data_file: which file of a data set that has several.
+    """
 
     model_config = ConfigDict(frozen=True)
     field: str
     what: Literal["model", "adapter", "dataset", "prompts"]
     value: str | dict[str, str]
+    data_file: str | None = None
+
+
+DATA_FILES = {"dataset": "data_file", "eval_dataset": "eval_data_file"}
+"""Field that names a data set -> field that picks one of its files."""
 
 
 WHAT: dict[str, Literal["model", "adapter", "dataset", "prompts"]] = {
@@ -195,14 +215,11 @@ class Spec(BaseModel):
             if isinstance(value, Source):
                 value = {"from": value.from_}
             if isinstance(value, str | dict):
-                found.append(Reference(field=field, what=what, value=value))
+                picked = getattr(self, DATA_FILES.get(field, ""), None)
+                found.append(Reference(field=field, what=what, value=value, data_file=picked))
         return found
 
     @property
     def wants_gpu(self) -> bool:
         """Whether ``auto`` means a GPU for this kind."""
         return False
-
-    def replaced(self, **changes: Any) -> Self:
-        """A copy with other values, checked anew."""
-        return type(self).model_validate(self.document() | changes)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from tuneyard.specs.fields import FileRef, ModelRef, Spec, Text, Words, refusal
+from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Spec, Text, Words, refusal
 
 Strategy = Literal["no", "steps", "epoch"]
 Schedule = Literal[
@@ -45,15 +45,38 @@ CountOrShare = Annotated[float, Field(ge=0, le=MOST), AfterValidator(_whole_from
 StepsOrShare = Annotated[float, Field(gt=0, le=MOST), AfterValidator(_whole_from_one)]
 
 
-class FinetuneSpec(Spec):
+class RowsSpec(Spec):
+    """Which rows of which data a base learns, as which tokens."""
+
+    model: ModelRef = Field(description="The base model: an id, a name, or {from: a job}.")
+    dataset: FileRef = Field(
+        description="The training data: id or name of a file, or {from: a download of a data set}."
+    )
+    data_file: DataFile | None = Field(
+        None, description="Which file of a downloaded data set that has several."
+    )
+    eval_dataset: FileRef | None = Field(None, description="Rows to evaluate on.")
+    eval_data_file: DataFile | None = Field(None, description="The same for eval_dataset.")
+    stage: Literal["sft"] = Field("sft", description="What is learned from the rows.")
+    template: Text | None = Field(
+        None,
+        description="Chat template of a base that has none: alpaca, chatml, or jinja; unset: "
+        "the tokenizer's own.",
+    )
+    default_system: Text | None = Field(None, description="System text where a row has none.")
+    cutoff_len: int = Field(2048, ge=8, le=1_048_576, description="Tokens kept of a row.")
+    train_on_prompt: bool = Field(False, description="Learn questions as well as answers.")
+    mask_history: bool = Field(False, description="Learn a row's last answer only.")
+    max_samples: Positive | None = Field(None, description="Rows used at most.")
+
+
+class FinetuneSpec(RowsSpec):
     """Tune a base model on a data set."""
 
     kind: Literal["finetune"] = "finetune"
-    model: ModelRef = Field(description="The base model: an id, a name, or {from: a job}.")
-    dataset: FileRef = Field(description="The training data: the id or name of a file.")
-    eval_dataset: FileRef | None = Field(None, description="Rows to evaluate on.")
+    val_size: CountOrShare = Field(0.0, description="Share (below 1) or number of rows held out.")
+    seed: int = Field(42, ge=0, le=2**32 - 1, description="Everything random follows from it.")
 
-    stage: Literal["sft"] = Field("sft", description="What is learned from the rows.")
     finetuning_type: Literal["lora"] = Field("lora", description="Which parameters learn.")
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of the adapter.")
     lora_alpha: int | None = Field(
@@ -74,18 +97,6 @@ class FinetuneSpec(Spec):
     )
     use_rslora: bool = Field(False, description="Scale by the root of the rank.")
     use_dora: bool = Field(False, description="Split weights into size and direction.")
-
-    template: Text | None = Field(
-        None,
-        description="Chat template of a base that has none: alpaca, chatml, or jinja; unset: "
-        "the tokenizer's own.",
-    )
-    default_system: Text | None = Field(None, description="System text where a row has none.")
-    cutoff_len: int = Field(2048, ge=8, le=1_048_576, description="Tokens kept of a row.")
-    train_on_prompt: bool = Field(False, description="Learn questions as well as answers.")
-    mask_history: bool = Field(False, description="Learn a row's last answer only.")
-    max_samples: Positive | None = Field(None, description="Rows used at most.")
-    val_size: CountOrShare = Field(0.0, description="Share (below 1) or number of rows held out.")
 
     per_device_train_batch_size: int = Field(8, ge=1, le=4096, description="Rows at a time.")
     per_device_eval_batch_size: int = Field(8, ge=1, le=4096, description="The same, evaluating.")
@@ -111,7 +122,6 @@ class FinetuneSpec(Spec):
     neftune_noise_alpha: float | None = Field(
         None, gt=0, le=10_000, description="Noise on embeddings."
     )
-    seed: int = Field(42, ge=0, le=2**32 - 1, description="Everything random follows from it.")
     disable_shuffling: bool = Field(False, description="Keep the rows in their order.")
 
     bf16: bool = Field(False, description="Weights in bfloat16, the adapter in fp32.")

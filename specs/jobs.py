@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tuneyard.specs.clashes import clashes_of
+from tuneyard.specs.conversations import UNSTORABLE, all_within
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import Forbidden, InputError, SpecRejected
 from tuneyard.specs.fields import WHAT, Reference, Spec
@@ -27,17 +28,20 @@ from tuneyard.specs.llamafactory import (
     TUNING,
     WITHOUT_EFFECT,
 )
+from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
+from tuneyard.specs.sources import read_source
 from tuneyard.specs.wording import FieldRow, field_rows, leaves
 
 __all__ = ["TEXT_FIELDS", "JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
 
-JobSpec = FinetuneSpec | InferenceSpec | DownloadSpec
+JobSpec = FinetuneSpec | InferenceSpec | DownloadSpec | PrepareSpec
 
 KINDS: dict[str, type[Spec]] = {
     "finetune": FinetuneSpec,
     "inference": InferenceSpec,
     "download": DownloadSpec,
+    "prepare": PrepareSpec,
 }
 
 READ_ONLY = frozenset(
@@ -54,7 +58,6 @@ _FLAGS = {
     "yes": True, "on": True, "true": True, "y": True,
     "no": False, "off": False, "false": False, "n": False,
 }  # fmt: skip
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class Note(BaseModel):
@@ -142,12 +145,22 @@ class _Reading:
 
     def settle(self) -> None:
         """What only the whole document tells."""
-        if self.model is DownloadSpec and "name" in self.values:
-            self.values.setdefault("model_name", self.values["name"])
+        if self.model is DownloadSpec and "model_name" not in self.values:
+            self._name_download()
         ratio, steps = self.values.get("warmup_ratio"), self.values.get("warmup_steps")
         if ratio and steps and not isinstance(ratio, str):
             del self.values["warmup_ratio"]
             self._note("warmup_ratio", "warmup_ratio has no effect beside warmup_steps")
+
+    def _name_download(self) -> None:
+        """What a download is called: as its job, else as its source."""
+        if "name" in self.values:
+            self.values["model_name"] = self.values["name"]
+            return
+        try:
+            self.values["model_name"] = read_source(str(self.values.get("source"))).likely_name
+        except InputError:
+            self.values["model_name"] = "model"  # the source itself is what will be complained of
 
     def _set(self, name: str, written: str, value: Any) -> None:
         if name in self._written:
@@ -213,8 +226,8 @@ class _Reading:
 
     def _odd(self, name: str, value: Any) -> bool:
         """NUL and lone surrogates, which the database cannot hold, and numbers that are none."""
-        for leaf in _leaves(value):
-            if isinstance(leaf, str) and _UNSTORABLE.search(leaf):
+        for leaf in all_within(value):
+            if isinstance(leaf, str) and UNSTORABLE.search(leaf):
                 message = f"{name} holds a character that cannot be stored."
                 self._refuse("bad_character", message, name, "remove NUL and surrogates")
                 return True
@@ -260,18 +273,6 @@ def _understood(value: Any, model: type[Spec], name: str) -> Any:
     """YAML's habits: yes and no where a flag is wanted."""
     wanted = list(leaves(model.model_fields[name].annotation))
     return _flag(value) if wanted == [bool] else value
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield key
-            yield from _leaves(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
-    else:
-        yield value
 
 
 def _notes_on(spec: Spec) -> list[Note]:

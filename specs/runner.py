@@ -9,8 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PROTOCOL = 1
-
 MAX_LINE_BYTES = 64 * 1024
 """An event is one write() of one line of at most this many bytes."""
 
@@ -23,7 +21,10 @@ EXIT_FILE = "exit.json"
 CHECKPOINTS = "checkpoints"
 OUTPUT = "output"
 INPUTS = "inputs"
-MANIFEST_FILE = "manifest.json"
+TUNEYARD_FILE = "tuneyard.json"  # in an adapter: what it needs to speak
+
+KEPT_CHECKPOINTS = 2
+"""So many of the newest checkpoints stay beside the best, where save_total_limit is not set."""
 
 ATTEMPT_MARK = "TUNEYARD_ATTEMPT"
 """Environment variable that every process of an attempt bears; the value is the attempt's id."""

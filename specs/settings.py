@@ -9,13 +9,25 @@ every secret of a server, may come by a file of its own:
 import json
 import os
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tuneyard.specs.errors import InputError
+from tuneyard.specs.prefix import CLEAN, clean_prefix
+from tuneyard.specs.sources import HUB_NAMES
 
 PREFIX = "TUNEYARD_"
 FILE_SUFFIX = "_FILE"
@@ -67,7 +79,26 @@ class Settings(BaseModel):
     max_file_bytes: int = Field(
         default=8 * 1024**3, ge=1024, description="Largest file that may be uploaded, in bytes."
     )
-    flower_url: str = Field(default="", description="Where Flower listens; shown to people.")
+    root_path: str = Field(
+        default="", description="Path prefix that the API is seen under, as in `/proxy/8800`."
+    )
+    trusted_proxies: str = Field(
+        default="127.0.0.1, ::1",
+        description="Addresses and networks, parted by commas, of proxies whose X-Forwarded-Prefix"
+        " and X-Forwarded-Proto are heeded.",
+    )
+    flower_url: str = Field(
+        default="",
+        description="Where Flower listens; the API shows it at /flower. Empty: not at all.",
+    )
+    session_secret: SecretStr | None = Field(
+        default=None,
+        description="What logins at /flower are signed with, the same for every API. Empty: one"
+        " of this process, whose logins end with it.",
+    )
+    session_s: float = Field(
+        default=8 * 3600.0, ge=1.0, description="Seconds until a login at /flower ends."
+    )
 
     lease_s: float = Field(
         default=60.0, ge=2.0, le=3600.0, description="Seconds that a node holds an attempt for."
@@ -104,6 +135,17 @@ class Settings(BaseModel):
     disk_floor_bytes: int = Field(
         default=1024**3, ge=0, description="A node claims nothing while less is free, in bytes."
     )
+    cache_max_bytes: int | None = Field(
+        default=None, ge=0, description="Size of this node's cache at most, in bytes; unset: none."
+    )
+    hub_order: str = Field(
+        default="modelscope,huggingface",
+        description="Hubs in the order in which a source without a hub is looked for, by commas.",
+    )
+    node_roots: str = Field(
+        default="",
+        description="Folders of the nodes below which node:/… may lie, by commas. Empty: none.",
+    )
     keep_runners: bool = Field(
         default=False, description="On SIGTERM leave runners to the next worker (systemd)."
     )
@@ -117,6 +159,11 @@ class Settings(BaseModel):
         )
 
     @property
+    def trusted_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The networks of ``trusted_proxies``."""
+        return _networks(self.trusted_proxies)
+
+    @property
     def renew_every_s(self) -> float:
         """Seconds between two renewals of a lease."""
         return self.lease_s / 6
@@ -127,14 +174,66 @@ class Settings(BaseModel):
         return max(self.lease_s / 6, 0.3)
 
     @property
+    def hubs(self) -> list[str]:
+        """hub_order, read."""
+        return [each.strip() for each in self.hub_order.split(",") if each.strip()]
+
+    @property
+    def roots(self) -> list[str]:
+        """node_roots, read."""
+        return [each.strip() for each in self.node_roots.split(",") if each.strip()]
+
+    @property
     def lease_grace_s(self) -> float:
         """Seconds between SIGTERM and SIGKILL when a lease runs out."""
         return min(30.0, self.lease_s / 3)
+
+    @field_validator("root_path")
+    @classmethod
+    def _root_path_is_clean(cls, text: str) -> str:
+        prefix = clean_prefix(text)
+        if prefix is None:
+            raise ValueError(
+                f"{text[:100]!r} is no path prefix: it is to look like /proxy/8800, with letters,"
+                " digits and . _ ~ @ - between slashes, and not to begin our own paths (/api)"
+            )
+        return prefix
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _trusted_proxies_are_networks(cls, text: str) -> str:
+        _networks(text)
+        return text
+
+    @field_validator("flower_url")
+    @classmethod
+    def _flower_url_is_plain(cls, text: str) -> str:
+        url = urlsplit(text)
+        _ = url.port
+        plain = url.scheme == "http" and url.hostname and not (url.query or url.fragment)
+        path = url.path.rstrip("/")
+        if text and (not plain or "@" in url.netloc or (path and not CLEAN.fullmatch(path))):
+            raise ValueError(f"{text[:100]!r} is not an address like http://127.0.0.1:5555")
+        return text.rstrip("/")
 
     @model_validator(mode="after")
     def _home_is_absolute(self) -> "Settings":
         if not self.home.is_absolute():
             raise ValueError(f"home must be an absolute path, not {str(self.home)!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _hubs_are_known(self) -> "Settings":
+        unknown = [each for each in self.hubs if each not in HUB_NAMES]
+        if unknown or not self.hubs:
+            raise ValueError(f"hub_order lists {', '.join(HUB_NAMES)}, not {self.hub_order!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _roots_are_absolute(self) -> "Settings":
+        for root in self.roots:
+            if not root.startswith("/") or ".." in root.split("/"):
+                raise ValueError(f"node_roots lists absolute paths, not {root!r}")
         return self
 
 
@@ -183,6 +282,11 @@ def _from_environment(environ: Mapping[str, str], name: str) -> str | None:
             hint="write the value into that file, and nothing else",
         )
     return content
+
+
+def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
+    """Raises: ValueError that names the part which is no address."""
+    return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
 
 
 def _from_file(path: Path) -> dict[str, Any]:

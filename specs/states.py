@@ -9,7 +9,7 @@ from enum import StrEnum
 
 
 class JobState(StrEnum):
-    """Where a job stands. Only ``tuneyard.models.jobs.apply_event`` changes it."""
+    """Where a job stands. Only ``tuneyard.models.events.apply_event`` changes it."""
 
     BLOCKED = "blocked"  # waits for jobs or files that it depends on, or for its time
     QUEUED = "queued"  # may run; waits for devices
@@ -97,9 +97,6 @@ TRANSITIONS: Mapping[tuple[JobState, JobEvent], frozenset[JobState]] = {
 }
 """(state, event) -> the states it may lead to. What is not listed cannot happen."""
 
-PERSONS_EVENTS = (E.CANCEL, E.PAUSE, E.RESUME)
-"""Events that a person may ask for; the rest belong to the system."""
-
 
 def next_state(state: JobState, event: JobEvent) -> JobState | None:
     """The state that an event leads to, or None where it may not happen.
@@ -113,8 +110,10 @@ def next_state(state: JobState, event: JobEvent) -> JobState | None:
 
 
 def allowed_actions(state: JobState) -> list[str]:
-    """What a person may ask of a job in this state, in the order in which it is shown."""
-    return [event.value for event in PERSONS_EVENTS if (state, event) in TRANSITIONS]
+    """What a person may ask of a job in this state."""
+    if state in TERMINAL:
+        return ["retry"]
+    return ["cancel"] if (state, E.CANCEL) in TRANSITIONS else []
 
 
 def moves() -> frozenset[tuple[JobState, JobEvent, JobState]]:

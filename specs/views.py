@@ -84,10 +84,12 @@ class JobView(_View):
     priority: int = 50
     device: str = Field(examples=["gpu"])
     demand: dict[str, Any] = {}
-    inputs: dict[str, str] | None = Field(
-        default=None, description="Field of the spec -> what it became; null while blocked."
+    inputs: dict[str, str] = Field(
+        default={}, description="Field of the spec -> what it became, or the job to bring it."
     )
+    pipeline: str | None = Field(default=None, description="The pipeline that it is a step of.")
     retry_of: str | None = None
+    system: bool = Field(default=False, description="Made for other jobs, not by a person.")
     allowed_actions: list[str] = Field(default=[], examples=[["cancel"]])
     model: str | None = Field(default=None, description="Name of the tuned model, once it is there")
 
@@ -97,6 +99,13 @@ class JobList(_View):
 
     data: list[JobView]
     next_cursor: str | None = Field(default=None, description="Pass as `cursor` for the next page.")
+
+
+class PipelineView(_View):
+    """Jobs that were submitted together, each after those that it needs."""
+
+    id: str = Field(examples=["pipe_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b"])
+    jobs: list[JobView]
 
 
 class EventView(_View):

@@ -134,14 +134,6 @@ def is_safe_name(path: object) -> bool:
     )
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole: aside, durable, then renamed over what was there."""
-    aside = path.with_name(f".aside-{path.name}")
-    _write_durably(aside, content)
-    os.rename(aside, path)
-    _sync_folder(path.parent)
-
-
 def _plain_files(folder: Path) -> Iterator[str]:
     """Relative names of all files below. Raises: FolderDamaged for what is not a plain file."""
     for parent, folders, files in os.walk(folder):

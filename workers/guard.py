@@ -47,6 +47,7 @@ UNKILLABLE_AFTER_S = 10.0
 MAX_LINE_BYTES = 16 * 1024
 MAX_CLIENTS = 32
 EXIT_BYTES = 2048
+MAX_UNKILLABLE = 40
 CANNOT_START = 127
 RUNNER_OOM_SCORE = "500"  # of all on this node, the kernel shall prefer a runner
 
@@ -79,14 +80,14 @@ class Runner:
         self.ended = False
         self.code: int | None = None
         self.signal: int | None = None
-        self.maxrss_bytes = 0
+        self.maxrss = 0  # bytes
 
     def end(self, status: int, maxrss_kib: int) -> None:
         """Note what wait4 said."""
         code = os.waitstatus_to_exitcode(status)
         self.ended = True
         self.code, self.signal = (code, None) if code >= 0 else (None, -code)
-        self.maxrss_bytes = maxrss_kib * 1024
+        self.maxrss = maxrss_kib * 1024
 
     def send(self, number: int) -> None:
         """Signal it; until it is reaped its pid cannot belong to another."""
@@ -169,10 +170,10 @@ class Guard:
         return {
             "code": runner.code,
             "signal": runner.signal,
-            "maxrss_bytes": runner.maxrss_bytes,
+            "maxrss": runner.maxrss,
             "oom_killed": oom_killed and count_oom_kills() > self.oom_kills,
             "descendants_killed": len(self.killed - {runner.pid}),
-            "unkillable": left[:50],
+            "unkillable": [[pid, start_time(pid)] for pid in left[:MAX_UNKILLABLE]],
             "ended_at": time.time(),
         }
 
@@ -380,13 +381,18 @@ def stat_fields(pid: int) -> list[str]:
         return []
 
 
+def start_time(pid: int) -> int:
+    """When a process started, in clock ticks since boot: with the pid it names one for ever."""
+    return int((stat_fields(pid) or ["0"] * 20)[19])
+
+
 def identify() -> dict[str, object]:
     """What names this guard among all that ever ran here: guard.json."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot_id = file.read().strip()
     return {
         "pid": os.getpid(),
-        "start_time": int(stat_fields(os.getpid())[19]),
+        "start_time": start_time(os.getpid()),
         "boot_id": boot_id,
         "pid_ns": os.readlink("/proc/self/ns/pid"),
     }

@@ -47,16 +47,6 @@ class NodeIdentity(NamedTuple):
     pid_ns: str
 
 
-class ExitReport(NamedTuple):
-    """All that a guard wrote into exit.json."""
-
-    end: RunnerEnd
-    maxrss_bytes: int
-    descendants_killed: int
-    unkillable: tuple[int, ...]
-    ended_at: float  # Unix seconds
-
-
 @dataclass(frozen=True)
 class GuardLink:
     """A guard of this node's present life, named by pid and start time."""
@@ -73,14 +63,6 @@ class GuardLink:
         """SIGTERM to the runner now, SIGKILL to all of the attempt after the grace."""
         self._ask({"stop": {"grace_s": grace_s}})
 
-    def checkpoint(self) -> None:
-        """Have the runner save a checkpoint and go on."""
-        self._ask({"checkpoint": True})
-
-    def status(self) -> dict[str, Any]:
-        """What the guard knows: runner_pid, state, deadline, stopping, exit."""
-        return self._ask({"status": True})
-
     def runner_pid(self) -> int | None:
         """The runner's pid, from guard.json; it stays known after the runner's end."""
         pid = _read_json(self.workdir / GUARD_FILE).get("runner_pid")
@@ -95,13 +77,7 @@ class GuardLink:
 
         To learn that a guard was lost ask ``alive()`` first: exit.json is written before its end.
         """
-        return self.read_exit(self.workdir)
-
-    @staticmethod
-    def read_exit(workdir: Path) -> RunnerEnd | None:
-        """How the runner of a folder ended; None where no guard said so."""
-        report = read_exit_report(workdir)
-        return report.end if report else None
+        return read_exit(self.workdir)
 
     def _ask(self, request: Mapping[str, object]) -> dict[str, Any]:
         """Send one line, read one line. Raises: GuardGone, GuardSilent."""
@@ -159,18 +135,27 @@ def adopt_guard(workdir: Path) -> GuardLink | None:
     return link if link and link.alive() else None
 
 
-def read_exit_report(workdir: Path) -> ExitReport | None:
-    """All that the guard of a folder wrote at its end; None before that."""
-    report = _read_json(workdir / EXIT_FILE)
+def read_exit_report(workdir: Path) -> dict[str, Any]:
+    """All that the guard of a folder wrote at its end; empty before that, or where it was lost.
+
+    code, signal, oom_killed, maxrss (bytes), descendants_killed, unkillable ([pid, start time]
+    of each process that outlived SIGKILL), ended_at (Unix seconds).
+    """
+    return _read_json(workdir / EXIT_FILE)
+
+
+def read_exit(workdir: Path) -> RunnerEnd | None:
+    """How the runner of a folder ended; None where no guard said so."""
+    report = read_exit_report(workdir)
     if not report:
         return None
-    return ExitReport(
-        RunnerEnd(report["code"], report["signal"], report["oom_killed"]),
-        report["maxrss_bytes"],
-        report["descendants_killed"],
-        tuple(report["unkillable"]),
-        report["ended_at"],
-    )
+    return RunnerEnd(report["code"], report["signal"], report["oom_killed"])
+
+
+def still_there(workdir: Path, attempt_id: str) -> set[int]:
+    """Kill what bears an attempt's mark; the pids that outlived it, and the guard's own killing."""
+    unkillable = read_exit_report(workdir).get("unkillable", [])
+    return kill_marked({attempt_id}) | {pid for pid, at in unkillable if _start_time(pid) == at}
 
 
 def marked_attempts() -> dict[str, list[int]]:

@@ -5,11 +5,12 @@ a write is refused it kills the runner and leaves no trace but a line that says 
 """
 
 import logging
-import shutil
+import math
+import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -30,26 +31,40 @@ from tuneyard.specs.exits import (
     judge,
 )
 from tuneyard.specs.ids import show_id
-from tuneyard.specs.runner import EVENTS_FILE, GUARD_FILE, LOG_FILE
+from tuneyard.specs.runner import EVENTS_FILE, GUARD_FILE, LOG_FILE, OUTPUT
 from tuneyard.specs.settings import Settings
 from tuneyard.store.remote import Store
+from tuneyard.workers.cache import adopt
 from tuneyard.workers.guarding import (
     GuardGone,
     GuardLink,
     GuardSilent,
     adopt_guard,
-    kill_marked,
+    read_exit,
+    read_exit_report,
     start_guard,
+    still_there,
 )
-from tuneyard.workers.publishing import publish
+from tuneyard.workers.hub_access import places
+from tuneyard.workers.publishing import OutputNotWhole, publish
 from tuneyard.workers.reading import read_last_words
 from tuneyard.workers.shipping import ship_new
-from tuneyard.workers.staging import InputGone, read_errand, runner_command, stage
+from tuneyard.workers.staging import (
+    InputGone,
+    cause_of,
+    read_errand,
+    remove_work,
+    runner_command,
+    stage,
+)
 
 log = logging.getLogger(__name__)
 
 SHIP_EVERY_S = 1.0
 LOOK_EVERY_S = 0.1
+
+HELD_TOO_LONG_S = 30.0
+"""What stays held for so long is not waited for; nobody else gets it before it is free."""
 
 Answer = TypeVar("Answer")
 
@@ -62,6 +77,11 @@ class Node:
     db: Database
     store: Store
     settings: Settings
+
+    @property
+    def cache(self) -> Path:
+        """The folder of what jobs of this node share."""
+        return self.settings.home / "cache"
 
     def workdir(self, ref: AttemptRef) -> Path:
         """The attempt's own folder on this node."""
@@ -77,11 +97,12 @@ class Keeper:
         self.name = assignment.name
         self.done = threading.Event()
         self.verdict: Verdict | None = None
+        self.wanted_bytes = 0  # of the disk, as far as the runner said
         self._node = node
         self._workdir = node.workdir(self.ref)
-        self._adopting = assignment.claimed
+        self._adopting = assignment.claimed_by is not None
         self._stalled = False
-        self._control = Control(node.settings, renewed_at)
+        self._control = Control(node.settings, renewed_at, name=self.ref.id.hex[-6:])
         self._thread = threading.Thread(target=self._run, name=f"keep-{self.ref.id.hex[-6:]}")
         self._thread.daemon = True
 
@@ -113,6 +134,7 @@ class Keeper:
             log.exception("keeper failed", extra={"event": "keeper_failed", **self._fields()})
             self._give_up(f"the worker met an internal error: {error!r}")
         finally:
+            self._control.close()
             self.done.set()
 
     # From the claim to the runner's end -------------------------------------------------------
@@ -132,20 +154,23 @@ class Keeper:
         return self._watch(link)
 
     def _launch(self) -> GuardLink | None:
-        kill_marked({show_id("attempt", self.ref.id)})
+        if left := self._left():
+            raise RuntimeError(f"processes {left} of an earlier start cannot be killed")
         if self._control.stop_reason is not None:
             self._finish(End(Verdict(Outcome.STOPPED), "stopped before its runner started"))
             return None
         settings = self._node.settings
-        errand = self._until_answered(lambda tx: read_errand(tx, self.ref))
+        errand = self._until_written(lambda tx: read_errand(tx, self.ref))
         try:
-            rejected = stage(errand, self._workdir, self._node.store, cache=settings.home / "cache")
+            here = places(settings, os.environ) if errand.kind == "download" else {}
+            cache = self._node.cache
+            rejected = stage(errand, self._workdir, self._node.store, cache=cache, places=here)
         except InputGone as gone:
             verdict = Verdict(Outcome.FAILED, Cause.INPUT_GONE, charged=True, retry=False)
             self._finish(End(verdict, gone.message))
             return None
         except OSError as error:
-            self._finish(End(Verdict(Outcome.LOST, Cause.DISK_FULL), f"staging failed: {error}"))
+            self._finish(End(Verdict(Outcome.LOST, cause_of(error)), f"staging failed: {error}"))
             return None
         for sentence in rejected:
             self._note("checkpoint_rejected", sentence)
@@ -170,7 +195,7 @@ class Keeper:
                 started = self._try(lambda tx: attempts.report_started(tx, self.ref))
             if time.monotonic() - shipped_at >= SHIP_EVERY_S:
                 shipped_at = time.monotonic()
-                self._ship()
+                self._ship_for_now()
                 if silence.seconds() > self._node.settings.stall_s:
                     self._stalled = True
                     self._control.end()
@@ -181,75 +206,114 @@ class Keeper:
 
     def _end_of_a_lost_guard(self) -> RunnerEnd:
         """No guard: its exit.json says how it ended, or what is left is killed by its mark."""
-        kill_marked({show_id("attempt", self.ref.id)})
-        return GuardLink.read_exit(self._workdir) or RunnerEnd()
+        self._left()
+        return read_exit(self._workdir) or RunnerEnd()
+
+    def _left(self) -> set[int]:
+        """Kill all of the attempt; the pids that are there nevertheless."""
+        return still_there(self._workdir, show_id("attempt", self.ref.id))
 
     # From the runner's end to the attempt's ----------------------------------------------------
 
     def _conclude(self, end: RunnerEnd) -> None:
-        """All processes are gone: ship the rest, free the devices, publish, end the attempt."""
-        while self._ship():
+        """The runner is gone: ship the rest, free the devices, publish, end the attempt."""
+        while self._until_answered(self._ship):
             pass
-        self._until_answered(lambda tx: attempts.release_devices(tx, self.ref))
-        verdict = judge(end, None)
+        state = "cleaning" if self._all_gone() else "unconfirmed"
+        self._until_written(lambda tx: attempts.release_devices(tx, self.ref, device_state=state))
+        verdict = judge(end)
         words = read_last_words(self._workdir)
         if verdict.outcome is Outcome.SUCCEEDED:
-            self._publish(end)
+            self._publish()
         else:
             evidence, patch = words.evidence(end)
+            self.wanted_bytes = words.wanted_bytes
             if self._stalled:
                 verdict = after_stall(verdict)
                 evidence = f"the runner wrote nothing for {self._node.settings.stall_s:g} s"
-            self._finish(End(verdict, evidence, patch, exit=vars(end)))
+            self._finish(End(verdict, evidence, patch))
 
-    def _publish(self, end: RunnerEnd) -> None:
+    def _all_gone(self) -> bool:
+        """Hold the devices until no process of the attempt is left, but not for ever."""
+        give_up_at = time.monotonic() + HELD_TOO_LONG_S
+        while left := self._left():
+            if time.monotonic() > give_up_at or self._control.fenced.wait(LOOK_EVERY_S):
+                fields = {"event": "unkillable", "pids": sorted(left), **self._fields()}
+                log.warning("processes outlive SIGKILL", extra=fields)
+                return False
+        return True
+
+    def _publish(self) -> None:
         try:
-            record = publish(self._node.store, self.ref, self.kind, self._workdir)
-        except (OSError, TuneyardError) as error:
-            verdict = Verdict(Outcome.LOST, Cause.STORE_UNREACHABLE)
-            self._finish(End(verdict, f"the result could not be stored: {error}", exit=vars(end)))
+            folder, record = publish(self._node.store, self.ref, self.kind, self._workdir)
+        except OutputNotWhole as error:
+            verdict = Verdict(Outcome.FAILED, Cause.BUG, charged=True)
+            self._finish(End(verdict, error.message))
             return
-        self._finish(End(Verdict(Outcome.SUCCEEDED), exit=vars(end)), record)
+        except OSError as error:
+            verdict = Verdict(Outcome.LOST, cause_of(error))
+            self._finish(End(verdict, f"the result could not be stored: {error}"))
+            return
+        if self.kind == "download":
+            # What was brought here is in the cache by a rename, for the jobs that wait for it.
+            adopt(self._node.cache, self._workdir / OUTPUT, folder.digest)
+        self._finish(End(Verdict(Outcome.SUCCEEDED)), record)
 
-    def _finish(self, end: End, record: Callable[[Connection], None] | None = None) -> None:
+    def _finish(
+        self,
+        end: End,
+        record: Callable[[Connection], None] | None = None,
+        *,
+        device_state: str = "cleaning",
+    ) -> None:
         """End the attempt, with what it brought forth, in one transaction."""
+        end = replace(end, exit=read_exit_report(self._workdir) or None)
 
         def unit(tx: Connection) -> Verdict:
             return attempts.finish_attempt(
-                tx, self.ref, end, record=record, backoff_s=self._node.settings.retry_backoff_s
+                tx,
+                self.ref,
+                end,
+                record=record,
+                backoff_s=self._node.settings.retry_backoff_s,
+                device_state=device_state,
             )
 
-        self.verdict = self._until_answered(unit)
+        self.verdict = self._until_written(unit)
         fields = {"event": "attempt_ended", "outcome": self.verdict.outcome, **self._fields()}
         log.info("attempt ended", extra=fields)
         if self.verdict.outcome is not Outcome.FAILED:
-            shutil.rmtree(self._workdir, ignore_errors=True)
+            remove_work(self._workdir)
 
     def _give_up(self, evidence: str) -> None:
         """End as lost; if even that fails the lease runs out and the reaper ends it."""
         self._control.fence()
-        kill_marked({show_id("attempt", self.ref.id)})
+        state = "unconfirmed" if self._left() else "cleaning"
         try:
-            self._finish(End(Verdict(Outcome.LOST, Cause.KILLED), evidence))
+            self._finish(End(Verdict(Outcome.LOST, Cause.KILLED), evidence), device_state=state)
         except (TuneyardError, OSError):
             log.exception("giving up failed", extra={"event": "keeper_failed", **self._fields()})
 
     def _abandon(self) -> None:
         """The token opens nothing any more: kill, remove, and say that a write was refused."""
         self._control.fence()
-        kill_marked({show_id("attempt", self.ref.id)})
+        self._left()
         self._try(lambda tx: attempts.refuse_write(tx, self.ref, "the attempt is over"))
-        shutil.rmtree(self._workdir, ignore_errors=True)
+        remove_work(self._workdir)
         log.warning("attempt abandoned", extra={"event": "attempt_abandoned", **self._fields()})
 
     # Writing --------------------------------------------------------------------------------------
 
     def _ship(self) -> bool:
-        """Ship what is new; whether there may be more. A database that is away is asked again."""
+        """Ship what is new; whether there may be more. Raises: StaleToken, Unavailable."""
+        return ship_new(self._node.db, self._node.store, self.ref, self._workdir)
+
+    def _ship_for_now(self) -> None:
+        """Ship what is new; where the database is away it goes with the next shipment."""
         try:
-            return ship_new(self._node.db, self._node.store, self.ref, self._workdir)
+            self._ship()
         except Unavailable:
-            return False
+            pass
 
     def _note(self, type_: str, message: str) -> None:
         self._try(lambda tx: attempts.note(tx, self.ref, type_, {"message": message}))
@@ -262,12 +326,20 @@ class Keeper:
             return False
         return True
 
-    def _until_answered(self, unit: Callable[[Connection], Answer]) -> Answer:
+    def _until_written(self, unit: Callable[[Connection], Answer]) -> Answer:
         """Run a transaction, again while the database is away. Raises: StaleToken when fenced."""
+
+        def transact() -> Answer:
+            with self._node.db.begin() as tx:
+                return unit(tx)
+
+        return self._until_answered(transact)
+
+    def _until_answered(self, ask: Callable[[], Answer]) -> Answer:
+        """Ask again while the database is away. Raises: StaleToken when fenced."""
         while True:
             try:
-                with self._node.db.begin() as tx:
-                    return unit(tx)
+                return ask()
             except Unavailable:
                 if self._control.fenced.wait(0.5):
                     raise StaleToken() from None
@@ -299,54 +371,78 @@ class Silence:
 
 
 class Control:
-    """What the supervisor's threads say to a keeper's runner: extend, stop, kill."""
+    """What the supervisor's threads say to a keeper's runner: extend, stop, kill.
 
-    def __init__(self, settings: Settings, renewed_at: float) -> None:
+    Saying it takes no time: a thread of its own tells the guard, and tells a silent one again.
+    """
+
+    def __init__(self, settings: Settings, renewed_at: float, *, name: str) -> None:
         self.fenced = threading.Event()
         self.stop_reason: StopReason | None = None
         self.deadline = 0.0
+        self._grace_s = math.inf  # until SIGKILL, once somebody wants the end
         self._settings = settings
-        self._link: GuardLink | None = None
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._news, self._closed = False, False
+        self._name = name
         self.renewed(renewed_at)
 
     def attach(self, link: GuardLink) -> None:
-        """There is a guard now: tell it all that was said before."""
-        with self._lock:
-            self._link = link
-            self._tell(lambda link: link.extend(self.deadline))
-            if self.fenced.is_set():
-                self._tell(lambda link: link.stop(0.0))
-            elif self.stop_reason is not None:
-                self._tell(lambda link: link.stop(self._settings.stop_grace_s))
+        """There is a guard now: tell it all that was said before, and what comes."""
+        self._say()
+        thread = threading.Thread(target=self._tell_often, args=(link,), name=f"tell-{self._name}")
+        thread.daemon = True
+        thread.start()
+
+    def close(self) -> None:
+        """There is nobody to tell anything any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
 
     def renewed(self, requested_at: float) -> None:
         """Trust the lease from the moment the request was sent, however late the answer came."""
-        with self._lock:
-            self.deadline = requested_at + self._settings.lease_s - self._settings.lease_margin_s
-            self._tell(lambda link: link.extend(self.deadline))
+        self.deadline = requested_at + self._settings.lease_s - self._settings.lease_margin_s
+        self._say()
 
     def fence(self) -> None:
         """Kill at once."""
-        with self._lock:
-            self.fenced.set()
-            self._tell(lambda link: link.stop(0.0))
+        self.fenced.set()
+        self._say(grace_s=0.0)
 
     def end(self) -> None:
         """End a runner that does not answer, without a wish of anybody's."""
-        with self._lock:
-            self._tell(lambda link: link.stop(self._settings.lease_grace_s))
+        self._say(grace_s=self._settings.lease_grace_s)
 
     def stop(self, reason: StopReason) -> None:
         """Ask for a checkpoint and the end; the first asking counts."""
-        with self._lock:
-            if self.stop_reason is None:
-                self.stop_reason = reason
-                self._tell(lambda link: link.stop(self._settings.stop_grace_s))
+        if self.stop_reason is None:
+            self.stop_reason = reason
+            self._say(grace_s=self._settings.stop_grace_s)
 
-    def _tell(self, message: Callable[[GuardLink], object]) -> None:
-        if self._link is not None:
+    def _say(self, *, grace_s: float = math.inf) -> None:
+        with self._changed:
+            self._grace_s = min(self._grace_s, grace_s)
+            self._news = True
+            self._changed.notify()
+
+    def _tell_often(self, link: GuardLink) -> None:
+        told_grace_s = math.inf
+        while self._wait_for_news():
+            grace_s = self._grace_s
             try:
-                message(self._link)
-            except (GuardGone, GuardSilent):
-                pass  # one that is gone the keeper finds out; a silent one ends at its deadline
+                if grace_s < told_grace_s:
+                    link.stop(grace_s)
+                    told_grace_s = grace_s
+                link.extend(self.deadline)
+            except GuardSilent:
+                time.sleep(LOOK_EVERY_S)
+                self._say()  # should it never answer, it ends everything at its deadline
+            except GuardGone:
+                pass  # the keeper finds out
+
+    def _wait_for_news(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._news or self._closed)
+            self._news = False
+            return not self._closed

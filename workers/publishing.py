@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from uuid import uuid5
 
 from sqlalchemy import Connection, select
 
 from tuneyard.models.artifacts import StoredFolder, publish_base_model, publish_outputs
 from tuneyard.models.attempts import AttemptRef
-from tuneyard.models.inputs import OUTPUTS
+from tuneyard.models.inputs import output_of
 from tuneyard.models.tables import JobRow
-from tuneyard.specs.runner import OUTPUT
-from tuneyard.store.folder import manifest_digest
+from tuneyard.specs.errors import TuneyardError
+from tuneyard.specs.runner import OUTPUT, SPEC_FILE, RunnerSpec
+from tuneyard.store.folder import FolderDamaged, manifest_digest, read_manifest
 from tuneyard.store.remote import Shelf, Store
 
 
@@ -34,17 +36,38 @@ def shelf_of(kind: str) -> Shelf:
     return "models" if kind == "base_model" else "artifacts"
 
 
+class OutputNotWhole(TuneyardError):
+    """The runner said that it is done, and left no whole output."""
+
+    code = "output_not_whole"
+
+
+def _check_whole(output: Path) -> None:
+    """Every byte is compared when it is copied; this tells a runner's fault from the store's."""
+    try:
+        files = read_manifest(output)["files"]
+    except (FileNotFoundError, FolderDamaged):
+        raise OutputNotWhole("The runner ended with 0 and left no whole output.") from None
+    for entry in files:
+        if not (output / entry["path"]).is_file():
+            raise OutputNotWhole(f"The runner ended with 0 without {entry['path']} in its output.")
+
+
 def publish(
     store: Store, ref: AttemptRef, kind: str, workdir: Path
-) -> Callable[[Connection], None]:
+) -> tuple[StoredFolder, Callable[[Connection], None]]:
     """Store WORKDIR/output; what is returned records it in the transaction that ends the attempt.
 
-    Raises: OSError, FolderDamaged.
+    Raises: OutputNotWhole, OSError.
     """
-    output = OUTPUTS[kind]
-    folder = store_folder(store, ref, workdir / OUTPUT, kind=output)
+    output = output_of(kind, _arguments(workdir))
+    _check_whole(workdir / OUTPUT)
+    try:
+        folder = store_folder(store, ref, workdir / OUTPUT, kind=output)
+    except FolderDamaged as error:
+        raise OutputNotWhole(f"The runner's output is not whole: {error.message}") from None
     if output != "base_model":
-        return lambda tx: publish_outputs(tx, ref, [folder])
+        return folder, lambda tx: publish_outputs(tx, ref, [folder])
 
     def record(tx: Connection) -> None:
         name = tx.execute(
@@ -52,4 +75,10 @@ def publish(
         ).scalar_one()
         publish_base_model(tx, name, folder)
 
-    return record
+    return folder, record
+
+
+def _arguments(workdir: Path) -> dict[str, Any]:
+    """What the runner was asked for."""
+    spec = RunnerSpec.model_validate_json((workdir / SPEC_FILE).read_bytes())
+    return spec.arguments

@@ -80,6 +80,7 @@ class LastWords:
 
     failed: Failed | None
     log_tail: str
+    wanted_bytes: int = 0  # of the disk: the total of a download's last progress
 
     def evidence(self, end: RunnerEnd) -> tuple[str, dict[str, Any] | None]:
         """A sentence or two for the job's owner, and the arguments that would help, if any."""
@@ -97,10 +98,13 @@ def read_last_words(workdir: Path) -> LastWords:
     """Read the ends of a runner's files."""
     events = [parse_event(line) for line in _tail(workdir / EVENTS_FILE, 4 * MAX_LINE_BYTES)]
     failed = [event for event in events if isinstance(event, Failed)]
+    progress = [event for event in events if isinstance(event, Progress)]
+    totals = [event.total or 0 for event in progress if event.unit == "bytes"]
     lines = _tail(workdir / LOG_FILE, 4096)[-15:]
     return LastWords(
         failed[-1] if failed else None,
         _storable(b"\n".join(lines).decode(errors="replace").strip()),
+        max(totals, default=0),
     )
 
 

@@ -1,8 +1,8 @@
 """Shipping what a runner wrote since the last time: checkpoints to the store, the rest to rows."""
 
+import hashlib
 from pathlib import Path
-
-from sqlalchemy import Connection
+from typing import Any
 
 from tuneyard.models import attempts, shipments
 from tuneyard.models.artifacts import record_checkpoint
@@ -10,6 +10,7 @@ from tuneyard.models.attempts import AttemptRef
 from tuneyard.models.engine import Database
 from tuneyard.specs.errors import TuneyardError
 from tuneyard.specs.runner import Checkpoint, Sample, Warned
+from tuneyard.store.folder import MANIFEST_FILE, FolderDamaged
 from tuneyard.store.remote import Store
 from tuneyard.workers.publishing import store_folder
 from tuneyard.workers.reading import read_files
@@ -18,8 +19,8 @@ from tuneyard.workers.reading import read_files
 def ship_new(db: Database, store: Store, ref: AttemptRef, workdir: Path) -> bool:
     """Ship what is new; whether anything was. Raises: StaleToken, Unavailable.
 
-    Checkpoints and notes come before the offsets: if we die in between they come again, and a
-    checkpoint that is stored twice is one.
+    Checkpoints come before the offsets: if we die in between they come again, and a checkpoint that
+    is stored twice is one. All else goes in one transaction with the offsets.
     """
     with db.begin() as tx:
         offsets = shipments.offsets(tx, ref.id)
@@ -29,8 +30,6 @@ def ship_new(db: Database, store: Store, ref: AttemptRef, workdir: Path) -> bool
     for checkpoint in reading.checkpoints:
         _ship_checkpoint(db, store, ref, workdir, checkpoint)
     with db.begin() as tx:
-        for each in reading.notes:
-            _write_note(tx, ref, each)
         shipment = shipments.Shipment(
             reading.events_offset,
             reading.log_offset,
@@ -38,13 +37,15 @@ def ship_new(db: Database, store: Store, ref: AttemptRef, workdir: Path) -> bool
             reading.metrics,
             reading.phase,
             reading.progress,
+            [(each.type, _told(each)) for each in reading.notes],
         )
         shipments.ship(tx, ref, shipment)
     return True
 
 
-def _write_note(tx: Connection, ref: AttemptRef, event: Warned | Sample) -> None:
-    attempts.note(tx, ref, event.type, event.model_dump(exclude={"v", "n", "t_mono", "type"}))
+def _told(event: Warned | Sample) -> dict[str, Any]:
+    """What the timeline says of an event; its number and clock are the runner's own."""
+    return event.model_dump(exclude={"v", "n", "t_mono", "type"})
 
 
 def _ship_checkpoint(
@@ -52,6 +53,7 @@ def _ship_checkpoint(
 ) -> None:
     source = workdir / checkpoint.path
     try:
+        _compare(source, checkpoint)
         folder = store_folder(store, ref, source, kind="checkpoint", step=checkpoint.step)
     except FileNotFoundError:
         return  # the runner let it go before we came to it: a newer one follows
@@ -62,3 +64,10 @@ def _ship_checkpoint(
         return
     with db.begin() as tx:
         record_checkpoint(tx, ref, folder)
+
+
+def _compare(source: Path, checkpoint: Checkpoint) -> None:
+    """Raises: FolderDamaged when the manifest is not the one that the runner announced."""
+    found = hashlib.sha256((source / MANIFEST_FILE).read_bytes()).hexdigest()
+    if found != checkpoint.manifest_sha256:
+        raise FolderDamaged("its manifest is not the one that the runner announced")

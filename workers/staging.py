@@ -1,13 +1,13 @@
 """Making an attempt's work folder ready: inputs from the store by way of the node's cache."""
 
-import fcntl
+import errno
 import hashlib
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,19 +27,22 @@ from tuneyard.models.tables import (
     JobRow,
     SlotRow,
 )
+from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import TuneyardError
+from tuneyard.specs.exits import Cause
 from tuneyard.specs.ids import show_id
 from tuneyard.specs.runner import (
     ATTEMPT_MARK,
     CHECKPOINTS,
     INPUTS,
-    OUTPUT,
     SPEC_FILE,
     RunnerSpec,
 )
 from tuneyard.specs.settings import Settings
-from tuneyard.store.folder import copy_folder
+from tuneyard.store.folder import FolderDamaged, copy_folder
 from tuneyard.store.remote import Shelf, Store
+from tuneyard.workers.cache import locked
+from tuneyard.workers.hub_access import hub_environment
 from tuneyard.workers.inventory import FAKE_FOLDER
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,12 @@ class InputGone(TuneyardError):
     """An input of the job is not in the store any more."""
 
     code = "input_gone"
+
+
+def cause_of(error: OSError) -> Cause:
+    """Whether the disk is full, or something else keeps the store from us; neither is charged."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return Cause.DISK_FULL if full else Cause.STORE_UNREACHABLE
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ class Errand:
     cores: tuple[int, ...]
     inputs: tuple[StoredInput, ...]
     checkpoints: tuple[KeptCheckpoint, ...]
+    known: StoredInput | None = None  # what an earlier download of the same source brought
 
 
 def read_errand(tx: Connection, ref: AttemptRef) -> Errand:
@@ -86,6 +96,7 @@ def read_errand(tx: Connection, ref: AttemptRef) -> Errand:
         )
     ).one()
     spec = spec_of(job.spec)
+    downloads = isinstance(spec, DownloadSpec)
     devices = tx.execute(
         select(DeviceRow.uuid, SlotRow.cores)
         .join(SlotRow, SlotRow.device_id == DeviceRow.id)
@@ -102,9 +113,33 @@ def read_errand(tx: Connection, ref: AttemptRef) -> Errand:
         device_kind=job.device_kind,
         device_uuids=tuple(d.uuid for d in devices),
         cores=tuple(sorted({core for d in devices for core in d.cores})),
-        inputs=tuple(_stored(tx, name, value) for name, value in (job.inputs or {}).items()),
+        inputs=tuple(_stored(tx, name, value) for name, value in job.inputs.items()),
         checkpoints=tuple(checkpoints_to_resume(tx, ref.job_id)),
+        known=_known(tx, ref, job.spec) if downloads else None,
     )
+
+
+def _known(tx: Connection, ref: AttemptRef, document: Mapping[str, Any]) -> StoredInput | None:
+    """The newest that a download of the same source brought: its files need no second journey."""
+    source = document["source"]
+    if document.get("what") == "dataset":
+        row = tx.execute(
+            select(ArtifactRow.id, ArtifactRow.digest)
+            .where(ArtifactRow.team_id == ref.team_id, ArtifactRow.kind == "dataset")
+            .where(ArtifactRow.manifest["source"].astext == source)
+            .order_by(ArtifactRow.published_at.desc())
+            .limit(1)
+        ).one_or_none()
+        shelf: Shelf = "artifacts"
+    else:
+        row = tx.execute(
+            select(BaseModelRow.id, BaseModelRow.digest)
+            .where(BaseModelRow.source == source)
+            .order_by(BaseModelRow.published_at.desc())
+            .limit(1)
+        ).one_or_none()
+        shelf = "models"
+    return StoredInput("known", shelf, row.id, row.digest, source) if row else None
 
 
 def _stored(tx: Connection, name: str, value: Mapping[str, str]) -> StoredInput:
@@ -122,16 +157,27 @@ def _stored(tx: Connection, name: str, value: Mapping[str, str]) -> StoredInput:
     return StoredInput(name, None, found, sha256, show_id("file", found))
 
 
-def stage(errand: Errand, workdir: Path, store: Store, *, cache: Path) -> list[str]:
+def stage(
+    errand: Errand,
+    workdir: Path,
+    store: Store,
+    *,
+    cache: Path,
+    places: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Fill a work folder: inputs, checkpoint to resume from, spec.json.
 
+    places: arguments of a download that say where things are on this node.
     Returns a sentence for each checkpoint that was rejected. Raises: InputGone.
     """
-    for folder in (INPUTS, CHECKPOINTS, OUTPUT, "cwd"):
+    for folder in (INPUTS, CHECKPOINTS, "cwd"):
         (workdir / folder).mkdir(parents=True, exist_ok=True)
-    # The runner makes output/ visible by a rename: it must not be there before.
-    (workdir / OUTPUT).rmdir()
+    (workdir / INPUTS).chmod(0o755)
     paths = {each.name: _link(each, workdir, store, cache) for each in errand.inputs}
+    if errand.known is not None:
+        with suppress(InputGone):  # it would only have saved the way to the hub
+            paths["known"] = _link(errand.known, workdir, store, cache)
+    (workdir / INPUTS).chmod(0o555)
     resume, rejected = _fetch_checkpoint(errand, workdir, store)
     spec = RunnerSpec(
         job=show_id("job", errand.ref.job_id),
@@ -142,7 +188,7 @@ def stage(errand: Errand, workdir: Path, store: Store, *, cache: Path) -> list[s
         resume=str(resume) if resume else None,
         inputs={name: str(path) for name, path in paths.items()},
         input_ids={each.name: each.shown for each in errand.inputs},
-        arguments=dict(errand.arguments),
+        arguments={**errand.arguments, **(places or {})},
     )
     (workdir / SPEC_FILE).write_text(spec.model_dump_json(indent=1), encoding="utf-8")
     return rejected
@@ -153,21 +199,38 @@ def _link(stored: StoredInput, workdir: Path, store: Store, cache: Path) -> Path
     entry = cache / f"{stored.digest}"
     link = workdir / INPUTS / stored.name
     try:
-        with _locked(cache, stored.digest):
+        with locked(cache, stored.digest):
             if not entry.exists():
                 _fetch(stored, entry, store, cache)
             os.utime(entry)
+            # Within the lock: from here on the link keeps the entry from being removed.
+            link.unlink(missing_ok=True)
+            link.symlink_to(entry)
     except FileNotFoundError:
         raise InputGone(f"{stored.name} {stored.shown} is not in the store any more.") from None
-    link.unlink(missing_ok=True)
-    link.symlink_to(entry)
+    except FolderDamaged as error:
+        said = f"{stored.name} {stored.shown} is damaged in the store: {error.message}"
+        raise InputGone(said) from None
     return link
 
 
+def remove_work(workdir: Path) -> None:
+    """Remove a work folder, whose inputs/ may not be written."""
+    try:
+        (workdir / INPUTS).chmod(0o755)
+    except OSError:
+        pass
+    shutil.rmtree(workdir, ignore_errors=True)
+
+
 def _fetch(stored: StoredInput, entry: Path, store: Store, cache: Path) -> None:
+    """Bring an input into the cache. Runners share it: its files are there to be read alone."""
     aside = cache / f".aside-{uuid4().hex}"
     if stored.shelf is not None:
         copy_folder(store.folder(stored.shelf, stored.id), entry, aside=aside)
+        for path in entry.rglob("*"):
+            if path.is_file():
+                path.chmod(0o444)
         return
     shutil.copyfile(store.file(stored.id), aside)
     with aside.open("rb") as file:
@@ -175,17 +238,8 @@ def _fetch(stored: StoredInput, entry: Path, store: Store, cache: Path) -> None:
     if found != stored.digest:
         aside.unlink()
         raise InputGone(f"{stored.name} {stored.shown} has changed in the store.")
+    aside.chmod(0o444)
     os.rename(aside, entry)
-
-
-@contextmanager
-def _locked(cache: Path, digest: str) -> Iterator[None]:
-    """One fetch at a time of one thing; the lock goes with the process that holds it."""
-    locks = cache / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with (locks / digest).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _fetch_checkpoint(errand: Errand, workdir: Path, store: Store) -> tuple[Path | None, list[str]]:
@@ -210,6 +264,7 @@ RUNNER_MODULES = {
     "finetune": "tuneyard.runners.finetune",
     "inference": "tuneyard.runners.infer",
     "download": "tuneyard.runners.download",
+    "prepare": "tuneyard.runners.prepare",
 }
 
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "TMPDIR")
@@ -223,6 +278,7 @@ def runner_command(
     python = settings.runner_python or sys.executable
     module = RUNNER_MODULES[errand.kind]
     argv = [python, "-P", "-m", module, str(workdir / SPEC_FILE), str(workdir)]
+    hub = hub_environment(os.environ, settings.home) if errand.kind == "download" else {}
     gpus = errand.device_uuids if errand.device_kind == "gpu" else ()
     threads = 1 if settings.fake_gpus else max(1, len(errand.cores))
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
@@ -238,4 +294,4 @@ def runner_command(
     }
     if settings.fake_gpus:
         environment["TUNEYARD_FAKE_GPUS"] = str(settings.home / FAKE_FOLDER)
-    return argv, environment
+    return argv, environment | hub

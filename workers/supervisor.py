@@ -4,31 +4,32 @@ It runs before Celery consumes and needs none of it: hints and NOTIFY only make 
 """
 
 import logging
+import os
 import random
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from uuid import UUID
+from pathlib import Path
+from uuid import UUID, uuid4
 
-from tuneyard.models import artifacts, attempts, nodes
+from tuneyard.models import artifacts, attempts, node_cache, nodes
 from tuneyard.models.engine import Database
 from tuneyard.models.events import node_channel
 from tuneyard.specs.beats import beat
-from tuneyard.specs.errors import BadId, Unavailable
-from tuneyard.specs.exits import StopReason
+from tuneyard.specs.errors import BadId, StaleToken, Unavailable
+from tuneyard.specs.exits import Cause, Outcome, StopReason, Verdict
 from tuneyard.specs.ids import parse_id, show_id
 from tuneyard.specs.settings import Settings
 from tuneyard.store.remote import Store
+from tuneyard.workers import cache
 from tuneyard.workers.guarding import boottime, kill_marked, marked_attempts, node_identity
 from tuneyard.workers.inventory import Inventory, inventory_of, node_name, offered_devices
-from tuneyard.workers.keeping import Keeper, Node
+from tuneyard.workers.keeping import HELD_TOO_LONG_S, Keeper, Node
+from tuneyard.workers.staging import remove_work
 
 log = logging.getLogger(__name__)
-
-HELD_TOO_LONG_S = 30.0
-"""A GPU whose memory stays held for so long is drained, not handed on."""
 
 SEEN_EMPTY = 2
 """So many looks in a row must find a GPU empty."""
@@ -45,14 +46,18 @@ class Supervisor:
     node: Node
     name: str
     inventory: Inventory
-    boot_id: str
-    stopping: threading.Event
+    boot_id: str  # machine's boot / home: one life of this node
+    stopping: threading.Event  # nothing is claimed any more
     keepers: dict[UUID, Keeper] = field(default_factory=dict)
     woken: threading.Event = field(default_factory=threading.Event)
     on_end: Callable[[Keeper], None] = lambda keeper: None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _empty_looks: dict[UUID, int] = field(default_factory=dict)
     _swept_at: float = 0.0
+    _cached: frozenset[str] | None = None  # digests, as the database was told; None: not yet
+    _cached_names: set[str] = field(default_factory=set)
+    _room_wanted: int = 0  # bytes that a download lacked
+    _disk_low: bool | None = None
 
     def start(self) -> None:
         """Look once, so that what runs already is kept again, then go on in threads."""
@@ -73,7 +78,7 @@ class Supervisor:
         self.stopping.set()
         if keep_runners:
             return
-        with self._lock:
+        with self._lock:  # what is being claimed meanwhile sees ``stopping`` under it
             keepers = list(self.keepers.values())
         self._ask_to_stop(keepers)
         deadline = time.monotonic() + self.node.settings.stop_grace_s + HELD_TOO_LONG_S
@@ -89,7 +94,7 @@ class Supervisor:
         for keeper in keepers:
             try:
                 with self.node.db.begin() as tx:
-                    attempts.ask_to_stop(tx, keeper.ref.job_id, StopReason.SHUTDOWN)
+                    attempts.note_shutdown(tx, keeper.ref)
             except Unavailable:
                 pass  # unasked, its end counts as lease_fenced, which is uncharged too
             keeper.stop(StopReason.SHUTDOWN)
@@ -101,6 +106,7 @@ class Supervisor:
             beat(self.node.settings, "worker")
             try:
                 self.look()
+                self.keep_cache()
                 self._sweep()
             except Unavailable as error:
                 log.debug("database away", extra={"event": "database_away", "code": error.code})
@@ -114,25 +120,33 @@ class Supervisor:
         requested_at = boottime()
         with self.node.db.begin() as tx:
             placed = attempts.assignments(tx, self.node.id)
-        with self._lock:
-            self._forget_the_done()
-            for assignment in placed:
-                keeper = self.keepers.get(assignment.ref.id)
-                if keeper is None:
-                    keeper = self._take(assignment, requested_at)
-                if keeper is not None and assignment.stop_reason is not None:
-                    keeper.stop(assignment.stop_reason)
+        self._forget_the_done()
+        for assignment in placed:
+            keeper = self.keeper_of(assignment.ref.id) or self._take(assignment, requested_at)
+            if keeper is not None and assignment.stop_reason is not None:
+                keeper.stop(assignment.stop_reason)
 
     def _forget_the_done(self) -> None:
-        for keeper in [k for k in self.keepers.values() if k.done.is_set()]:
-            del self.keepers[keeper.ref.id]
+        with self._lock:
+            done = [keeper for keeper in self.keepers.values() if keeper.done.is_set()]
+            for keeper in done:
+                del self.keepers[keeper.ref.id]
+        for keeper in done:
+            if keeper.verdict is not None and keeper.verdict.cause is Cause.DISK_FULL:
+                self._room_wanted = max(self._room_wanted, 2 * keeper.wanted_bytes)
             self.on_end(keeper)
 
     def _take(self, assignment: attempts.Assignment, requested_at: float) -> Keeper | None:
-        """Claim a new attempt, or take one up again that an earlier worker had claimed."""
-        if not assignment.claimed and not self._claim(assignment.ref):
+        """Claim a new attempt, or take one up again that an earlier worker had claimed here.
+
+        One that was claimed from another home is not ours to start: its lease will run out.
+        """
+        claimed = assignment.claimed_by is not None
+        if claimed and home_of(assignment.claimed_by) != home_of(self.boot_id):
             return None
-        if assignment.claimed:
+        if self.stopping.is_set() or not (claimed or self._claim(assignment.ref)):
+            return None
+        if claimed:
             # The lease that an earlier worker left may be nearly over: renew before trusting it.
             requested_at = boottime()
             with self.node.db.begin_reserved() as tx:
@@ -142,20 +156,97 @@ class Supervisor:
             if not renewed:
                 return None
         keeper = Keeper(self.node, assignment, renewed_at=requested_at)
-        self.keepers[assignment.ref.id] = keeper
-        keeper.start()
-        return keeper
+        with self._lock:
+            if not self.stopping.is_set():
+                self.keepers[assignment.ref.id] = keeper
+                keeper.start()
+                return keeper
+        if not claimed:
+            self._give_back(assignment.ref)
+        return None
+
+    def _give_back(self, ref: attempts.AttemptRef) -> None:
+        """End an attempt that was claimed while the worker began to stop: nothing runs yet."""
+        end = attempts.End(Verdict(Outcome.STOPPED), "the worker stops")
+        with self.node.db.begin() as tx:
+            attempts.note_shutdown(tx, ref)
+            attempts.finish_attempt(tx, ref, end)
 
     def _claim(self, ref: attempts.AttemptRef) -> bool:
-        free = shutil.disk_usage(self.node.settings.home).free
-        if free < self.node.settings.disk_floor_bytes:
-            fields = {"event": "disk_low", "free_bytes": free}
-            log.warning("too little disk to claim anything", extra=fields)
-            return False
+        if self._disk_is_low():
+            self.keep_cache()
+            if self._disk_is_low():
+                self._send_back(ref)
+                return False
         with self.node.db.begin() as tx:
             return attempts.claim(
                 tx, ref, self.node.id, boot_id=self.boot_id, lease_s=self.node.settings.lease_s
             )
+
+    def _send_back(self, ref: attempts.AttemptRef) -> None:
+        """Give a placement back at once, and say why; nothing more is placed while it is so."""
+        settings = self.node.settings
+        free = shutil.disk_usage(settings.home).free
+        evidence = (
+            f"{self.name} has {free / 1e9:.1f} GB of free disk, less than its floor of"
+            f" {settings.disk_floor_bytes / 1e9:.1f} GB (disk_floor_bytes)."
+        )
+        log.warning(evidence, extra={"event": "disk_low", "free_bytes": free})
+        end = attempts.End(Verdict(Outcome.LOST, Cause.DISK_LOW), evidence)
+        with self.node.db.begin() as tx:
+            try:
+                attempts.finish_attempt(tx, ref, end, backoff_s=settings.retry_backoff_s)
+            except StaleToken:
+                pass  # over meanwhile
+
+    # The cache -----------------------------------------------------------------------------------
+
+    def keep_cache(self) -> None:
+        """Let go what is too much, and keep the database's view of cache and disk in step."""
+        names = {path.name for path in self.node.cache.iterdir()}
+        grown = self._cached is None or not names <= self._cached_names
+        too_full = grown and self.node.settings.cache_max_bytes is not None
+        if too_full or self._room_wanted or self._disk_is_low():
+            self._make_room()
+        self._record_cache()
+        low = self._disk_is_low()
+        if low != self._disk_low:
+            with self.node.db.begin() as tx:
+                node_cache.set_disk_low(tx, self.node.id, low)
+            self._disk_low = low
+
+    def _make_room(self) -> None:
+        settings = self.node.settings
+        wanted, self._room_wanted = settings.disk_floor_bytes + self._room_wanted, 0
+        cache.make_room(
+            self.node.cache,
+            wanted_bytes=wanted,
+            max_bytes=settings.cache_max_bytes,
+            pins=self._pinned,
+        )
+
+    def _pinned(self) -> set[str]:
+        """What live attempts use."""
+        return cache.pinned([self.node.workdir(keeper.ref) for keeper in self._live()])
+
+    def _record_cache(self) -> None:
+        names = {path.name for path in self.node.cache.iterdir()}
+        if self._cached is not None and names == self._cached_names:
+            return
+        there = {e.digest: e.bytes for e in cache.entries(self.node.cache) if e.digest}
+        known = self._cached
+        with self.node.db.begin() as tx:
+            if known is None:
+                node_cache.replace_cached(tx, self.node.id, there)
+            else:
+                new = {digest: size for digest, size in there.items() if digest not in known}
+                node_cache.add_cached(tx, self.node.id, new)
+                node_cache.drop_cached(tx, self.node.id, known - there.keys())
+        self._cached, self._cached_names = frozenset(there), names
+
+    def _disk_is_low(self) -> bool:
+        settings = self.node.settings
+        return shutil.disk_usage(settings.home).free < settings.disk_floor_bytes
 
     def _listen(self) -> None:
         """Look soon at each NOTIFY; a lost connection is made anew."""
@@ -194,6 +285,7 @@ class Supervisor:
         keepers = self._live()
         requested_at = boottime()
         with self.node.db.begin_reserved() as tx:
+            nodes.report_alive(tx, self.node.id)
             renewed = attempts.renew_leases(
                 tx, [k.ref for k in keepers], self.node.id, lease_s=self.node.settings.lease_s
             )
@@ -219,28 +311,30 @@ class Supervisor:
         """Give back devices that are seen to be empty; drain those that stay held."""
         with self.node.db.begin() as tx:
             held = nodes.devices_to_clear(tx, self.node.id)
-        if any(device.state == "unconfirmed" for device in held):
-            self.kill_ended()
+        # After ``cleaning`` alone is it known that every process is gone.
+        doubtful = any(device.state != "cleaning" for device in held)
+        left = self.kill_ended() if doubtful else set()
         for device in held:
-            state = self._judge_device(device)
+            state = self._judge_device(device, gone=device.state == "cleaning" or not left)
             if state is not None:
                 with self.node.db.begin() as tx:
                     nodes.set_device_state(tx, device, state)
 
-    def _judge_device(self, device: nodes.HeldDevice) -> str | None:
-        empty = device.kind == "cpu" or self.inventory.is_empty(device.uuid)
+    def _judge_device(self, device: nodes.HeldDevice, *, gone: bool) -> str | None:
+        empty = gone and (device.kind == "cpu" or self.inventory.is_empty(device.uuid))
         looks = self._empty_looks.get(device.id, 0) + 1 if empty else 0
         self._empty_looks[device.id] = looks
         if looks >= SEEN_EMPTY or (empty and device.kind == "cpu"):
             del self._empty_looks[device.id]
             return "ok"
-        if device.state != "draining" and device.seconds > HELD_TOO_LONG_S:
+        gpu = device.kind == "gpu"
+        if gpu and device.state != "draining" and device.seconds > HELD_TOO_LONG_S:
             log.warning("GPU stays held", extra={"event": "gpu_draining", "gpu": device.uuid})
             return "draining"
         return None
 
-    def kill_ended(self) -> None:
-        """Kill every process on this node that bears the mark of an attempt that is over."""
+    def kill_ended(self) -> set[int]:
+        """Kill what bears the mark of an attempt that is over; the pids that are there still."""
         marked: dict[UUID, str] = {}
         for text in marked_attempts():
             try:
@@ -249,7 +343,7 @@ class Supervisor:
                 continue
         with self.node.db.begin() as tx:
             ended = nodes.ended_among(tx, list(marked))
-        kill_marked({marked[each] for each in ended})
+        return kill_marked({marked[each] for each in ended})
 
     # Housekeeping --------------------------------------------------------------------------------
 
@@ -258,10 +352,11 @@ class Supervisor:
         if time.monotonic() - self._swept_at < SWEEP_EVERY_S:
             return
         self._swept_at = time.monotonic()
-        live = {show_id("attempt", key) for key in self.keepers}
+        cache.sweep(self.node.cache, pins=self._pinned)
+        live = {show_id("attempt", keeper.ref.id) for keeper in self._live()}
         for folder in (self.node.settings.home / "work").iterdir():
             if folder.name not in live and time.time() - folder.stat().st_mtime > WORK_KEPT_S:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_work(folder)
         with self.node.db.begin() as tx:
             pruned = artifacts.artifacts_to_sweep(tx)
         for artifact_id in pruned:
@@ -272,22 +367,42 @@ class Supervisor:
         self.node.store.sweep_aside()
 
 
+def home_identity(home: Path) -> str:
+    """What names this home wherever it is mounted; made by its first worker."""
+    file = home / "home_id"
+    if not file.exists():
+        aside = home / ".home_id"
+        aside.write_text(uuid4().hex, encoding="ascii")
+        os.rename(aside, file)
+    return file.read_text(encoding="ascii")
+
+
+def home_of(boot_id: str | None) -> str:
+    """The home's part of a life's name."""
+    return (boot_id or "").rpartition("/")[2]
+
+
 def register(
     settings: Settings, capabilities: Mapping[str, object], stopping: threading.Event
 ) -> Supervisor:
-    """Write this node and its devices into the database. Raises: Unavailable."""
+    """Write this node and its devices into the database. Raises: Unavailable, NodeTaken."""
     db = Database(settings.database_url.get_secret_value(), f"ty-worker@{node_name(settings)}")
     for folder in ("work", "cache"):
         (settings.home / folder).mkdir(parents=True, exist_ok=True)
     inventory = inventory_of(settings)
-    boot_id = node_identity().boot_id
-    with db.begin() as tx:
-        node_id = nodes.register_node(
-            tx,
-            node_name(settings),
-            boot_id=boot_id,
-            capabilities=dict(capabilities),
-            devices=offered_devices(inventory, settings.cpu_slots),
-        )
+    boot_id = f"{node_identity().boot_id}/{home_identity(settings.home)}"
+    try:
+        with db.begin() as tx:
+            node_id = nodes.register_node(
+                tx,
+                node_name(settings),
+                boot_id=boot_id,
+                capabilities=dict(capabilities),
+                devices=offered_devices(inventory, settings.cpu_slots),
+                lease_s=settings.lease_s,
+            )
+    except BaseException:
+        db.close()
+        raise
     node = Node(node_id, db, Store(settings.store_root), settings)
     return Supervisor(node, node_name(settings), inventory, boot_id, stopping)

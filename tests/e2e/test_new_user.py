@@ -113,7 +113,9 @@ def test_a_cancelled_fine_tune_stops_at_a_checkpoint_and_a_retry_goes_on_from_it
     assert max(steps) == 60
 
 
-def test_flower_shows_the_task_of_a_job(yard: LocalYard, base_model: str) -> None:
+def test_flower_shows_the_task_of_a_job_by_itself_and_through_the_api(
+    yard: LocalYard, base_model: str
+) -> None:
     job = yard.submit(kind="inference", model=base_model, prompts=["Hello"], max_new_tokens=4)
     yard.finish(job)
 
@@ -124,6 +126,9 @@ def test_flower_shows_the_task_of_a_job(yard: LocalYard, base_model: str) -> Non
 
     task = wait_for(shown, within_s=20, what="the task in Flower")
     assert task["name"] == "tuneyard.inference"
+    headers = {"Authorization": f"Bearer {yard.profile['api_key']}"}
+    url = f"{yard.profile['url']}/flower/api/task/info/{job}.1"
+    assert httpx.get(url, headers=headers, trust_env=False).json()["state"] == "SUCCESS"
 
 
 def test_everything_comes_back_after_down_and_up(yard: LocalYard) -> None:

@@ -15,7 +15,7 @@ from support.yards import LocalYard, start, wait_for
 
 from tuneyard.local.status import status
 
-STEPS, SAVE_STEPS = 16, 3
+STEPS, SAVE_STEPS = 24, 3
 
 
 def a_finetune(yard: LocalYard, base_model: str, identity_file: str) -> str:
@@ -65,20 +65,23 @@ def checkpoint_recorded(yard: LocalYard, job: str) -> bool:
     return any(e["type"] == "checkpoint" for e in yard.get(f"/jobs/{job}/events")["data"])
 
 
-def runner_files(yard: LocalYard, job: str) -> dict[str, Any]:
-    """guard.json of the job's running attempt."""
-    newest = max((yard.home / "work").iterdir(), key=lambda path: path.stat().st_mtime)
+def guards(yard: LocalYard, job: str) -> list[dict[str, Any]]:
+    """guard.json of each attempt of the job that has a work folder."""
+    found = []
     for folder in (yard.home / "work").iterdir():
-        spec = json.loads((folder / "spec.json").read_text())
-        if spec["job"] == job:
-            newest = folder
-    return dict(json.loads((newest / "guard.json").read_text()))
+        try:  # a folder goes when its attempt ends
+            if json.loads((folder / "spec.json").read_text())["job"] == job:
+                found.append(json.loads((folder / "guard.json").read_text()))
+        except FileNotFoundError:
+            continue
+    return found
 
 
 def pid_of(yard: LocalYard, part: str, job: str) -> int:
     """The process to kill."""
     if part in ("guard", "runner"):
-        return int(runner_files(yard, job)["pid" if part == "guard" else "runner_pid"])
+        (guard,) = guards(yard, job)
+        return int(guard["pid" if part == "guard" else "runner_pid"])
     seen = status(yard.home)
     if part == "supervisor":
         assert seen.supervisor_pid is not None
@@ -92,7 +95,8 @@ def disturbed(yard: LocalYard, base_model: str, identity_file: str, part: str) -
     wait_for(lambda: checkpoint_recorded(yard, job), within_s=120, what="a recorded checkpoint")
     progress = yard.job(job)["progress"]
     assert progress["done"] < STEPS / 2, "the kill would come too late to mean anything"
-    runner = int(runner_files(yard, job)["runner_pid"])
+    (guard,) = guards(yard, job)
+    runner = int(guard["runner_pid"])
     os.kill(pid_of(yard, part, job), signal.SIGKILL)
     return job, runner
 
@@ -116,20 +120,22 @@ def test_the_runner_goes_on_when_a_part_around_it_is_killed(
     yard: LocalYard, base_model: str, identity_file: str, undisturbed_sha256: str, part: str
 ) -> None:
     job, runner = disturbed(yard, base_model, identity_file, part)
-    assert runner_pid_at_the_end(yard, job) == runner
-    finished(yard, job)
+    assert runner_pids_to_the_end(yard, job) == {runner}
     assert adapter_sha256(yard, job) == undisturbed_sha256
     assert steps_by_attempt(yard, job) == {1: list(range(1, STEPS + 1))}
 
 
-def runner_pid_at_the_end(yard: LocalYard, job: str) -> int:
-    """The runner that is there once the work is three quarters done."""
-    wait_for(
-        lambda: (yard.job(job)["progress"] or {}).get("done", 0) >= STEPS * 3 // 4,
-        within_s=180,
-        what="three quarters of the steps",
-    )
-    return int(runner_files(yard, job)["runner_pid"])
+def runner_pids_to_the_end(yard: LocalYard, job: str) -> set[int]:
+    """Every runner that the job had from now to its success."""
+    seen: set[int] = set()
+
+    def ended() -> bool:
+        seen.update(guard["runner_pid"] for guard in guards(yard, job))
+        return bool(yard.job(job)["finished_at"])
+
+    wait_for(ended, within_s=240, what=f"the end of {job}")
+    finished(yard, job)
+    return seen
 
 
 def test_the_runner_goes_on_when_the_supervisor_is_killed(
@@ -137,8 +143,7 @@ def test_the_runner_goes_on_when_the_supervisor_is_killed(
 ) -> None:
     job, runner = disturbed(yard, base_model, identity_file, "supervisor")
     start(yard.home, yard.env)
-    assert runner_pid_at_the_end(yard, job) == runner
-    finished(yard, job)
+    assert runner_pids_to_the_end(yard, job) == {runner}
     assert adapter_sha256(yard, job) == undisturbed_sha256
 
 

@@ -19,6 +19,22 @@ from tuneyard.models.nodes import OfferedDevice, register_node
 
 TEMPLATE = "template_tuneyard"
 
+# Role settings (timeouts) belong to a database by name, and a clone does not inherit them.
+COPY_ROLE_SETTINGS = f"""
+    DO $$ DECLARE one record; BEGIN
+        FOR one IN
+            SELECT r.rolname AS role, split_part(entry, '=', 1) AS name,
+                   split_part(entry, '=', 2) AS value
+            FROM pg_db_role_setting s JOIN pg_roles r ON r.oid = s.setrole
+            JOIN pg_database d ON d.oid = s.setdatabase, unnest(s.setconfig) AS entry
+            WHERE d.datname = '{TEMPLATE}'
+        LOOP
+            EXECUTE format('ALTER ROLE %I IN DATABASE %I SET %I = %L',
+                           one.role, current_database(), one.name, one.value);
+        END LOOP;
+    END $$
+"""
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[RunningPostgres]:
@@ -45,9 +61,9 @@ def valkey() -> Iterator[RunningValkey]:
 def fresh_database(postgres: RunningPostgres) -> Iterator[TestDatabase]:
     """A migrated database that is dropped afterwards."""
     name = f"test_{secrets.token_hex(6)}"
-    run_statement(postgres.url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-    # Role settings belong to a database, and a clone does not inherit them; they are not needed.
     plan = postgres.plan
+    run_statement(postgres.url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    run_statement(plan.url(database=name), COPY_ROLE_SETTINGS)
     roles = {
         role: Database(plan.url(f"tuneyard_{role}", PASSWORD, name), f"test-{role}")
         for role in ("api", "worker", "scheduler")

@@ -86,14 +86,16 @@ def test_a_job_waits_blocked_until_its_file_is_checked(
     with unchecked.client() as http:
         file = put(http).json()["id"]
         job = http.post("/jobs", json=TUNE | {"dataset": file}).json()
-        assert (job["state"], job["inputs"]) == ("blocked", None)
+        assert (job["state"], job["inputs"]["dataset"]) == ("blocked", file)
         monkeypatch.undo()
         with serve_again(unchecked):
 
-            def freed() -> bool:
-                return bool(http.get(f"/jobs/{job['id']}").json()["state"] == "queued")
+            def tokens_are_made() -> bool:
+                jobs = http.get("/jobs", params={"all": "true", "kind": "prepare"}).json()["data"]
+                return bool(jobs[0]["state"] == "queued")
 
-            wait_for(freed, within_s=30, what="the job's being freed")
+            wait_for(tokens_are_made, within_s=30, what="its tokens' being made next")
+            assert "check of" not in http.get(f"/jobs/{job['id']}").json()["wait_reason"]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
 """Following a job over HTTP: its timeline, metrics and log, so far and as they grow."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from queue import Queue
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import httpx
 import pytest
-from support.apis import ASK, Api
+from support.apis import ASK, Api, serve
 
 from tuneyard.models.attempts import AttemptRef
 
@@ -247,6 +250,36 @@ def test_a_followed_log_goes_on_where_it_broke_off(running: Running) -> None:
     params = {"follow": 1, "start": 6}
     later = running.http.get(f"{running.path}/logs", params=params)
     assert (later.headers["X-Log-Start"], later.text) == ("6", "--- attempt 2 ---\ntwo\n")
+
+
+@pytest.mark.parametrize("query", ["", "?follow=1"])
+def test_readers_that_do_not_read_on_hold_no_connection(running: Running, query: str) -> None:
+    mebibyte = b"x" * 2**20
+    for _ in range(16):  # more than the sockets hold, so that the server is kept waiting
+        running.api.ship(running.ref, log=mebibyte)
+    with serve(running.api.db, running.api.home, api_threads=2) as api, ExitStack() as readers:
+        for _ in range(8):  # more than the pool and its overflow
+            readers.enter_context(slow_reader(api, running, f"{running.path}/logs{query}"))
+        with api.client() as http:
+            assert http.get(running.path).status_code == 200
+
+
+@contextmanager
+def slow_reader(api: Api, running: Running, path: str) -> Iterator[None]:
+    """A client that asks, reads the first bytes, and leaves the rest to lie."""
+    address = urlsplit(api.url)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(DEADLINE_S)
+        connection.connect((address.hostname, address.port))
+        key = running.http.headers["Authorization"]
+        asked = f"GET /api/v1{path} HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n\r\n"
+        connection.sendall(asked.encode())
+        received = b""
+        while b"xxx" not in received:
+            received += connection.recv(1024)
+        assert received.startswith(b"HTTP/1.1 200 ")
+        yield
 
 
 def test_following_may_begin_with_the_last_lines(running: Running) -> None:

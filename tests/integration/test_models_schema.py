@@ -44,11 +44,28 @@ def test_migrating_down_and_up_again_works(db: TestDatabase) -> None:
     assert db.rows("SELECT count(*) FROM jobs")[0][0] == 0
 
 
+def test_the_node_cache_can_be_taken_out_and_put_in_again(db: TestDatabase) -> None:
+    tables = "SELECT relname FROM pg_class WHERE relname = 'node_cache'"
+    with db.owner.begin() as tx:
+        downgrade(tx, "0001")
+    assert db.rows(tables) == []
+    with db.owner.begin() as tx:
+        upgrade(tx)
+    assert len(db.rows(tables)) == 1
+
+
 def test_migrating_twice_changes_nothing(db: TestDatabase) -> None:
     settings = migration_settings(db.server.plan.url(database=db.name))
     migrate(settings)
     migrate(settings)
     assert db.rows("SELECT count(*) FROM api_keys")[0][0] == 1
+
+
+@pytest.mark.parametrize("role", ["api", "worker", "scheduler"])
+def test_no_role_sits_in_a_transaction_for_long(db: TestDatabase, role: str) -> None:
+    with psycopg.connect(db.url(role)) as connection:
+        shown = connection.execute("SHOW idle_in_transaction_session_timeout").fetchone()
+    assert shown == ("5s",)
 
 
 @pytest.mark.parametrize("table", ["api_keys", "teams"])

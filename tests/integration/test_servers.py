@@ -30,7 +30,14 @@ from tuneyard.local.postgres import RunningPostgres, start_postgres
 from tuneyard.models.engine import Database
 from tuneyard.workers.guarding import marked_attempts
 
-HASTE = {"DISK_FLOOR_BYTES": 0, "FAKE_GPUS": 2, "LEASE_S": 10, "POLL_S": 0.5, "TICK_S": 0.1}
+HASTE = {
+    "DISK_FLOOR_BYTES": 0,
+    "FAKE_GPUS": 2,
+    "LEASE_S": 10,
+    "NODE_ROOTS": "/",
+    "POLL_S": 0.5,
+    "TICK_S": 0.1,
+}
 """Not in the files: a runner that hashes on pretended GPUs, and shorter pauses."""
 
 PROGRAMS = Path(os.environ.get("PROGRAMS") or Path(sys.executable).parent)
@@ -126,7 +133,8 @@ class Servers:
 
     def submit(self, **asked: object) -> str:
         """A job of the hashing runner on a GPU; its id."""
-        job = {"kind": "download", "model_name": "m", "source": json.dumps(asked), "device": "gpu"}
+        source = f"node:/{json.dumps(asked)}"
+        job = {"kind": "download", "model_name": "m", "source": source, "device": "gpu"}
         with self.http as http:
             answer = http.post("/jobs", json=job)
         assert answer.status_code == 201, answer.text

@@ -1,6 +1,5 @@
 """Real worker and scheduler processes on real PostgreSQL and Valkey; the runner hashes."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -104,7 +103,7 @@ def test_a_killed_worker_finds_its_runner_again(a_cluster: Callable[..., Cluster
     cluster.wait_checkpoint(job)
     before = cluster.guard_file(job)
     cluster.kill("worker")
-    cluster.start("worker")
+    cluster.start("worker", disk_floor_bytes=0)
     assert cluster.finish(job) == "succeeded"
     assert len(cluster.attempts(job)) == 1
     assert [step for _, step in cluster.steps(job)] == list(range(1, 61))
@@ -133,13 +132,18 @@ def test_a_worker_that_is_told_to_stop_while_it_starts_stops(
     a_cluster: Callable[..., Cluster],
 ) -> None:
     cluster = a_cluster()
-    for after_s in (0.2, 0.4, 0.6, 0.8, 1.0):
+    wait_for(lambda: cluster.count_in_log("worker ready"), within_s=20, what="a worker")
+    for moment in ("worker ready", "[queues]", "Connected to", "n1 ready"):
         cluster.kill("worker")
+        said = cluster.count_in_log(moment)
         process = cluster.start("worker")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(after_s)
+        wait_for(
+            lambda moment=moment, said=said: cluster.count_in_log(moment) > said,
+            within_s=20,
+            what=moment,
+        )
         process.send_signal(signal.SIGTERM)
-        process.wait(20)
+        assert process.wait(20) == 0, moment
 
 
 def test_a_runner_that_falls_silent_is_ended_and_the_job_tried_again(
@@ -164,7 +168,7 @@ def test_a_worker_that_is_told_to_stop_stops_its_runner_at_a_checkpoint(
     cluster.kill("worker", signal.SIGTERM)
     cluster.wait_state(job, "queued")
     assert cluster.attempts(job)[0].stop_reason == "shutdown"
-    cluster.start("worker")
+    cluster.start("worker", disk_floor_bytes=0)
     assert cluster.finish(job) == "succeeded"
 
 
@@ -183,7 +187,7 @@ def test_a_node_that_vanishes_loses_its_lease_and_the_job_goes_on_elsewhere_late
     assert [r.state for r in cluster.db.rows("SELECT state FROM devices WHERE kind = 'gpu'")] == [
         "unconfirmed"
     ]
-    cluster.start("worker")
+    cluster.start("worker", disk_floor_bytes=0)
     assert cluster.finish(job) == "succeeded"
     assert cluster.attempts(job)[0].cause == "node_lost"
 
@@ -200,6 +204,27 @@ def test_a_failing_job_is_tried_three_times_and_says_why(
         "message": "asked to fail",
         "patch": {"steps": 1},
     }
+
+
+def test_what_a_runner_wrote_last_is_shipped_though_the_database_is_away_at_its_end(
+    a_cluster: Callable[..., Cluster],
+) -> None:
+    cluster = a_cluster()
+    job = cluster.submit(steps=40, step_s=0.05)
+    exit_file = cluster.workdir(job) / "exit.json"
+    cluster.guard_file(job)
+    with cluster.db.away():
+        wait_for(exit_file.exists, within_s=20, what="the runner's end")
+        said = cluster.count_in_log("leases not renewed")
+        wait_for(
+            lambda: cluster.count_in_log("leases not renewed") > said,
+            within_s=20,
+            what="a renewal that failed after the runner's end",
+        )
+    assert cluster.finish(job) == "succeeded"
+    assert cluster.steps(job) == [(1, step) for step in range(1, 41)]
+    log = b"".join(row.data for row in cluster.db.rows("SELECT data FROM log_chunks ORDER BY seq"))
+    assert log.splitlines()[-1] == b"step 40"
 
 
 def test_only_one_worker_serves_a_home(a_cluster: Callable[..., Cluster]) -> None:

@@ -103,7 +103,7 @@ class Api:
             attempts.finish_attempt(
                 tx,
                 ref,
-                End(judge(RunnerEnd(code=code), None)),
+                End(judge(RunnerEnd(code=code))),
                 record=lambda tx: publish_outputs(tx, ref, list(folders)),
             )
 

@@ -13,7 +13,12 @@ from uuid import UUID
 
 from support.databases import TestDatabase
 from support.yards import wait_for
+from tuneyard.models import placements
+from tuneyard.models.attempts import AttemptRef
 from tuneyard.models.jobs import Submission, cancel_job, submit_job
+from tuneyard.models.leadership import lead
+from tuneyard.models.placements import QueuedJob
+from tuneyard.scheduler.placing import place
 from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.states import TERMINAL
 
@@ -79,12 +84,26 @@ class Cluster:
         process.wait(60)
 
     def submit(self, *, device: str = "cpu", **asked: object) -> UUID:
-        """A job of the hashing runner; what it is asked travels as the download's source."""
-        document = {"kind": "download", "model_name": "m", "source": json.dumps(asked)}
+        """A job of the hashing runner; what it is asked travels as the path of its source."""
+        document = {"kind": "download", "model_name": "m", "source": f"node:/{json.dumps(asked)}"}
         spec, _ = read_spec(document | {"device": device})
+        submission = Submission(spec)
         with self.db.api.begin(team=self.team) as tx:
-            job, _ = submit_job(tx, self.team, Submission(spec))
-        return job
+            submit_job(tx, self.team, submission)
+        return submission.id
+
+    def place(self, job: UUID) -> AttemptRef:
+        """Place a job as the scheduler does, where no scheduler runs."""
+        with self.db.scheduler.begin() as tx:
+            epoch = lead(tx, "test", term_s=3600)
+        assert epoch is not None
+        queued = QueuedJob(job, "download", "m", 1, self.job(job).device_kind)
+        with self.db.scheduler.begin() as tx:
+            chosen = place(queued, placements.free_slots_now(tx, silence_s=60))
+            assert chosen is not None
+            placed = placements.place_job(tx, queued, chosen, epoch=epoch, lease_s=30)
+        assert placed is not None
+        return placed.ref
 
     def cancel(self, job: UUID) -> None:
         """Cancel as the API does."""
@@ -127,10 +146,18 @@ class Cluster:
         sql = "SELECT 1 FROM artifacts WHERE job_id = :id AND kind = 'checkpoint'"
         wait_for(lambda: self.db.rows(sql, id=job), within_s=30, what="a recorded checkpoint")
 
+    def workdir(self, job: UUID) -> Path:
+        """The work folder of a job's newest attempt, once there is one."""
+        wait_for(lambda: self.attempts(job), within_s=20, what="an attempt")
+        return self.home / "work" / f"attempt_{self.attempts(job)[-1].id.hex}"
+
+    def count_in_log(self, said: str) -> int:
+        """How often the worker has logged this."""
+        return (self.home / "worker.log").read_text().count(said)
+
     def guard_file(self, job: UUID) -> dict[str, Any]:
         """guard.json of a job's newest attempt, once the runner runs."""
-        attempt = self.attempts(job)[-1]
-        path = self.home / "work" / f"attempt_{attempt.id.hex}" / "guard.json"
+        path = self.workdir(job) / "guard.json"
 
         def look() -> dict[str, Any] | None:
             try:

@@ -1,5 +1,7 @@
 """Databases of tests: a server's URL by role, and short ways to read and write as the owner."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -57,6 +59,16 @@ class TestDatabase:
         """What the owner writes."""
         with self.owner.begin() as tx:
             tx.execute(text(sql), values)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Let nobody in, and turn out whoever is, until the block ends."""
+        allow = f"ALTER DATABASE {self.name} ALLOW_CONNECTIONS"
+        run_statement(self.server.url, f"{allow} false")
+        turn_out = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname ="
+        run_statement(self.server.url, f"{turn_out} '{self.name}'")
+        yield
+        run_statement(self.server.url, f"{allow} true")
 
     def a_team(self, name: str | None = None) -> UUID:
         """Make a team."""

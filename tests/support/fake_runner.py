@@ -2,8 +2,8 @@
 """A runner that computes hashes instead of gradients: same protocol, same files, starts in 20 ms.
 
 It stands in for the interpreter (setting ``runner_python``), so worker, guard and store do not know
-the difference. What it is asked stands as JSON in the argument ``source``: steps, step_s,
-save_steps, exit, ignore_term, leak_child, hang.
+the difference. What it is asked stands as JSON in the argument ``source``, as a path: steps,
+step_s, save_steps, exit, ignore_term, leak_child, hang, no_output, wrong_digest.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ import time
 SPEC, WORKDIR = sys.argv[-2:]
 with open(SPEC) as file:
     spec = json.load(file)
-asked = json.loads(spec["arguments"]["source"])
+asked = json.loads(spec["arguments"]["source"].removeprefix("node:/"))
 stopping = False
 n = 0
 held = []  # a lock goes with its descriptor
@@ -104,6 +104,7 @@ def main():
         if step % asked.get("save_steps", 2) == 0 or stopping:
             name = f"checkpoints/step-{step}"
             digest = publish(name, {"state": state, "step": step}, step=step)
+            digest = "0" * 64 if asked.get("wrong_digest") else digest
             emit("checkpoint", step=step, path=name, manifest_sha256=digest)
         if stopping:
             return 75
@@ -111,6 +112,8 @@ def main():
             if asked["exit"] != 1:
                 emit("failed", cause="bug", evidence="asked to fail", patch={"steps": 1})
             return asked["exit"]
+    if asked.get("no_output"):
+        return 0
     publish("output", {"state": state}, source="fake", revision="1")
     emit("result", values={"state": state})
     return 0

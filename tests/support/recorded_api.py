@@ -40,9 +40,12 @@ class Asked:
 
 
 class RecordedApi:
-    """The server: ``on`` records answers, ``asked`` lists what came."""
+    """The server: ``on`` records answers, ``asked`` lists what came.
 
-    def __init__(self) -> None:
+    prefix: the path under which a proxy would show it; there is nothing elsewhere.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
         self.asked: list[Asked] = []
         self._answers: dict[tuple[str, str], list[Answer]] = {}
         self._lock = threading.Lock()
@@ -52,7 +55,9 @@ class RecordedApi:
             def _play(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 url = urlsplit(self.path)
-                path = unquote(url.path).removeprefix("/api/v1")
+                path = unquote(url.path)
+                if path.startswith(f"{prefix}/api/v1/"):
+                    path = path.removeprefix(f"{prefix}/api/v1")
                 asked = Asked(
                     self.command, path, parse_qs(url.query), dict(self.headers.items()),
                     self.rfile.read(length),
@@ -66,7 +71,7 @@ class RecordedApi:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"http://127.0.0.1:{self._server.server_port}{prefix}"
 
     @property
     def env(self) -> dict[str, str]:
@@ -154,9 +159,9 @@ def a_file(file: str, *, name: str, sha256: str, state: str = "processed", **mor
 
 
 @contextmanager
-def recorded_api() -> Iterator[RecordedApi]:
+def recorded_api(prefix: str = "") -> Iterator[RecordedApi]:
     """A running server."""
-    api = RecordedApi()
+    api = RecordedApi(prefix)
     thread = threading.Thread(target=api._server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:

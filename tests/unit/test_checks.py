@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 
 from tuneyard.checks.limits import check_file
 from tuneyard.checks.report import report_on
-from tuneyard.checks.submission import TRAINABLE, check_finetune, check_prompts
+from tuneyard.checks.submission import check_finetune, check_prompts
+from tuneyard.runners.failures import BadData
 from tuneyard.runners.prompts import read_prompts
 from tuneyard.runners.rows import read_conversations
+from tuneyard.specs.conversations import ROLES
+from tuneyard.specs.errors import InputError
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.jobs import read_spec
+from tuneyard.specs.rows import SPEAKERS, TRAINABLE, check_row
 
 ROW = '{"instruction": "a", "output": "b"}'
 
@@ -224,6 +228,46 @@ def test_what_is_accepted_for_training_is_what_the_runner_reads(tmp_path: Path) 
     assert found["ok"], found["problems"]
     assert set(found["kinds"]) <= TRAINABLE
     assert len(read_conversations(path)) == len(ROWS)
+
+
+JUNK = st.none() | st.booleans() | st.integers(-1, 2) | st.sampled_from(["", "a", " ", "\0"])
+TEXTS = st.sampled_from(["a", "b", ""]) | JUNK
+PARTS = st.lists(st.fixed_dictionaries({"text": TEXTS}) | JUNK, max_size=2)
+TURNS = st.fixed_dictionaries({"from": st.sampled_from([*SPEAKERS, "bot"]), "value": TEXTS})
+MESSAGES = st.fixed_dictionaries(
+    {"role": st.sampled_from([*ROLES, "bot"])},
+    optional={
+        "content": TEXTS | PARTS,
+        "weight": JUNK,
+        "tool_calls": st.lists(JUNK, max_size=1),
+    },
+)
+COLUMN_VALUES = {
+    **dict.fromkeys(("instruction", "input", "output", "system", "prompt", "completion"), TEXTS),
+    **dict.fromkeys(("text", "chosen", "rejected", "label"), TEXTS),
+    "history": JUNK | st.lists(st.lists(TEXTS, max_size=3), max_size=2),
+    "messages": JUNK | st.lists(MESSAGES | JUNK, max_size=3),
+    "conversations": JUNK | st.lists(TURNS | JUNK, max_size=3),
+    "tools": JUNK | st.sampled_from(["[]", "[{}]", "{", "{}"]) | st.lists(JUNK, max_size=1),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=COLUMN_VALUES) | JUNK)
+def test_a_row_is_accepted_for_training_exactly_if_the_runner_reads_it(row: Any) -> None:
+    try:
+        accepted = check_row(row).kind in TRAINABLE
+    except InputError:
+        accepted = False
+    with tempfile.NamedTemporaryFile("w") as file:
+        json.dump([row], file)
+        file.flush()
+        if not accepted:
+            with pytest.raises(BadData):
+                read_conversations(Path(file.name))
+            return
+        (read,) = read_conversations(Path(file.name))
+    assert all(isinstance(message["content"], str) for message in read.messages)
+    assert read.messages[-1]["role"] == "assistant"
 
 
 @pytest.mark.parametrize(

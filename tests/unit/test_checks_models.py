@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tuneyard.checks.models import model_facts
-from tuneyard.checks.safetensors import read_header
 from tuneyard.specs.errors import InputError
+from tuneyard.store.safetensors import read_header
 
 
 def a_model(

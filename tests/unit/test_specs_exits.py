@@ -3,7 +3,7 @@
 import pytest
 
 from tuneyard.models.attempts import PastEnds, next_event
-from tuneyard.specs.exits import Cause, Outcome, RunnerEnd, StopReason, Verdict, judge
+from tuneyard.specs.exits import Cause, Outcome, RunnerEnd, StopReason, Verdict, after_stop, judge
 from tuneyard.specs.states import JobEvent
 
 FAILED_FOR_GOOD = {"charged": True, "retry": False}
@@ -11,18 +11,18 @@ FAILED_FOR_GOOD = {"charged": True, "retry": False}
 
 @pytest.mark.parametrize("reason", [None, *StopReason])
 def test_exit_code_0_wins_over_any_stop(reason: StopReason | None) -> None:
-    assert judge(RunnerEnd(code=0), reason) == Verdict(Outcome.SUCCEEDED)
+    assert after_stop(judge(RunnerEnd(code=0)), reason) == Verdict(Outcome.SUCCEEDED)
 
 
 @pytest.mark.parametrize("end", [RunnerEnd(code=70), RunnerEnd(code=75), RunnerEnd(signal=9)])
 def test_a_job_that_ran_too_long_failed_for_good(end: RunnerEnd) -> None:
-    verdict = judge(end, StopReason.MAX_RUNTIME)
+    verdict = after_stop(judge(end), StopReason.MAX_RUNTIME)
     assert verdict == Verdict(Outcome.FAILED, Cause.MAX_RUNTIME, **FAILED_FOR_GOOD)
 
 
 @pytest.mark.parametrize("end", [RunnerEnd(code=71), RunnerEnd(signal=9), RunnerEnd()])
 def test_an_asked_stop_is_never_charged(end: RunnerEnd) -> None:
-    verdict = judge(end, StopReason.SHUTDOWN)
+    verdict = after_stop(judge(end), StopReason.SHUTDOWN)
     assert (verdict.outcome, verdict.charged) == (Outcome.STOPPED, False)
 
 
@@ -48,22 +48,22 @@ def test_an_asked_stop_is_never_charged(end: RunnerEnd) -> None:
 def test_what_an_unasked_end_means(
     end: RunnerEnd, outcome: Outcome, cause: Cause, charged: bool, retry: bool
 ) -> None:
-    assert judge(end, None) == Verdict(outcome, cause, charged, retry)
+    assert judge(end) == Verdict(outcome, cause, charged, retry)
 
 
 def test_the_third_charged_failure_ends_the_job() -> None:
-    bug = judge(RunnerEnd(code=70), None)
+    bug = judge(RunnerEnd(code=70))
     assert next_event(bug, PastEnds(2, 0, 0)) == (JobEvent.RETRY, None)
     assert next_event(bug, PastEnds(3, 0, 0)) == (JobEvent.FAIL, Cause.BUG)
 
 
 def test_a_configuration_error_is_never_tried_again() -> None:
-    bad = judge(RunnerEnd(code=64), None)
+    bad = judge(RunnerEnd(code=64))
     assert next_event(bad, PastEnds(1, 0, 0)) == (JobEvent.FAIL, Cause.BAD_SPEC)
 
 
 def test_losses_are_not_the_jobs_fault_until_there_are_twenty() -> None:
-    lost = judge(RunnerEnd(), None)
+    lost = judge(RunnerEnd())
     assert next_event(lost, PastEnds(0, 19, 0)) == (JobEvent.LOSE, None)
     assert next_event(lost, PastEnds(0, 20, 0)) == (JobEvent.FAIL, Cause.GUARD_LOST)
 

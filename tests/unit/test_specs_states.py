@@ -46,6 +46,6 @@ def test_only_resume_leaves_a_choice() -> None:
 
 
 def test_allowed_actions_follow_the_table() -> None:
-    assert allowed_actions(JobState.RUNNING) == ["cancel", "pause"]
-    assert allowed_actions(JobState.PAUSED) == ["cancel", "resume"]
-    assert allowed_actions(JobState.SUCCEEDED) == []
+    assert allowed_actions(JobState.RUNNING) == ["cancel"]
+    assert allowed_actions(JobState.CANCELLING) == []
+    assert allowed_actions(JobState.FAILED) == ["retry"]

@@ -18,7 +18,6 @@ from tuneyard.store.folder import (
     publish_folder,
     read_manifest,
     verify_folder,
-    write_file,
 )
 
 
@@ -111,13 +110,6 @@ def test_a_copy_is_checked_on_the_way(tmp_path):
         copy_folder(folder, tmp_path / "second", aside=tmp_path / "a")
     assert not (tmp_path / "second").exists()
     assert not (tmp_path / "a").exists()
-
-
-def test_a_file_is_replaced_whole(tmp_path):
-    write_file(tmp_path / "f", b"one")
-    write_file(tmp_path / "f", b"two")
-    assert [p.name for p in tmp_path.iterdir()] == ["f"]
-    assert (tmp_path / "f").read_bytes() == b"two"
 
 
 KILLED = """

@@ -1,7 +1,7 @@
 """What a row of a data set must look like, in each of the forms that users bring.
 
-What is accepted for training here is what runners/rows.py reads; the other forms are known so that
-a submission can say that they are for another stage.
+checks/ calls it at submission, runners/rows.py before it reads a row: both accept the same. Forms
+for other stages are known so that a submission can say so.
 """
 
 import difflib
@@ -32,6 +32,9 @@ SPEAKERS = {
     "observation": "tool",
 }
 """ShareGPT's ``from`` -> role."""
+
+TRAINABLE = frozenset({"alpaca", "openai", "sharegpt"})
+"""Forms that hold answers to learn from, as stage sft does."""
 
 
 class MissingColumn(InputError):
@@ -195,7 +198,7 @@ def _alpaca(row: Row) -> Judged:
 
 
 def _check_history(history: Any) -> None:
-    if history is None:
+    if history in (None, "", []):
         return
     pairs = isinstance(history, list) and all(
         isinstance(pair, list) and len(pair) == 2 for pair in history

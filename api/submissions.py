@@ -1,0 +1,38 @@
+"""What a submission passes on its way to a row: the data's reports and the base's headers."""
+
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Connection
+
+from tuneyard.api.access import Yard
+from tuneyard.checks.hubs import check_place
+from tuneyard.checks.submission import check_finetune, check_prompts
+from tuneyard.models import files
+from tuneyard.models.inputs import Inputs
+from tuneyard.specs.download import DownloadSpec
+from tuneyard.specs.errors import InputError, SpecRejected
+from tuneyard.specs.finetune import FinetuneSpec
+from tuneyard.specs.jobs import JobSpec
+
+
+def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> None:
+    """Refuse what the inputs that are there already rule out. Raises: SpecRejected."""
+    problems: list[InputError] = []
+    if isinstance(spec, FinetuneSpec):
+        base = inputs.get("model", {}).get("base_model")
+        facts = yard.facts(UUID(base)) if base else None
+        report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
+        problems = check_finetune(spec, report, facts, eval_report=eval_report)
+    elif isinstance(spec, DownloadSpec):
+        problems = check_place(spec, yard.settings.roots)
+    elif report := _report(tx, inputs, "prompts"):
+        problems = check_prompts(report)
+    if problems:
+        raise SpecRejected(problems)
+
+
+def _report(tx: Connection, inputs: Inputs, field: str) -> Mapping[str, Any] | None:
+    file = inputs.get(field, {}).get("file")
+    return files.report_of(tx, UUID(file)) if file else None

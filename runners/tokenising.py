@@ -1,0 +1,153 @@
+"""From the rows of a fine-tune to its examples: tokenised here, or before by a prepare job."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tuneyard.runners.attempt import Attempt
+from tuneyard.runners.base_model import load_tokenizer, tokenizer_files
+from tuneyard.runners.chat import Chat, chat_of
+from tuneyard.runners.data_files import data_file
+from tuneyard.runners.examples import Cutting, Encoded, Example, encode_conversations
+from tuneyard.runners.rows import Conversation, read_conversations
+from tuneyard.runners.tokens import (
+    HELD_OUT,
+    TRAINING,
+    TokenRows,
+    digest_of,
+    read_about,
+    split_file,
+)
+from tuneyard.specs.fields import DATA_FILES
+
+SPLITS = {TRAINING: "dataset", HELD_OUT: "eval_dataset"}
+"""Split -> the input whose rows it holds."""
+
+
+class RowArguments(Protocol):
+    """The arguments that decide about tokens."""
+
+    @property
+    def template(self) -> str | None: ...
+    @property
+    def default_system(self) -> str | None: ...
+    @property
+    def cutoff_len(self) -> int: ...
+    @property
+    def train_on_prompt(self) -> bool: ...
+    @property
+    def mask_history(self) -> bool: ...
+    @property
+    def max_samples(self) -> int | None: ...
+    @property
+    def data_file(self) -> str | None: ...
+    @property
+    def eval_data_file(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """All examples of a run. digest: of those to learn from."""
+
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    digest: str
+
+
+def load_chat(model: Path, arguments: RowArguments, attempt: Attempt) -> Chat:
+    """The base's tokenizer, speaking through the template that was asked for."""
+    wanted = arguments.template
+    chat = chat_of(load_tokenizer(model), template=wanted, default_system=arguments.default_system)
+    if wanted and chat.name == "tokenizer":
+        note = f"template {wanted!r}: the base brings its own chat template, which is used."
+        attempt.events.warn("own_template", note)
+    return chat
+
+
+def read_rows_of(attempt: Attempt, arguments: RowArguments) -> Mapping[str, list[Conversation]]:
+    """The rows of each split that there is. Raises: BadData, InputGone."""
+    picked = {TRAINING: arguments.data_file, HELD_OUT: arguments.eval_data_file}
+    files = {
+        split: data_file(attempt.input(name), picked[split], field=DATA_FILES[name])
+        for split, name in SPLITS.items()
+        if name in attempt.spec.inputs
+    }
+    limit = arguments.max_samples
+    return {split: read_conversations(file, limit=limit) for split, file in files.items()}
+
+
+def encode_split(
+    rows: Sequence[Conversation], arguments: RowArguments, chat: Chat, attempt: Attempt
+) -> Encoded:
+    """Tokenise the rows of a split, with progress where it takes a while."""
+    cutting = Cutting(arguments.cutoff_len, arguments.train_on_prompt, arguments.mask_history)
+    encoded = encode_conversations(rows, chat, cutting, progress=_progress(attempt, len(rows)))
+    for code, note in notes_on(encoded, len(rows)):
+        attempt.events.warn(code, note)
+    return encoded
+
+
+def _progress(attempt: Attempt, total: int) -> Callable[[int], None]:
+    def progress(done: int) -> None:
+        if total > 1024:  # about a second
+            attempt.events.emit("progress", done=done, total=total, unit="rows tokenised")
+
+    return progress
+
+
+def notes_on(encoded: Encoded, total: int) -> list[tuple[str, str]]:
+    """What a person should know of how rows were cut."""
+    notes = []
+    if encoded.skipped:
+        note = f"{encoded.skipped} of {total} rows teach nothing: cutoff_len cuts their answer."
+        notes.append(("rows_skipped", note))
+    if encoded.last_turn_only:
+        note = f"The template rewrites earlier turns: of {encoded.last_turn_only} rows only the "
+        notes.append(("last_turn_only", note + "last answer is trained."))
+    return notes
+
+
+def tokenise(
+    rows: Mapping[str, Sequence[Conversation]],
+    arguments: RowArguments,
+    chat: Chat,
+    attempt: Attempt,
+) -> Tokenised:
+    """Tokenise all splits in memory."""
+    found = {
+        split: encode_split(each, arguments, chat, attempt).examples for split, each in rows.items()
+    }
+    return Tokenised(found[TRAINING], found.get(HELD_OUT, []), digest_of(found[TRAINING]))
+
+
+def read_tokens(
+    folder: Path, arguments: RowArguments, model: Path, chat: Chat, attempt: Attempt
+) -> Tokenised:
+    """What a prepare job left. Raises: BadSpec when it was made for something else."""
+    about = read_about(folder, made_from(arguments, model, chat))
+    for code, note in about["notes"]:
+        attempt.events.warn(code, note)
+    held_out = split_file(folder, HELD_OUT)
+    return Tokenised(
+        TokenRows(split_file(folder, TRAINING)),
+        TokenRows(held_out) if held_out.exists() else [],
+        about["digest"],
+    )
+
+
+def made_from(arguments: RowArguments, model: Path, chat: Chat) -> dict[str, Any]:
+    """All that decides about tokens but the rows themselves."""
+    digest = hashlib.sha256()
+    for file in tokenizer_files(model):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return {
+        "template": chat.template,
+        "default_system": arguments.default_system,
+        "cutoff_len": arguments.cutoff_len,
+        "train_on_prompt": arguments.train_on_prompt,
+        "mask_history": arguments.mask_history,
+        "max_samples": arguments.max_samples,
+        "tokenizer": digest.hexdigest(),
+    }
