@@ -33,14 +33,14 @@ FROM ${PYTHON} AS api-packages
 COPY --from=wheel /wheel /wheel
 RUN python -m venv --without-pip /opt/tuneyard \
     && pip --python /opt/tuneyard/bin/python install --no-cache-dir \
-        --constraint /wheel/constraints.txt "$(echo /wheel/*.whl)[api,flower,worker]"
+        --constraint /wheel/constraints.txt "$(echo /wheel/*.whl)[api,flower,s3,worker]"
 
 
 FROM ${PYTHON} AS worker-packages
 COPY --from=wheel /wheel /wheel
 RUN python -m venv --without-pip /opt/tuneyard \
     && pip --python /opt/tuneyard/bin/python install --no-cache-dir \
-        --constraint /wheel/constraints.txt "$(echo /wheel/*.whl)[worker]"
+        --constraint /wheel/constraints.txt "$(echo /wheel/*.whl)[s3,worker]"
 # Runners have an interpreter of their own: the worker needs no torch, and they no database.
 # The package index has torch with CUDA under this name, which pins each of the CUDA libraries.
 ARG TORCH=torch==2.13.0

@@ -31,12 +31,14 @@ from tuneyard.specs.errors import (
 )
 from tuneyard.specs.ids import parse_id
 from tuneyard.specs.settings import Settings
-from tuneyard.store.remote import Store
+from tuneyard.store.folder import FolderDamaged
+from tuneyard.store.remote import open_store
 
 KEY_KNOWN_S = 5.0
 KEYS_KNOWN = 1000
 MAX_KEY_CHARACTERS = 200
 WAIT_FOR_TURN_S = 2.0
+STORE_ANSWERS_WITHIN_S = 8.0
 
 PAGES = sessions.PATH
 """Below here a browser's session counts as its key, and nowhere else."""
@@ -58,7 +60,7 @@ class Yard:
         url = settings.database_url.get_secret_value()
         # Streams and the checker use the pool's overflow: requests have their turns to themselves.
         self.db = Database(url, "ty-api", pool_size=settings.api_threads)
-        self.store = Store(settings.store_root)
+        self.store = open_store(settings, answer_within_s=STORE_ANSWERS_WITHIN_S)
         secret = settings.session_secret
         self.sessions = sessions.Sessions(
             secret.get_secret_value() if secret else None, lasting_s=settings.session_s
@@ -107,11 +109,15 @@ class Yard:
         return caller
 
     def facts(self, base_model: UUID) -> dict[str, object] | None:
-        """What a base model's headers say; None where its folder is not to be had."""
+        """What a base model's headers say; None where its folder is gone or odd.
+
+        Raises: StoreUnreachable.
+        """
         if base_model not in self._facts:
             try:
-                self._facts[base_model] = model_facts(self.store.folder("models", base_model))
-            except (OSError, InputError):
+                with self.store.look_into("models", base_model) as folder:
+                    self._facts[base_model] = model_facts(folder)
+            except (OSError, InputError, FolderDamaged):
                 return None
         return self._facts[base_model]
 

@@ -50,7 +50,7 @@ PAGES = (login.router, flower.router)
 def create_app(settings: Settings) -> FastAPI:
     """Build the application; it starts while the database is away."""
     yard = Yard(settings)
-    streams, checker = Streams(yard.db), FileChecker(yard)
+    streams, checker = Streams(yard.db, yard.store), FileChecker(yard)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -66,8 +66,8 @@ class FileChecker:
             file = files.claim_file(tx, seconds=CLAIM_S)
         if file is None:
             return False
-        with self._claim_kept(file):
-            report = check_file(self._yard.store.file(file.id), purpose=file.purpose)
+        with self._claim_kept(file), self._yard.store.file_here(file.id) as path:
+            report = check_file(path, purpose=file.purpose)
         with self._yard.db.begin(team=file.team_id) as tx:
             files.finish_check(tx, file.id, report, accepted=bool(report["ok"]))
             decide_waiting(tx, self._yard, file.id)

@@ -3,7 +3,7 @@
 #
 #   sh docker/secrets.sh [FOLDER [ADDRESS]]     FOLDER: ./secrets
 #
-# ADDRESS: where further machines reach the first one; their two secrets come into FOLDER/for-nodes.
+# ADDRESS: where further machines reach the first one; their four secrets come into FOLDER/for-nodes.
 # To change a password remove its file, run this again, then `docker compose up --detach --force-recreate`.
 # (The owner's password is set once, when the database is made: ALTER ROLE changes it.)
 set -eu
@@ -41,6 +41,11 @@ done
 once session_secret
 once first_api_key ty-
 
+for name in store_access_key store_secret_key; do # empty until you write a bucket's keys into them
+    [ -e "$folder/$name" ] || : >"$folder/$name"
+    chmod 644 "$folder/$name"
+done
+
 write owner_database_url "$(database_url tuneyard owner_password postgres)"
 for role in api scheduler worker; do
     write "${role}_database_url" "$(database_url "tuneyard_$role" "${role}_password" postgres)"
@@ -56,6 +61,10 @@ if [ -n "$address" ]; then
     mkdir -p "$folder/for-nodes"
     write for-nodes/worker_database_url "$(database_url tuneyard_worker worker_password "$address")"
     write for-nodes/broker_url "$(broker_url "$address")"
+    for name in store_access_key store_secret_key; do
+        cp -f "$folder/$name" "$folder/for-nodes/$name"
+        chmod 644 "$folder/for-nodes/$name"
+    done
     echo "copy $folder/for-nodes/* into the folder secrets of each further machine"
 fi
 echo "secrets are in $folder; the first API key is in $folder/first_api_key"

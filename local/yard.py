@@ -76,7 +76,7 @@ def lay_out(home: Home, settings: Settings) -> Yard:
     children = (
         *_servers(postgres, valkey),
         _migrate(home, shared, postgres, api_key),
-        *_services(home, shared, postgres, url=url, stop_grace_s=settings.stop_grace_s),
+        *_services(home, shared, postgres, settings, url=url),
         _flower(home, shared, flower_url),
     )
     return Yard(children, url, flower_url, api_key, notices)
@@ -155,22 +155,26 @@ def _services(
     home: Home,
     shared: dict[str, Any],
     postgres: PostgresPlan,
+    settings: Settings,
     *,
     url: str,
-    stop_grace_s: float,
 ) -> list[Child]:
-    """API, scheduler and worker, each with a database role of its own."""
+    """API, scheduler and worker, each with a role of its own; the store is not the scheduler's."""
+    keys = _store_keys(settings)
     particular: dict[str, dict[str, Any]] = {
         "api": {"is_ready": answers(f"{url}/readyz")},
         "scheduler": {},
-        "worker": {"stop_within_s": stop_grace_s + PUBLISHED_WITHIN_S},
+        "worker": {"stop_within_s": settings.stop_grace_s + PUBLISHED_WITHIN_S},
     }
     known = {"api": {"session_secret": secret(home.secret("session"))}}
     return [
         _own_child(
             home,
             role,
-            shared | {"database_url": _role_url(home, postgres, role)} | known.get(role, {}),
+            shared
+            | {"database_url": _role_url(home, postgres, role)}
+            | (keys if role != "scheduler" else {})
+            | known.get(role, {}),
             stage=2,
             **more,
         )
@@ -209,6 +213,11 @@ def _passed_on(settings: Settings) -> dict[str, Any]:
         for name, value in given.items()
         if not isinstance(getattr(settings, name), SecretStr)
     }
+
+
+def _store_keys(settings: Settings) -> dict[str, str]:
+    keys = {name: getattr(settings, name) for name in ("store_access_key", "store_secret_key")}
+    return {name: key.get_secret_value() for name, key in keys.items() if key is not None}
 
 
 def _flower_port(home: Home) -> int:

@@ -1,6 +1,6 @@
 """Whole folders in the store, recorded by the attempt that made them: recorded = complete."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -10,7 +10,14 @@ from sqlalchemy.dialects.postgresql import insert
 
 from tuneyard.models.attempts import AttemptRef, check_token
 from tuneyard.models.events import lock_job, record_event
-from tuneyard.models.tables import ArtifactRow, AttemptRow, BaseModelRow, JobRow, ModelRow
+from tuneyard.models.tables import (
+    ArtifactRow,
+    AttemptRow,
+    BaseModelRow,
+    FileRow,
+    JobRow,
+    ModelRow,
+)
 from tuneyard.specs.fields import model_name_of
 from tuneyard.specs.ids import new_id, show_id
 from tuneyard.specs.runner import KEPT_CHECKPOINTS
@@ -179,6 +186,29 @@ def artifacts_to_sweep(tx: Connection, *, limit: int = 50) -> list[UUID]:
         .limit(limit)
     )
     return list(rows.scalars())
+
+
+PLACES = {
+    # Rows that keep what the store holds under their id.
+    "artifacts": select(ArtifactRow.id).where(ArtifactRow.swept_at.is_(None)),
+    "models": select(BaseModelRow.id),
+    "files": select(FileRow.id).where(FileRow.deleted_at.is_(None)),
+}
+
+
+def unrecorded(tx: Connection, place: str, ids: Sequence[UUID]) -> list[UUID]:
+    """Which of these ids in a place of the store no row keeps."""
+    rows = PLACES[place]
+    (column,) = rows.selected_columns
+    kept = set(tx.execute(rows.where(column.in_(ids))).scalars())
+    return [each for each in ids if each not in kept]
+
+
+def oldest_live_attempt_s(tx: Connection) -> float | None:
+    """For how many seconds the oldest live attempt lives; None when none does."""
+    age = func.extract("epoch", func.clock_timestamp() - func.min(AttemptRow.started_at))
+    found = tx.execute(select(age).where(AttemptRow.ended_at.is_(None))).scalar_one()
+    return None if found is None else float(found)
 
 
 def mark_swept(tx: Connection, artifact_ids: list[UUID]) -> None:

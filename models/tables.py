@@ -223,6 +223,7 @@ class AttemptRow(Row):
     stop_asked_at: Mapped[datetime | None]
     events_offset: Mapped[int] = _big()
     log_offset: Mapped[int] = _big()
+    log_artifact: Mapped[UUID | None]
     started_at: Mapped[datetime]
     running_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
@@ -282,7 +283,7 @@ class MetricRow(Row):
 
 
 class LogChunkRow(Row):
-    """Bytes of an attempt's log from ``start`` on."""
+    """Bytes of an attempt's log from ``start`` on; gone once they are one artifact."""
 
     __tablename__ = "log_chunks"
     attempt_id: Mapped[UUID] = _key()

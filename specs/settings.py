@@ -52,7 +52,29 @@ class Settings(BaseModel):
     )
     store_url: str = Field(
         default="",
-        description="Root of files and artifacts: a folder. Empty: HOME/store.",
+        description=(
+            "Root of files and artifacts: a folder, or a URL such as s3://bucket/prefix."
+            " Empty: HOME/store."
+        ),
+    )
+    store_endpoint: str = Field(
+        default="", description="URL of an S3-compatible server. Empty: Amazon's."
+    )
+    store_region: str = Field(default="", description="Region of the bucket, where it has one.")
+    store_access_key: SecretStr | None = Field(
+        default=None,
+        description="Access key of an s3:// store. Unset: found as AWS's own tools find it.",
+    )
+    store_secret_key: SecretStr | None = Field(
+        default=None, description="The secret that belongs to store_access_key."
+    )
+    store_patience_s: float = Field(
+        default=120.0,
+        ge=0.0,
+        description=(
+            "For so many seconds a worker asks a store that is away; then the attempt is lost,"
+            " uncharged."
+        ),
     )
     api_role_password: SecretStr | None = Field(
         default=None, description="`migrate` gives the role tuneyard_api this password."
@@ -152,11 +174,12 @@ class Settings(BaseModel):
     log_level: str = Field(default="INFO", description="Least severe level that is logged.")
 
     @property
-    def store_root(self) -> Path:
-        """The store's folder on this machine."""
-        return (
-            Path(self.store_url.removeprefix("file://")) if self.store_url else self.home / "store"
-        )
+    def store_root(self) -> Path | None:
+        """The store's folder on this machine; None for a store elsewhere."""
+        if not self.store_url:
+            return self.home / "store"
+        scheme, _, path = self.store_url.rpartition("://")
+        return Path(path) if scheme in ("", "file") else None
 
     @property
     def trusted_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -215,6 +238,26 @@ class Settings(BaseModel):
         if text and (not plain or "@" in url.netloc or (path and not CLEAN.fullmatch(path))):
             raise ValueError(f"{text[:100]!r} is not an address like http://127.0.0.1:5555")
         return text.rstrip("/")
+
+    @field_validator("store_url")
+    @classmethod
+    def _store_can_be_shared(cls, url: str) -> str:
+        scheme, _, path = url.rpartition("://")
+        if "@" in path.partition("/")[0]:
+            raise ValueError("keys do not belong in a URL: set store_access_key, store_secret_key")
+        if scheme == "memory":
+            raise ValueError("memory:// is no store: no other process sees what is in it")
+        if url and scheme in ("", "file") and not path.startswith("/"):
+            raise ValueError(f"a folder must be an absolute path, not {path!r}")
+        if scheme not in ("", "file") and not path.strip("/"):
+            raise ValueError(f"{url} names no bucket: write {scheme}://bucket/prefix")
+        return url.rstrip("/") if scheme not in ("", "file") else url
+
+    @model_validator(mode="after")
+    def _keys_are_a_pair(self) -> "Settings":
+        if (self.store_access_key is None) != (self.store_secret_key is None):
+            raise ValueError("store_access_key and store_secret_key are set together or not at all")
+        return self
 
     @model_validator(mode="after")
     def _home_is_absolute(self) -> "Settings":

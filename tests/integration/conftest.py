@@ -10,6 +10,7 @@ from uuid import UUID
 import pytest
 from support.apis import Api, serve
 from support.databases import PASSWORD, TestDatabase, migration_settings, run_statement
+from support.object_stores import ObjectServer
 
 from tuneyard.local.postgres import RunningPostgres, start_postgres
 from tuneyard.local.valkey import RunningValkey, start_valkey
@@ -55,6 +56,17 @@ def valkey() -> Iterator[RunningValkey]:
         server = start_valkey(Path(folder) / "valkey", die_with_parent=True)
         yield server
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[ObjectServer]:
+    """An S3-compatible server for the whole session, with a bucket."""
+    with tempfile.TemporaryDirectory(prefix="ty-s3-") as folder:
+        server = ObjectServer(Path(folder))
+        server.start()
+        server.make_bucket()
+        yield server
+        server.kill()
 
 
 @contextmanager

@@ -32,11 +32,14 @@ from tuneyard.local.yard import PUBLISHED_WITHIN_S
 from tuneyard.specs.settings import FILE_SUFFIX, PREFIX, Settings
 from tuneyard.workers.supervisor import HELD_TOO_LONG_S
 
-SETS = [
+SECOND_IS = {"TUNEYARD_NODE_NAME": "node-2", "TUNEYARD_STORE": "/srv/tuneyard-store"}
+SETS: list[tuple[tuple[str, ...], dict[str, str]]] = [
     (FIRST, {}),
     ((*FIRST, "docker-compose.cpu.yml"), {}),
     ((*FIRST, "docker-compose.first-node.yml"), {"TUNEYARD_PRIVATE_ADDRESS": "10.0.0.1"}),
-    (SECOND, {"TUNEYARD_NODE_NAME": "node-2"}),
+    (FIRST, {"TUNEYARD_STORE_URL": "s3://bucket/prefix"}),
+    (SECOND, SECOND_IS),
+    (SECOND, SECOND_IS | {"TUNEYARD_STORE": "store", "TUNEYARD_STORE_URL": "s3://bucket/prefix"}),
 ]
 MOUNT = "/run/secrets/"
 COMMANDS = typer.main.get_command(app)
@@ -49,7 +52,7 @@ def first() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def second() -> dict[str, Any]:
-    return config(*SECOND, TUNEYARD_NODE_NAME="node-2")
+    return config(*SECOND, **SECOND_IS)
 
 
 def check_command(words: list[str]) -> None:
@@ -151,7 +154,8 @@ def test_what_the_environment_may_say_stands_at_the_head_of_its_file() -> None:
         assert {name for name in asked if name not in head} == set(), file.name
 
 
-def test_secrets_come_by_file_alone_and_each_process_gets_its_own(first: dict[str, Any]) -> None:
+def test_secrets_come_by_file_alone_and_each_process_gets_its_own() -> None:
+    first = config(*FIRST, TUNEYARD_STORE_URL="s3://bucket/prefix")
     secret = {
         PREFIX + name.upper()
         for name, field in Settings.model_fields.items()
@@ -181,15 +185,20 @@ def test_the_script_makes_every_secret_closed_to_others_and_keeps_what_is_there(
     for defined in (first["secrets"], second["secrets"]):
         assert {Path(each["file"]).name for each in defined.values()} <= set(made)
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o444}
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o444, 0o644}
+    (folder / "store_access_key").write_text("a bucket's")
+    made["store_access_key"] = "a bucket's"
     passwords = [text for name, text in made.items() if name.endswith("_password")]
     assert len(set(passwords)) == 5
     assert all(re.fullmatch(r"[\w-]{43}\n", text) for text in passwords)
     printed = subprocess.run([*run, "10.0.0.1"], check=True, capture_output=True, text=True).stdout
     assert {name: (folder / name).read_text() for name in made} == made
-    for name in second["secrets"]:
-        assert "@10.0.0.1:" in (folder / "for-nodes" / name).read_text()
-    assert not any(text.strip() in printed for text in made.values())
+    for_nodes = {file.name: file.read_text() for file in (folder / "for-nodes").iterdir()}
+    assert set(for_nodes) == set(second["secrets"])
+    for name in ("worker_database_url", "broker_url"):
+        assert "@10.0.0.1:" in for_nodes[name]
+    assert for_nodes["store_access_key"] == "a bucket's"
+    assert not any(text.strip() in printed for text in made.values() if text.strip())
 
 
 def test_the_schema_is_there_before_any_process_of_ours_starts(first: dict[str, Any]) -> None:
@@ -265,9 +274,14 @@ def test_a_second_node_is_a_worker_and_nothing_else_and_needs_a_name(
     for name in ("command", "environment", "secrets", "build", "image", "init", "healthcheck"):
         assert mine[name] == theirs[name]
     assert not mine.get("depends_on")
-    refused = ask(SECOND, "--quiet")
-    assert refused.returncode != 0
-    assert "a name that no other machine has" in refused.stderr
+    for missing, said in (
+        ("TUNEYARD_NODE_NAME", "a name that no other machine has"),
+        ("TUNEYARD_STORE", "the folder where the store of all machines is mounted"),
+    ):
+        env = {name: value for name, value in SECOND_IS.items() if name != missing}
+        refused = ask(SECOND, "--quiet", env=env)
+        assert refused.returncode != 0
+        assert said in refused.stderr
 
 
 def test_what_is_reached_by_other_machines_is_bound_to_the_private_address() -> None:
@@ -278,10 +292,24 @@ def test_what_is_reached_by_other_machines_is_bound_to_the_private_address() -> 
             ("10.0.0.1", port)
         ]
     assert ask(files, "--quiet").returncode != 0
+
+
+def test_the_store_is_a_volume_or_one_folder_for_all_or_a_bucket(first: dict[str, Any]) -> None:
+    def store(services: dict[str, Any], name: str) -> tuple[str, str, str, str]:
+        (mounted,) = (v for v in services[name]["volumes"] if v["target"] == "/store")
+        given = services[name]["environment"]
+        url, key = given["TUNEYARD_STORE_URL"], given["TUNEYARD_STORE_ACCESS_KEY_FILE"]
+        return mounted["type"], mounted["source"], url, key
+
+    folder, url = "/srv/tuneyard-store", "s3://bucket/prefix"
     for name in ("api", "worker"):
-        store = next(v for v in services[name]["volumes"] if v["target"] == "/store")
-        assert store["type"] == "bind"
-        assert not store["bind"].get("create_host_path")
+        shared = config(*FIRST, TUNEYARD_STORE=folder)["services"]
+        bucket = config(*FIRST, TUNEYARD_STORE_URL=url)["services"]
+        assert store(first["services"], name) == ("volume", "store", "/store", "")
+        assert store(shared, name) == ("bind", folder, "/store", "")
+        assert store(bucket, name) == ("volume", "store", url, f"{MOUNT}store_access_key")
+    second = config(*SECOND, **SECOND_IS)["services"]
+    assert store(second, "worker") == ("bind", folder, "/store", "")
 
 
 # The images --------------------------------------------------------------------------------------
@@ -320,8 +348,8 @@ def test_torch_is_installed_for_runners_alone_and_every_extra_is_known() -> None
         if runs
     }
     assert extras == {
-        "api-packages": [["api", "flower", "worker"]],
-        "worker-packages": [["worker"], ["runner"]],
+        "api-packages": [["api", "flower", "s3", "worker"]],
+        "worker-packages": [["s3", "worker"], ["runner"]],
     }
     assert {extra for runs in extras.values() for each in runs for extra in each} <= set(known)
     runners_install = installs["worker-packages"][1]

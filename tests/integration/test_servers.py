@@ -224,7 +224,7 @@ def servers(secrets: Path, database: RunningPostgres, broker: int) -> Iterator[S
         file.unlink()  # its mode lets nobody write it
         file.write_text(text)
     first = config(*FIRST)["services"]
-    second = config(*SECOND, TUNEYARD_NODE_NAME="node-2")["services"]["worker"]
+    second = config(*SECOND, TUNEYARD_NODE_NAME="node-2", TUNEYARD_STORE="store")["services"]
     api, flower = (ports.any_free("127.0.0.1") for _ in range(2))
     ours = Servers(
         folder,
@@ -235,7 +235,7 @@ def servers(secrets: Path, database: RunningPostgres, broker: int) -> Iterator[S
             EVERYWHERE: "127.0.0.1",
             "8800": str(api),
         },
-        first | {"second-worker": second},
+        first | {"second-worker": second["worker"]},
     )
     try:
         for _ in range(2):  # running it again changes nothing
