@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated
 from urllib.parse import quote
@@ -32,7 +32,7 @@ from tuneyard.specs.errors import (
 from tuneyard.specs.ids import parse_id
 from tuneyard.specs.settings import Settings
 from tuneyard.store.folder import FolderDamaged
-from tuneyard.store.remote import open_store
+from tuneyard.store.remote import Shelf, open_store
 
 KEY_KNOWN_S = 5.0
 KEYS_KNOWN = 1000
@@ -108,18 +108,22 @@ class Yard:
         self._callers[key_hash] = (time.monotonic(), caller)
         return caller
 
-    def facts(self, base_model: UUID) -> dict[str, object] | None:
-        """What a base model's headers say; None where its folder is gone or odd.
+    def facts(self, model: Mapping[str, str]) -> dict[str, object] | None:
+        """What a model's headers say; None where its folder is gone or odd.
 
+        model: as ``jobs.inputs`` holds it, a base model or an artifact of a team.
         Raises: StoreUnreachable.
         """
-        if base_model not in self._facts:
+        ((kind, text),) = model.items()
+        model_id = UUID(text)
+        if model_id not in self._facts:
+            shelf: Shelf = "models" if kind == "base_model" else "artifacts"
             try:
-                with self.store.look_into("models", base_model) as folder:
-                    self._facts[base_model] = model_facts(folder)
+                with self.store.look_into(shelf, model_id) as folder:
+                    self._facts[model_id] = model_facts(folder)
             except (OSError, InputError, FolderDamaged):
                 return None
-        return self._facts[base_model]
+        return self._facts[model_id]
 
 
 class Login:

@@ -21,8 +21,8 @@ from tuneyard.specs.settings import Settings
 from tuneyard.specs.views import ErrorBody
 
 DESCRIPTION = """
-Submit fine-tune, inference and download jobs; follow their events, metrics and logs; fetch what
-they bring forth. Every request but /healthz and /readyz bears `Authorization: Bearer KEY`.
+Submit fine-tune, merge, inference and download jobs; follow their events, metrics and logs; fetch
+what they bring forth. Every request but /healthz and /readyz bears `Authorization: Bearer KEY`.
 
 An error is always `{"error": {"code", "message", "field", "line", "hint"}}`; a refused spec adds
 all its problems as `details`. 503 comes with `Retry-After`: nothing is lost by asking again, with

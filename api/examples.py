@@ -15,6 +15,10 @@ SUBMISSIONS: dict[str, Any] = {
             "lora_rank": 8,
         },
     },
+    "merge": {
+        "summary": "Make an adapter and its base into a model that stands alone",
+        "value": {"kind": "merge", "name": "support-tone-merged", "adapter": "support-tone"},
+    },
     "inference": {
         "summary": "Ask a model",
         "value": {"kind": "inference", "model": "support-tone", "prompts": ["Who are you?"]},

@@ -21,8 +21,8 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
     """Refuse what the inputs that are there already rule out. Raises: SpecRejected."""
     problems: list[InputError] = []
     if isinstance(spec, FinetuneSpec):
-        base = inputs.get("model", {}).get("base_model")
-        facts = yard.facts(UUID(base)) if base else None
+        model = inputs["model"]
+        facts = yard.facts(model) if model.keys() <= {"base_model", "artifact"} else None
         report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
         problems = check_finetune(spec, report, facts, eval_report=eval_report)
     elif isinstance(spec, DownloadSpec):

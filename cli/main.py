@@ -15,6 +15,7 @@ from tuneyard.cli import (
     inference,
     jobs,
     keys,
+    merging,
     models,
     results,
     services,
@@ -32,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 GROUPS = (
-    services, health, keys, jobs, inference, results, downloading, files, models, fixtures,
+    services, health, keys, jobs, merging, inference, results, downloading, files, models, fixtures,
 )  # fmt: skip
 for group in GROUPS:
     group.register(app)

@@ -328,7 +328,11 @@ class BaseModelRow(Row):
 
 
 class ModelRow(Row):
-    """A team's tuned model: an artifact over a base or over another tuned model."""
+    """A team's tuned model: an adapter over a base or over another model, or a model of its own.
+
+    kind ``adapter`` needs its parent to speak, ``model`` has all in its artifact;
+    adapter_artifact_id: what was merged into it.
+    """
 
     __tablename__ = "models"
     id: Mapped[UUID] = _key()
@@ -339,6 +343,8 @@ class ModelRow(Row):
     base_model_id: Mapped[UUID | None]
     parent_model_id: Mapped[UUID | None]
     created_at: Mapped[datetime]
+    kind: Mapped[str]
+    adapter_artifact_id: Mapped[UUID | None]
 
 
 class IdempotencyKeyRow(Row):

@@ -217,14 +217,17 @@ class DeletedView(_View):
 
 
 class ModelView(_View):
-    """A base model, or a team's tuned one."""
+    """A base model, or a team's own: tuned (an adapter over its base) or merged (a whole model)."""
 
     id: str = Field(examples=["base_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b"])
     name: str = Field(examples=["smollm2-135m-instruct"])
-    kind: Literal["base", "tuned"]
-    base_model: str | None = Field(default=None, description="Name of the base of a tuned model.")
+    kind: Literal["base", "tuned", "merged"]
+    base_model: str | None = Field(
+        default=None, description="Name of the model that a tuned or merged one was made of."
+    )
     job: str | None = None
     artifact: str | None = None
+    adapter: str | None = Field(default=None, description="The adapter in a merged one.")
     digest: str
     bytes: int
     created_at: Timestamp
