@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test unit integration hubs e2e docs demo clean
-.PHONY: test-browser test-merge-memory test-transformers4
+.PHONY: test-browser wheel-check test-merge-memory test-transformers4
 
 TRANSFORMERS4 := .venv-transformers4
 
@@ -71,6 +71,9 @@ $(TRANSFORMERS4)/.installed:
 	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" \
 	    > $$($(TRANSFORMERS4)/bin/python -c "import site; print(site.getsitepackages()[0])")/torch.pth
 	@touch $@
+
+wheel-check: setup ## install the wheel as the images do, compare it with git, run the servers' test on it
+	$(BIN)/pytest tests/wheel
 
 docs: setup ## write the pages that are derived from code
 	$(BIN)/python docs/generate.py

@@ -12,8 +12,10 @@ from tuneyard.cli import (
     downloading,
     files,
     fixtures,
+    health,
     inference,
     jobs,
+    keys,
     merging,
     models,
     results,
@@ -32,17 +34,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 GROUPS = (
-    services,
-    jobs,
-    merging,
-    inference,
-    chat,
-    results,
-    downloading,
-    files,
-    models,
+    services, health, keys, jobs, merging, inference, chat, results, downloading, files, models,
     fixtures,
-)
+)  # fmt: skip
 for group in GROUPS:
     group.register(app)
 

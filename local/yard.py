@@ -31,7 +31,6 @@ PUBLISHED_WITHIN_S = 30.0
 """A worker's time to publish what stopped runners saved, after their own grace."""
 
 COMMAND = (sys.executable, "-P", "-m", "tuneyard.cli.main")
-DASHBOARD = (sys.executable, "-P", "-m", "tuneyard.local.dashboard")
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,6 @@ def _flower(home: Home, shared: Mapping[str, Any], flower_url: str) -> Child:
         home,
         "flower",
         {name: shared[name] for name in ("home", "broker_url", "flower_url")},
-        argv=DASHBOARD,
         stage=2,
         is_ready=answers(f"{flower_url}/healthcheck"),
     )
@@ -198,15 +196,13 @@ def _role_url(home: Home, postgres: PostgresPlan, role: str) -> str:
     return postgres.url(f"tuneyard_{role}", secret(home.secret(role)), DATABASE)
 
 
-def _own_child(
-    home: Home, name: str, values: Mapping[str, Any], *, argv: tuple[str, ...] = (), **more: Any
-) -> Child:
+def _own_child(home: Home, name: str, values: Mapping[str, Any], **more: Any) -> Child:
     """A process of ours: its settings lie in a file of its own, mode 0600."""
     file = home.run(f"{name}.settings.json")
     text = json.dumps(values, sort_keys=True)
     write_private(file, text + "\n")
     env = child_environment() | {PREFIX + "SETTINGS": str(file)}
-    return Child(name, argv or (*COMMAND, name), env, settings=text, **more)
+    return Child(name, (*COMMAND, name), env, settings=text, **more)
 
 
 def _passed_on(settings: Settings) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Settings of every process, read once in each ``main()`` and passed in.
 
 Sources, the first that has a value wins: environment (``TUNEYARD_`` + the field's name in upper
-case), the YAML or JSON file that ``TUNEYARD_SETTINGS`` names, the default here. Secrets may come
-by file: ``TUNEYARD_DATABASE_URL_FILE=/run/secrets/db`` fills ``database_url``.
+case), the YAML or JSON file that ``TUNEYARD_SETTINGS`` names, the default here. Any setting, and
+every secret of a server, may come by a file of its own:
+``TUNEYARD_DATABASE_URL_FILE=/run/secrets/db`` fills ``database_url``.
 """
 
 import json
@@ -29,6 +30,7 @@ from tuneyard.specs.prefix import CLEAN, clean_prefix
 from tuneyard.specs.sources import HUB_NAMES
 
 PREFIX = "TUNEYARD_"
+FILE_SUFFIX = "_FILE"
 
 
 class Settings(BaseModel):
@@ -296,10 +298,7 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
     if settings_file := environ.get(PREFIX + "SETTINGS"):
         values |= _from_file(Path(settings_file))
     for name in Settings.model_fields:
-        variable = PREFIX + name.upper()
-        if secret_file := environ.get(variable + "_FILE"):
-            values[name] = _read(Path(secret_file), variable + "_FILE").strip()
-        elif (value := environ.get(variable)) not in (None, ""):
+        if (value := _from_environment(environ, name)) is not None:
             values[name] = value
     values |= {name: value for name, value in overrides.items() if value is not None}
     try:
@@ -313,6 +312,30 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
             field=name,
             hint=f"set {PREFIX}{name.upper()}; `tuneyard worker --help` lists the settings",
         ) from None
+
+
+def _from_environment(environ: Mapping[str, str], name: str) -> str | None:
+    """A setting's variable, or the content of the file that its variable with _FILE names."""
+    variable = PREFIX + name.upper()
+    value, file = environ.get(variable), environ.get(variable + FILE_SUFFIX)
+    if not file:
+        return value or None
+    if value:
+        raise InputError(
+            f"{variable} and {variable}{FILE_SUFFIX} are both set.",
+            code="bad_setting",
+            field=name,
+            hint="keep one of the two",
+        )
+    content = _read(Path(file), variable + FILE_SUFFIX, field=name).strip()
+    if not content:
+        raise InputError(
+            f"{variable}{FILE_SUFFIX} names {file}, which is empty.",
+            code="bad_setting",
+            field=name,
+            hint="write the value into that file, and nothing else",
+        )
+    return content
 
 
 def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -333,10 +356,14 @@ def _from_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read(path: Path, variable: str) -> str:
+def _read(path: Path, variable: str, *, field: str | None = None) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise InputError(
-            f"{variable} names {path}, which cannot be read: {error}.", code="bad_setting"
+            f"{variable} names {path}, which cannot be read: {reason}.",
+            code="bad_setting",
+            field=field,
+            hint="the file must be there and readable for the user of this process",
         ) from None

@@ -16,6 +16,7 @@ from celery.platforms import EX_OK
 from celery.worker import state
 
 from tuneyard.models.nodes import Gateway
+from tuneyard.specs.beats import beat
 from tuneyard.specs.errors import InputError, Unavailable
 from tuneyard.specs.messages import node_queue
 from tuneyard.specs.settings import Settings
@@ -82,6 +83,7 @@ def _register(settings: Settings, stop: threading.Event, gateway: Gateway) -> Su
     """Register with the database, waiting for it as long as it takes; None when asked to stop."""
     said = False
     while not stop.is_set():
+        beat(settings, "worker")
         try:
             return register(settings, {"tuneyard": version("tuneyard")}, stop, gateway)
         except Unavailable as error:

@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 from tuneyard.models import attempts, node_cache, nodes
 from tuneyard.models.engine import Database
 from tuneyard.models.events import node_channel
+from tuneyard.specs.beats import beat
 from tuneyard.specs.errors import BadId, StaleToken, Unavailable
 from tuneyard.specs.exits import Cause, Outcome, StopReason, Verdict
 from tuneyard.specs.ids import parse_id, show_id
@@ -119,6 +120,7 @@ class Supervisor:
 
     def _look_often(self) -> None:
         while not self.stopping.is_set():
+            beat(self.node.settings, "worker")
             try:
                 self.look()
                 self.keep_cache()

@@ -43,6 +43,9 @@ class Ready(BaseHTTPRequestHandler):
 settings = load_settings()
 if sys.argv[1] == "migrate":
     sys.exit(0)
+if sys.argv[1] == "flower":
+    from tuneyard.cli.main import main
+    main()
 if sys.argv[1] == "api":
     HTTPServer((settings.api_host, settings.api_port), Ready).serve_forever()
 while True:

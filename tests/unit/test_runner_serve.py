@@ -194,7 +194,12 @@ def test_the_default_system_text_leads_conversations_that_have_none(
         ({"messages": []}, 422, "wrong_type", "messages"),
         ({"messages": [{"role": "user"}]}, 422, "wrong_type", "messages[0].content"),
         ({}, 422, "wrong_type", "messages"),
-        ({"messages": [{"role": "user", "content": "x"}], "top_p": 7}, 422, "bad_spec", "out of range"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "top_p": 7},
+            422,
+            "bad_spec",
+            "out of range",
+        ),
         (b"[1]", 422, "malformed_json", "object"),
     ],
 )
