@@ -19,7 +19,7 @@ from tuneyard.api import sessions
 from tuneyard.api.prefix import inner_path
 from tuneyard.api.problems import answer
 from tuneyard.checks.models import model_facts
-from tuneyard.models.engine import Database
+from tuneyard.models.engine import Database, Patience
 from tuneyard.models.keys import Caller, hash_key, key_holder
 from tuneyard.specs.errors import (
     Forbidden,
@@ -37,6 +37,8 @@ KEY_KNOWN_S = 5.0
 KEYS_KNOWN = 1000
 MAX_KEY_CHARACTERS = 200
 WAIT_FOR_TURN_S = 2.0
+PATIENCE = Patience(connect_s=2, ping_s=1.0, answer_s=4.0)
+"""Whoever asks is answered within about 5 s: by 503 where PostgreSQL says nothing."""
 
 PAGES = sessions.PATH
 """Below here a browser's session counts as its key, and nowhere else."""
@@ -57,7 +59,7 @@ class Yard:
         self.settings = settings
         url = settings.database_url.get_secret_value()
         # Streams and the checker use the pool's overflow: requests have their turns to themselves.
-        self.db = Database(url, "ty-api", pool_size=settings.api_threads)
+        self.db = Database(url, "ty-api", pool_size=settings.api_threads, patience=PATIENCE)
         self.store = Store(settings.store_root)
         secret = settings.session_secret
         self.sessions = sessions.Sessions(

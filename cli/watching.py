@@ -149,6 +149,8 @@ def event_line(kind: str, data: Mapping[str, Any]) -> str:
         return f"attempt {details.get('attempt')} {kind}: {reason}" + (goes_on and f"; {goes_on}")
     if kind in ("warning", "checkpoint_rejected"):
         return f"note: {details.get('message')}"
+    if kind == "away":
+        return f"note: {data.get('message')} The job goes on; asked again for some minutes."
     if kind == "started":  # progress says it better, by its phase
         return ""
     moved = data.get("to_state") and data.get("to_state") != data.get("from_state")

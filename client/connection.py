@@ -21,7 +21,7 @@ TRIES_TO_CONNECT = 3
 """A server that restarts is back within a second; one that is away is named as soon."""
 
 FIRST_PAUSE_S = 0.2
-GIVE_UP_AFTER_S = 20.0
+GIVE_UP_AFTER_S = 10.0
 AWAY = (502, 503, 504)
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
