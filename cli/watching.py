@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Group
@@ -94,11 +95,18 @@ def _watch_live(client: Client, job: str) -> None:
         for kind, data in client.watch(job):
             if kind == "progress":
                 progress = data.get("progress") or {}
+                if data.get("started_at"):
+                    bar.tasks[0].start_time = bar.get_time() - seconds_since(data["started_at"])
                 bar.update(task, total=progress.get("total"), completed=progress.get("done") or 0)
                 line = Text(describe(data), no_wrap=True, overflow="ellipsis")
                 live.update(Group(line, bar))
             elif line_ := event_line(kind, data):
                 out.print(Text(line_), soft_wrap=True)
+
+
+def seconds_since(started_at: str) -> float:
+    """How long an attempt has run, whenever the watching began; 0 where a clock is behind."""
+    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(started_at)).total_seconds())
 
 
 def describe(data: Mapping[str, Any]) -> str:

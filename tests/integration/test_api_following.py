@@ -48,6 +48,24 @@ def running(api: Api, a_node: Callable[..., UUID]) -> Iterator[Running]:
         yield Running(api, http, a_node(gpus=0))
 
 
+def test_a_job_that_is_queued_again_shows_nothing_of_its_last_attempt(running: Running) -> None:
+    reached = {"done": 270, "total": 272, "unit": "tensors"}
+    running.api.ship(running.ref, phase="publishing", progress=reached)
+    assert running.http.get(running.path).json()["progress"]["done"] == 270
+    running.api.lose(running.ref)
+    assert running.http.get(running.path).json()["progress"] is None
+    events = Follower(running.http, f"{running.path}/events", headers=SSE)
+    live = next(e for e in iter(events.event, None) if e["event"] == "progress")
+    shown = {name: value for name, value in json.loads(live["data"]).items() if value}
+    assert shown == {"state": "queued"}
+    running.ref = running.api.start(running.job, running.node)
+    again = next(e for e in iter(events.event, None) if e["event"] == "progress")
+    started = running.http.get(running.path).json()["attempts"][1]["started_at"]
+    assert json.loads(again["data"])["started_at"] == started
+    running.api.finish(running.ref)
+    events.rest()
+
+
 class Follower:
     """A thread that reads a stream line by line until the server ends it."""
 
