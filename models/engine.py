@@ -24,6 +24,8 @@ from tuneyard.specs.errors import Unavailable
 RETRYABLE = ("08", "25P", "40001", "40P01", "53", "55P03", "57014", "57P0")
 """SQLSTATEs (or their class) after which the whole unit may be run again."""
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Patience:
