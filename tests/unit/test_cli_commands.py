@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -339,6 +342,28 @@ def test_what_is_no_recipe_is_named(tuneyard: Command, tmp_path: Path, name: str
     assert done.code == 2
     assert name.replace("\0", "") in done.err.replace("\0", "")
     assert "Traceback" not in done.err
+
+
+def test_a_name_that_is_empty_is_no_folder(tuneyard: Command) -> None:
+    done = tuneyard("submit", "")
+    assert done.err == "The file's name is empty.\n  hint: name a file, or - for stdin\n"
+
+
+def test_a_named_pipe_is_read_and_one_without_a_writer_is_not_waited_for(
+    tuneyard: Command, api: RecordedApi, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "f.yaml")
+    done = tuneyard("submit", "f.yaml")
+    assert (done.code, done.err) == (2, "f.yaml is a pipe into which nobody writes.\n")
+    accepting(api)
+    (tmp_path / "data.jsonl").write_bytes(ROW)
+    writer = threading.Thread(target=lambda: (tmp_path / "f.yaml").write_text(RECIPE), daemon=True)
+    writer.start()
+    deadline = time.monotonic() + 10  # the writer must have begun to wait for its reader
+    while (done := tuneyard("submit", "f.yaml")).code and time.monotonic() < deadline:
+        pass
+    assert done.code == 0, done.err
+    writer.join(10)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00"])
