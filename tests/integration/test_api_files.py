@@ -123,6 +123,18 @@ def test_a_waiting_job_whose_file_does_not_serve_it_fails_with_the_reason(
     assert error["code"] == code
 
 
+def test_a_small_file_does_not_wait_for_the_check_of_a_large_one(api: Api) -> None:
+    with api.client() as http:
+        row = b'{"instruction": "Who are you?", "output": "I am Tuny."}\n'
+        large = [put(http, row * 600_000, name=f"{n}.jsonl").json()["id"] for n in range(2)]
+        small = put(http).json()["id"]
+        assert checked(http, small)["state"] == "processed"
+        states = [http.get(f"/files/{file}").json()["state"] for file in large]
+        assert states == ["processing", "processing"]
+        for file in large:
+            http.delete(f"/files/{file}")
+
+
 def test_a_check_whose_process_died_is_done_by_another(
     unchecked: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
