@@ -21,7 +21,7 @@ from tuneyard.models.keys import Caller
 from tuneyard.specs.download import DownloadSpec, implied_download
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.ids import new_id
-from tuneyard.specs.jobs import JobSpec, Note, read_spec
+from tuneyard.specs.jobs import KINDS, JobSpec, Note, read_spec
 from tuneyard.specs.pipelines import Step, in_step, read_pipeline
 from tuneyard.specs.states import JobState
 from tuneyard.specs.views import JobList, JobView, PipelineView
@@ -143,6 +143,10 @@ def list_jobs(
     cursor: str | None = None,
 ) -> JobList:
     """A page of the team's jobs, newest first."""
+    if kind is not None and kind not in KINDS:
+        message = f"There is no kind {kind[:40]!r}."
+        hint = f"one of {', '.join(KINDS)}"
+        raise InputError(message, code="bad_choice", field="kind", hint=hint)
     wanted = reading.JobFilter(_states(state or []), kind, name, None if all_ else False)
     listing = ("jobs", caller.team_id.hex, [*wanted.states], kind, name, all_)
     before = read_cursor(cursor, *listing)

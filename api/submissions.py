@@ -8,12 +8,13 @@ from sqlalchemy import Connection
 
 from tuneyard.api.access import Yard
 from tuneyard.checks.hubs import check_place
-from tuneyard.checks.submission import check_finetune, check_prompts
+from tuneyard.checks.submission import check_finetune, check_inference, check_prompts
 from tuneyard.models import files
 from tuneyard.models.inputs import Inputs
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.finetune import FinetuneSpec
+from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.jobs import JobSpec
 
 
@@ -21,16 +22,24 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
     """Refuse what the inputs that are there already rule out. Raises: SpecRejected."""
     problems: list[InputError] = []
     if isinstance(spec, FinetuneSpec):
-        base = inputs.get("model", {}).get("base_model")
-        facts = yard.facts(UUID(base)) if base else None
+        facts = _facts(yard, inputs)
         report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
         problems = check_finetune(spec, report, facts, eval_report=eval_report)
     elif isinstance(spec, DownloadSpec):
         problems = check_place(spec, yard.settings.roots)
-    elif report := _report(tx, inputs, "prompts"):
-        problems = check_prompts(report)
+    elif isinstance(spec, InferenceSpec):
+        report = _report(tx, inputs, "prompts")
+        problems = [
+            *check_inference(spec, _facts(yard, inputs)),
+            *(check_prompts(report) if report else []),
+        ]
     if problems:
         raise SpecRejected(problems)
+
+
+def _facts(yard: Yard, inputs: Inputs) -> Mapping[str, object] | None:
+    base = inputs.get("model", {}).get("base_model")
+    return yard.facts(UUID(base)) if base else None
 
 
 def _report(tx: Connection, inputs: Inputs, field: str) -> Mapping[str, Any] | None:

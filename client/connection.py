@@ -30,7 +30,7 @@ class Connection:
     """One server's /api/v1, as one team."""
 
     def __init__(self, url: str, api_key: str) -> None:
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/").removesuffix("/api/v1").rstrip("/")
         address = _address(self.url)
         self.local = address.hostname in LOCAL_HOSTS
         if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:

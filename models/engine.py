@@ -252,5 +252,7 @@ def _is_connection_error(error: DBAPIError) -> bool:
 
 def _unavailable(error: BaseException | None) -> Unavailable:
     state = getattr(error, "sqlstate", None)
-    code = "storage_full" if state == "53100" else "db_unavailable"
-    return Unavailable("The database cannot be reached right now.", code=code)
+    if state == "53100":
+        hint = "whoever runs the server has to free space; nothing of this was kept"
+        return Unavailable("The database's disk is full.", code="storage_full", hint=hint)
+    return Unavailable("The database cannot be reached right now.", code="db_unavailable")

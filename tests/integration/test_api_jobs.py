@@ -163,6 +163,7 @@ def test_lists_are_filtered_by_state_kind_and_name(api: Api) -> None:
         ("cursor=", "bad_cursor"),
         ("cursor=" + "A" * 32, "bad_cursor"),
         ("state=runing", "bad_choice"),
+        ("kind=zz", "bad_choice"),
         ("stat=running", "unknown_field"),
         ("name=%00", "bad_character"),
     ],

@@ -230,6 +230,14 @@ def test_a_watch_ends_when_the_job_was_over_before(api: RecordedApi, client: Cli
     assert list(client.watch(JOB, after=7)) == []
 
 
+def test_an_address_that_ends_in_the_apis_own_path_is_the_servers(api: RecordedApi) -> None:
+    api.on("GET", f"/jobs/{JOB}", a_job(JOB))
+    for url in (f"{api.url}/api/v1", f"{api.url}/api/v1/"):
+        with Client(url, KEY) as client:
+            assert client.job(JOB)["id"] == JOB
+            assert client.url == api.url
+
+
 def test_a_watch_of_an_unknown_job_is_refused(client: Client) -> None:
     with pytest.raises(Refused, match="no such thing"):
         next(client.watch(JOB))
