@@ -141,11 +141,23 @@ def test_a_stream_of_an_ended_job_tells_and_ends(running: Running) -> None:
     assert seen_all.rest() == []
 
 
-@pytest.mark.parametrize("number", ["-1", "abc", "1" * 31, "4", "", "1.0", "٣"])
-def test_an_odd_last_event_id_is_refused(running: Running, number: str) -> None:
-    headers = {"Accept": "text/event-stream", "Last-Event-ID": number.encode()}
+@pytest.mark.parametrize(
+    ("number", "accept"),
+    [
+        *((n, "text/event-stream") for n in ("-1", "abc", "1" * 31, "4", "", "1.0", "٣")),
+        ("abc", "application/json"),
+        ("4", "*/*"),
+    ],
+)
+def test_an_odd_last_event_id_is_refused(running: Running, number: str, accept: str) -> None:
+    headers = {"Accept": accept, "Last-Event-ID": number.encode()}
     answer = running.http.get(f"{running.path}/events", headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_event_id")
+
+
+def test_a_page_of_events_goes_on_after_last_event_id_too(running: Running) -> None:
+    answer = running.http.get(f"{running.path}/events", headers={"Last-Event-ID": "2"})
+    assert [line["seq"] for line in answer.json()["data"]] == [3]
 
 
 def test_progress_and_newest_metrics_come_between_the_events(running: Running) -> None:
