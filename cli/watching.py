@@ -14,10 +14,10 @@ from rich.text import Text
 
 from tuneyard.cli.output import (
     duration,
+    error_lines,
     on_screen,
     out,
     plain_error,
-    print_error,
     print_json,
     say,
     size,
@@ -179,11 +179,17 @@ def report_end(client: Client, job: str, *, quiet: bool = False) -> int:
 
 def report_failure(job: Mapping[str, Any]) -> None:
     """Say on stderr how a job failed, and the mend."""
-    plain_error(f"{job['name']} {job['state']}")
+    for line in failure_lines(job):
+        plain_error(line)
+
+
+def failure_lines(job: Mapping[str, Any]) -> Iterator[str]:
+    """How a job failed, and the mend."""
+    yield f"{job['name']} {job['state']}"
     if error := job.get("error"):
         message = f"{error.get('code')}: {error.get('message')}"
         hint = error.get("hint") or _mend(job)
-        print_error(TuneyardError(message, field=error.get("field"), hint=hint))
+        yield from error_lines(TuneyardError(message, field=error.get("field"), hint=hint))
 
 
 def _mend(job: Mapping[str, Any]) -> str:

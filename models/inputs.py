@@ -21,7 +21,7 @@ from sqlalchemy import ColumnElement, Connection, Row, select
 from tuneyard.models.tables import ArtifactRow, BaseModelRow, FileRow, JobRow, ModelRow
 from tuneyard.specs.download import implied_download
 from tuneyard.specs.errors import InputError, NotFound
-from tuneyard.specs.fields import DATA_FILES, WHAT
+from tuneyard.specs.fields import DATA_FILES, WHAT, model_name_of
 from tuneyard.specs.ids import PREFIXES, is_id, parse_id, show_id
 from tuneyard.specs.jobs import Reference
 from tuneyard.specs.states import TERMINAL, JobState
@@ -250,12 +250,26 @@ def _downloading(tx: Connection, team_id: UUID, reference: Reference, name: str)
     newest = select(ModelRow.name).where(ModelRow.team_id == team_id)
     tuned = tx.execute(newest.order_by(ModelRow.id.desc()).limit(10)).scalars().all()
     known = ", ".join([*bases, *tuned] if reference.what == "model" else tuned) or "none yet"
+    hint = f"known here: {known}; a download job brings a new one"
+    if (tuning := _tuning(tx, team_id, name)) is not None:
+        hint = f"{show_id('job', tuning)} is to bring it: name that job, and this one waits for it"
     raise NotFound(
         f"There is no {reference.what} {name[:80]!r}.",
         code="model_not_found",
         field=reference.field,
-        hint=f"known here: {known}; a download job brings a new one",
+        hint=hint,
     )
+
+
+def _tuning(tx: Connection, team_id: UUID, name: str) -> UUID | None:
+    """The newest open fine-tune whose model will be called so."""
+    rows = tx.execute(
+        select(JobRow.id, JobRow.name)
+        .where(JobRow.kind == "finetune", JobRow.team_id == team_id, JobRow.finished_at.is_(None))
+        .order_by(JobRow.id.desc())
+        .limit(200)
+    )
+    return next((row.id for row in rows if model_name_of(row.name) == name), None)
 
 
 def _output_of(tx: Connection, team_id: UUID, reference: Reference, name: str) -> Inputs:

@@ -1,5 +1,6 @@
 """Files over HTTP: streamed to disk, checked in a child, freeing the jobs that wait for them."""
 
+import errno
 import hashlib
 import json
 import socket
@@ -236,6 +237,18 @@ def test_a_file_above_the_limit_is_refused_and_leaves_nothing(
         for answer in (said, streamed):
             assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
         assert len(left_behind(api)) == 1
+
+
+def test_a_full_disk_is_named_with_the_mend(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tuneyard.store.remote.Store.put_file", full)
+    with api.client() as http:
+        answer = put(http)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "storage_full")
+    assert "delete files" in error["hint"]
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(api: Api) -> None:

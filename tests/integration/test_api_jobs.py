@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID
 
 import pytest
-from support.apis import ASK, Api, serve_again
+from support.apis import ASK, ROWS, Api, serve_again
 
 from tuneyard.specs.ids import new_id, show_id
 
@@ -117,6 +117,19 @@ def test_a_missing_model_is_refused_with_those_there_are(api: Api) -> None:
     assert (answer.status_code, error["code"], error["field"]) == (404, "model_not_found", "model")
     assert "tiny" in error["hint"]
     assert count(api) == 0
+
+
+def test_a_model_that_is_still_tuned_is_refused_with_its_job(api: Api) -> None:
+    api.a_base("tiny")
+    tune = {"kind": "finetune", "model": "tiny", "stage": "sft", "finetuning_type": "lora"}
+    with api.client() as http:
+        file = http.post("/files", files={"file": ("rows.jsonl", ROWS)}).json()["id"]
+        made = http.post("/jobs", json=tune | {"dataset": file, "name": "my tuny"}).json()["id"]
+        error = http.post("/jobs", json=ASK | {"model": "my-tuny"}).json()["error"]
+        assert error["code"] == "model_not_found"
+        assert error["hint"].startswith(f"{made} is to bring it")
+        waiting = http.post("/jobs", json=ASK | {"model": made})
+    assert (waiting.status_code, waiting.json()["state"]) == (201, "blocked")
 
 
 def test_pages_show_every_job_once_newest_first(api: Api) -> None:

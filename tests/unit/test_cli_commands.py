@@ -580,10 +580,28 @@ def test_what_is_no_data_is_named_and_does_not_travel(
     assert not api.asked
 
 
-def test_what_is_no_files_id_is_your_input(tuneyard: Command, api: RecordedApi) -> None:
-    for command in ("show", "rm"):
-        assert tuneyard("files", command, "data.jsonl").code == 2
-    assert not api.asked
+def test_a_file_goes_by_a_name_that_one_file_has(tuneyard: Command, api: RecordedApi) -> None:
+    one, other = (a_file(f"file_{n:032x}", name="data.jsonl", sha256="0") for n in (1, 2))
+    api.on("GET", "/files", page(one))
+    api.on("GET", f"/files/{one['id']}", one)
+    assert one["id"] in tuneyard("files", "show", "data.jsonl").out
+    api.on("DELETE", f"/files/{one['id']}", {"id": one["id"], "deleted": True})
+    assert tuneyard("files", "rm", "data.jsonl").out == f"{one['id']} deleted\n"
+    for found, said in ((page(), "No file is called"), (page(one, other), "Several files are")):
+        api.on("GET", "/files", found)
+        done = tuneyard("files", "rm", "data.jsonl")
+        assert done.code == 2
+        assert said in done.err
+
+
+def test_how_a_job_failed_is_shown_in_one_place(tuneyard: Command, api: RecordedApi) -> None:
+    error = {"code": "oom", "message": "Out of memory.", "field": None, "hint": None}
+    attempt = {"number": 1, "node": "n", "devices": [], "phase": "ended", "outcome": "failed",
+               "cause": "oom", "patch": {"cutoff_len": 64}}  # fmt: skip
+    api.on("GET", f"/jobs/{JOB}", a_job(JOB, state="failed", error=error, attempts=[attempt]))
+    done = tuneyard("show", JOB)
+    assert (done.code, done.err) == (0, "")
+    assert "oom: Out of memory.\n  hint: `tuneyard retry" in done.out
 
 
 def test_models_and_nodes_are_listed(tuneyard: Command, api: RecordedApi) -> None:
