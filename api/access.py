@@ -19,7 +19,7 @@ from tuneyard.api import sessions
 from tuneyard.api.prefix import inner_path
 from tuneyard.api.problems import answer
 from tuneyard.checks.models import model_facts
-from tuneyard.models.engine import Database
+from tuneyard.models.engine import Database, Patience
 from tuneyard.models.keys import Caller, hash_key, key_holder
 from tuneyard.specs.errors import (
     Forbidden,
@@ -33,12 +33,15 @@ from tuneyard.specs.ids import parse_id
 from tuneyard.specs.settings import Settings
 from tuneyard.store.folder import FolderDamaged
 from tuneyard.store.remote import Shelf, open_store
+from tuneyard.store.shelves import StoreUnreachable
 
 KEY_KNOWN_S = 5.0
 KEYS_KNOWN = 1000
 MAX_KEY_CHARACTERS = 200
 WAIT_FOR_TURN_S = 2.0
 STORE_ANSWERS_WITHIN_S = 8.0
+PATIENCE = Patience(connect_s=2, ping_s=1.0, answer_s=4.0)
+"""Whoever asks is answered within about 5 s: by 503 where PostgreSQL says nothing."""
 
 PAGES = sessions.PATH
 """Below here a browser's session counts as its key, and nowhere else."""
@@ -59,7 +62,7 @@ class Yard:
         self.settings = settings
         url = settings.database_url.get_secret_value()
         # Streams and the checker use the pool's overflow: requests have their turns to themselves.
-        self.db = Database(url, "ty-api", pool_size=settings.api_threads)
+        self.db = Database(url, "ty-api", pool_size=settings.api_threads, patience=PATIENCE)
         self.store = open_store(settings, answer_within_s=STORE_ANSWERS_WITHIN_S)
         secret = settings.session_secret
         self.sessions = sessions.Sessions(
@@ -109,10 +112,9 @@ class Yard:
         return caller
 
     def facts(self, model: Mapping[str, str]) -> dict[str, object] | None:
-        """What a model's headers say; None where its folder is gone or odd.
+        """What a model's headers say; None where its folder is gone, odd or out of reach.
 
         model: as ``jobs.inputs`` holds it, a base model or an artifact of a team.
-        Raises: StoreUnreachable.
         """
         ((kind, text),) = model.items()
         model_id = UUID(text)
@@ -121,7 +123,7 @@ class Yard:
             try:
                 with self.store.look_into(shelf, model_id) as folder:
                     self._facts[model_id] = model_facts(folder)
-            except (OSError, InputError, FolderDamaged):
+            except (OSError, InputError, FolderDamaged, StoreUnreachable):
                 return None
         return self._facts[model_id]
 

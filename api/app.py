@@ -79,7 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.passages = Passages()
     app.state.broker = Broker(settings.broker_url.get_secret_value())
     _include_routes(app)
-    problems.register(app)
+    problems.register(app, (*ROUTERS, *PAGES, things.health))
     # The last one added is the outermost.
     app.add_middleware(Login, yard=yard)
     app.add_middleware(

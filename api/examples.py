@@ -2,6 +2,17 @@
 
 from typing import Any
 
+from tuneyard.specs.views import ErrorBody
+
+Responses = dict[int | str, dict[str, Any]]
+
+BAD_REQUEST: Responses = {
+    400: {"model": ErrorBody, "description": "The request cannot be read; the place is said."}
+}
+CONFLICT: Responses = {
+    409: {"model": ErrorBody, "description": "It clashes with what is there; the mend is said."}
+}
+
 SUBMISSIONS: dict[str, Any] = {
     "finetune": {
         "summary": "Tune a base model on an uploaded file",

@@ -11,7 +11,8 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 
 from tuneyard.api.access import TheCaller, TheYard, Yard, path_id
-from tuneyard.api.paging import page, read_cursor
+from tuneyard.api.examples import BAD_REQUEST, CONFLICT
+from tuneyard.api.paging import Cursor, page, read_cursor
 from tuneyard.api.ranges import BINARY, part_of, saved
 from tuneyard.api.uploads import Upload
 from tuneyard.models import files
@@ -47,7 +48,7 @@ FORM = {
 }
 
 
-@router.post("", status_code=201, openapi_extra=FORM)
+@router.post("", status_code=201, openapi_extra=FORM, responses=BAD_REQUEST)
 async def upload(request: Request, caller: TheCaller, yard: TheYard) -> FileView:
     """Upload a data set or a file of prompts; its check begins at once."""
     received = await request.app.state.uploads.receive(request)
@@ -107,7 +108,7 @@ def list_files(
     caller: TheCaller,
     yard: TheYard,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: str | None = None,
+    cursor: Cursor = None,
 ) -> FileList:
     """A page of the team's files, newest first."""
     listing = ("files", caller.team_id.hex)
@@ -141,7 +142,7 @@ def content(
     return saved(pieces, part, name=view.name, sha256=view.sha256)
 
 
-@router.delete("/{file}")
+@router.delete("/{file}", responses=CONFLICT)
 def delete(file: str, caller: TheCaller, yard: TheYard) -> DeletedView:
     """Delete a file that no open job needs."""
     file_id = path_id("file", file)

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 
 from tuneyard.api.access import TheCaller, TheYard, path_id
+from tuneyard.api.examples import BAD_REQUEST
 from tuneyard.api.logs import LogReader
 from tuneyard.api.ranges import part_of
 from tuneyard.api.streams import Stream
@@ -40,7 +41,10 @@ class BadEventId(InputError):
 @router.get(
     "/events",
     response_model=EventList,
-    responses={200: {"content": {"text/event-stream": {"example": EVENT_STREAM}}}},
+    responses={
+        200: {"content": {"text/event-stream": {"example": EVENT_STREAM}}},
+        **BAD_REQUEST,
+    },
 )
 def events(
     job: str,
@@ -54,15 +58,15 @@ def events(
 ) -> Any:
     """A job's timeline.
 
-    With `Accept: text/event-stream` as it happens, from Last-Event-ID on, to the job's end;
-    between the numbered events come `progress` events without a number.
+    After `after`, or Last-Event-ID where that is given. With `Accept: text/event-stream` as it
+    happens, to the job's end; between the numbered events come `progress` events without a number.
     """
     job_id = path_id("job", job)
     with yard.snapshot(caller.team_id) as tx:
         standing = reading.standing(tx, job_id)
+        if last_event_id is not None:
+            after = _event_number(last_event_id, standing.last_seq)
         if "text/event-stream" in accept:
-            if last_event_id is not None:
-                after = _event_number(last_event_id, standing.last_seq)
             stream = request.app.state.streams.events(caller, job_id, after)
             return Stream(stream, media_type="text/event-stream")
         lines = reading.list_events(tx, job_id, after=after, limit=limit)

@@ -11,8 +11,8 @@ from sqlalchemy import Connection
 
 from tuneyard.api.access import TheCaller, TheYard, Yard, path_id
 from tuneyard.api.bodies import Document, IdempotencyKey
-from tuneyard.api.examples import RETRY_BODY, SUBMIT_BODY
-from tuneyard.api.paging import page, read_cursor
+from tuneyard.api.examples import BAD_REQUEST, CONFLICT, RETRY_BODY, SUBMIT_BODY
+from tuneyard.api.paging import Cursor, page, read_cursor
 from tuneyard.api.submissions import check_inputs
 from tuneyard.checks.hubs import ask_hubs
 from tuneyard.models import jobs, reading
@@ -21,7 +21,7 @@ from tuneyard.models.keys import Caller
 from tuneyard.specs.download import DownloadSpec, implied_download
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.ids import new_id
-from tuneyard.specs.jobs import JobSpec, Note, read_spec
+from tuneyard.specs.jobs import KINDS, JobSpec, Note, read_spec
 from tuneyard.specs.pipelines import Step, in_step, read_pipeline
 from tuneyard.specs.states import JobState
 from tuneyard.specs.views import JobList, JobView, PipelineView
@@ -30,7 +30,7 @@ router = APIRouter(prefix="/api/v1/jobs", tags=["jobs"])
 pipelines = APIRouter(prefix="/api/v1/pipelines", tags=["pipelines"])
 
 
-@router.post("", status_code=201, openapi_extra=SUBMIT_BODY)
+@router.post("", status_code=201, openapi_extra=SUBMIT_BODY, responses={**BAD_REQUEST, **CONFLICT})
 def submit(
     body: Document, caller: TheCaller, yard: TheYard, response: Response, key: IdempotencyKey
 ) -> JobView | PipelineView:
@@ -140,9 +140,13 @@ def list_jobs(
         bool, Query(alias="all", description="Also those made for other jobs.")
     ] = False,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: str | None = None,
+    cursor: Cursor = None,
 ) -> JobList:
     """A page of the team's jobs, newest first."""
+    if kind is not None and kind not in KINDS:
+        message = f"There is no kind {kind[:40]!r}."
+        hint = f"one of {', '.join(KINDS)}"
+        raise InputError(message, code="bad_choice", field="kind", hint=hint)
     wanted = reading.JobFilter(_states(state or []), kind, name, None if all_ else False)
     listing = ("jobs", caller.team_id.hex, [*wanted.states], kind, name, all_)
     before = read_cursor(cursor, *listing)
@@ -170,7 +174,7 @@ def show(job: str, caller: TheCaller, yard: TheYard) -> JobView:
         return reading.show_job(tx, caller.team, job_id)
 
 
-@router.post("/{job}/cancel")
+@router.post("/{job}/cancel", responses=CONFLICT)
 def cancel(job: str, caller: TheCaller, yard: TheYard) -> JobView:
     """Cancel a job; a running one is stopped at a checkpoint. Asking twice is asking once."""
     job_id = path_id("job", job)
@@ -196,7 +200,12 @@ def cancel_pipeline(pipeline: str, caller: TheCaller, yard: TheYard) -> Pipeline
         return reading.show_pipeline(tx, caller.team, pipeline_id)
 
 
-@router.post("/{job}/retry", status_code=201, openapi_extra=RETRY_BODY)
+@router.post(
+    "/{job}/retry",
+    status_code=201,
+    openapi_extra=RETRY_BODY,
+    responses={**BAD_REQUEST, **CONFLICT},
+)
 def retry(
     job: str,
     body: Document,

@@ -182,7 +182,8 @@ def _bad_head(scope: Scope, headers: Headers) -> InputError | None:
     asked = [inner_path(scope), *(part for pair in QueryParams(scope["query_string"]).multi_items()
                               for part in pair)]  # fmt: skip
     if any(CONTROL.search(text) for text in asked):
-        return InputError("The address holds a control character.", code="bad_character")
+        message, hint = "The address holds a control character.", "remove it: it may be written %00"
+        return InputError(message, code="bad_character", hint=hint)
     return None
 
 

@@ -5,15 +5,20 @@ import binascii
 import difflib
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import Request
+from fastapi import Query, Request
 from fastapi.routing import APIRoute
 
 from tuneyard.specs.errors import InputError
 
 SEAL_BYTES = 8
+
+Cursor = Annotated[
+    str | None,
+    Query(description="next_cursor of the page before.", json_schema_extra={"minLength": 1}),
+]
 
 
 def read_cursor(cursor: str | None, *listing: object) -> UUID | None:

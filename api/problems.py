@@ -1,14 +1,15 @@
 """One shape for every error: {"error": {"code", "message", "field", "line", "hint"}}."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from tuneyard.specs.errors import (
     Conflict,
@@ -46,8 +47,11 @@ def internal(request_id: str) -> JSONResponse:
     return answer(problem)
 
 
-def register(app: FastAPI) -> None:
-    """Translate errors at the edge, once. What is not named here is a bug: see limits.py."""
+def register(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Translate errors at the edge, once. What is not named here is a bug: see limits.py.
+
+    routers: where all addresses are.
+    """
 
     @app.exception_handler(TuneyardError)
     async def ours(_: Request, error: TuneyardError) -> JSONResponse:
@@ -64,13 +68,23 @@ def register(app: FastAPI) -> None:
         if hint:
             hint = request.scope["root_path"] + hint
         body = {"error": InputError(message, code=code, hint=hint).as_dict()}
-        return JSONResponse(body, error.status_code, dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405 and (methods := _methods_at(routers, request)):
+            headers["Allow"] = ", ".join(methods)
+        return JSONResponse(body, error.status_code, headers)
 
     @app.exception_handler(IntegrityError)
     async def constraints(_: Request, error: IntegrityError) -> JSONResponse:
         name = getattr(getattr(error.orig, "diag", None), "constraint_name", None)
         log.warning("constraint refused", extra={"event": "constraint_refused", "name_": name})
         return answer(Conflict("This was changed by someone else at the same moment; ask again."))
+
+
+def _methods_at(routers: Sequence[APIRouter], request: Request) -> list[str]:
+    """All methods of an address: the framework names those of the first route that has it."""
+    routes = [route for router in routers for route in router.routes]
+    at = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in at for method in getattr(route, "methods", None) or ()})
 
 
 def _parameter_problem(found: Mapping[str, Any]) -> InputError:

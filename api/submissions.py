@@ -8,12 +8,18 @@ from sqlalchemy import Connection
 
 from tuneyard.api.access import Yard
 from tuneyard.checks.hubs import check_place
-from tuneyard.checks.submission import check_finetune, check_prompts, check_serve
+from tuneyard.checks.submission import (
+    check_finetune,
+    check_inference,
+    check_prompts,
+    check_serve,
+)
 from tuneyard.models import files
 from tuneyard.models.inputs import Inputs
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.finetune import FinetuneSpec
+from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.jobs import JobSpec
 from tuneyard.specs.serve import ServeSpec
 
@@ -29,8 +35,12 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
         problems = check_serve(spec, _facts(yard, inputs)) if "adapter" not in inputs else []
     elif isinstance(spec, DownloadSpec):
         problems = check_place(spec, yard.settings.roots)
-    elif report := _report(tx, inputs, "prompts"):
-        problems = check_prompts(report)
+    elif isinstance(spec, InferenceSpec):
+        report = _report(tx, inputs, "prompts")
+        problems = [
+            *check_inference(spec, _facts(yard, inputs)),
+            *(check_prompts(report) if report else []),
+        ]
     if problems:
         raise SpecRejected(problems)
 

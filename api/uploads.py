@@ -39,6 +39,9 @@ class Upload:
     fields: dict[str, str]
 
 
+DISK_FULL = "delete files that no job needs (DELETE /api/v1/files/…), or add space to the store"
+
+
 class Uploads:
     """The uploads of one process; so many at once that disks and threads stand it."""
 
@@ -76,7 +79,7 @@ class Uploads:
 
 def _no_space(error: OSError) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Unavailable("The disk of the store is full.", code="storage_full")
+        return Unavailable("The disk of the store is full.", code="storage_full", hint=DISK_FULL)
     return error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tuneyard.specs.errors import InputError
+from tuneyard.specs.rows import each_once
 
 MAX_LINE_BYTES = 16 * 1024**2
 PIECE_BYTES = 1024**2
@@ -30,9 +31,15 @@ MAGIC = (
     (b"%PDF", "a PDF"),
     (b"GGUF", "a GGUF model"),
     (b"\x7fELF", "a program"),
+    (b"\xff\xfe\x00\x00", "text in UTF-32"),
+    (b"\x00\x00\xfe\xff", "text in UTF-32"),
     (b"\xff\xfe", "text in UTF-16"),
     (b"\xfe\xff", "text in UTF-16"),
 )
+
+
+AN_ARRAY = "an array is [ROW, ROW, …]; rows may also stand one a line, without brackets"
+ONE_A_LINE = 'one JSON object a line, such as {"instruction": "…", "output": "…"}'
 
 
 class BadLine(InputError):
@@ -40,8 +47,16 @@ class BadLine(InputError):
 
     code = "bad_line"
 
-    def __init__(self, message: str, *, line: int, column: int | None = None, **more: Any) -> None:
-        super().__init__(message, line=line, **more)
+    def __init__(
+        self,
+        message: str,
+        *,
+        line: int,
+        column: int | None = None,
+        hint: str | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(message, line=line, hint=hint or ONE_A_LINE, **more)
         self.column = column
 
 
@@ -151,15 +166,16 @@ def _decode(line: bytes, number: int) -> str:
 def parse_line(text: str, number: int) -> Any:
     """One JSON value. Raises: BadLine with line and column."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse, object_pairs_hook=each_once)
     except json.JSONDecodeError as error:
         message = f"Line {number}, column {error.colno}: {error.msg}."
         raise BadLine(message, line=number, column=error.colno, hint=_mend(text)) from None
     except RecursionError:
         message = f"Line {number} is nested too deeply."
-        raise BadLine(message, line=number, code="too_deep") from None
+        raise BadLine(message, line=number, code="too_deep", hint=FLAT) from None
     except ValueError as error:
-        raise BadLine(f"Line {number}: {_plain(error)}.", line=number) from None
+        message = f"Line {number}: {_plain(error)}."
+        raise BadLine(message, line=number, hint=_mend_of(error)) from None
 
 
 def _mend(text: str) -> str | None:
@@ -170,6 +186,13 @@ def _mend(text: str) -> str | None:
     if "," in text[:200] and "{" not in text[:5]:
         return "is this CSV? one JSON object a line is expected"
     return None
+
+
+FLAT = "rows are objects of texts and lists of messages"
+
+
+def _mend_of(error: ValueError) -> str | None:
+    return "keep one of them" if str(error).endswith("twice") else None
 
 
 def _plain(error: ValueError) -> str:
@@ -240,7 +263,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _array(file: BinaryIO) -> Iterator[Record]:
-    decoder = json.JSONDecoder(parse_constant=_refuse)
+    decoder = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=each_once)
     window = _Window(file)
     window.skip_space()
     window.consume(window.position + 1)  # the bracket that file_format saw
@@ -254,13 +277,13 @@ def _array(file: BinaryIO) -> Iterator[Record]:
         if separator not in (",", "]") or not separator:
             line, column = window.place(window.position)
             message = f"Line {line}, column {column}: a comma or ] is missing."
-            raise BadLine(message, line=line, column=column)
+            raise BadLine(message, line=line, column=column, hint=AN_ARRAY)
         may_end = separator == "]"
         if separator == ",":
             window.consume(window.position + 1)
     window.consume(window.position + 1)
     if window.skip_space():
-        raise BadLine("There is text after the array's end.", line=window.line)
+        raise BadLine("There is text after the array's end.", line=window.line, hint=AN_ARRAY)
 
 
 def _next_value(decoder: json.JSONDecoder, window: _Window) -> tuple[Any, int]:
@@ -274,12 +297,13 @@ def _next_value(decoder: json.JSONDecoder, window: _Window) -> tuple[Any, int]:
             if window.ended or not _may_be_cut(error, len(window.text)):
                 line, column = window.place(error.pos)
                 message = f"Line {line}, column {column}: {error.msg}."
-                raise BadLine(message, line=line, column=column) from None
+                raise BadLine(message, line=line, column=column, hint=AN_ARRAY) from None
         except RecursionError:
             message = f"The row of line {window.line} is nested too deeply."
-            raise BadLine(message, line=window.line, code="too_deep") from None
+            raise BadLine(message, line=window.line, code="too_deep", hint=FLAT) from None
         except ValueError as error:
-            raise BadLine(f"Line {window.line}: {_plain(error)}.", line=window.line) from None
+            message = f"Line {window.line}: {_plain(error)}."
+            raise BadLine(message, line=window.line, hint=_mend_of(error)) from None
         if len(window.text) - window.position > MAX_LINE_BYTES:
             raise _too_long(window.line, "The row of line")
         window.more()

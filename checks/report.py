@@ -51,7 +51,9 @@ def report_on(path: Path, *, purpose: str) -> dict[str, Any]:
 def _size(path: Path) -> int:
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise InputError("This is not a regular file.", code="not_a_regular_file")
+        raise InputError(
+            "This is not a regular file.", code="not_a_regular_file", hint="copy what it holds"
+        )
     return found.st_size
 
 
@@ -126,7 +128,14 @@ class _Checking:
             return
         line = self._empty_lines[0]
         message = "Every answer is empty: there is nothing to learn."
-        self.add(InputError(message, code="no_trainable_tokens", line=line))
+        self.add(
+            InputError(
+                message,
+                code="no_trainable_tokens",
+                line=line,
+                hint="write the answers that are to be learned",
+            )
+        )
 
 
 def _clipped(text: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
+from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.problems import problem
 from tuneyard.specs.rows import TRAINABLE
 from tuneyard.specs.serve import ServeSpec
@@ -37,6 +38,16 @@ def check_finetune(
     if facts is not None:
         found += _check_model(spec, facts)
     return found
+
+
+def check_inference(spec: InferenceSpec, facts: Mapping[str, Any] | None) -> list[InputError]:
+    """Whether the base can write answers of that length; not judged where it is not known."""
+    positions = (facts or {}).get("max_position_embeddings")
+    if not positions or (spec.max_new_tokens or 0) < positions:
+        return []
+    message = f"max_new_tokens = {spec.max_new_tokens} is beyond the model's {positions} positions."
+    hint = f"below {positions}, the prompt counts too"
+    return [problem("too_long", message, "max_new_tokens", hint)]
 
 
 def check_prompts(report: Report) -> list[InputError]:

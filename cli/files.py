@@ -8,8 +8,12 @@ import typer
 from tuneyard.cli.output import age, print_json, print_table, say, size
 from tuneyard.cli.profile import Json, connect
 from tuneyard.cli.submitting import upload
+from tuneyard.client import Client
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.ids import parse_id
+from tuneyard.specs.ids import is_id
+
+SEARCHED = 2000
+WHICH = "The file's id, or a name that one file has."
 
 files = typer.Typer(help="Uploaded files.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -62,15 +66,13 @@ def list_files(json: Json = False) -> None:
 
 
 @files.command("show")
-def show_file(
-    file: Annotated[str, typer.Argument(help="The file's id.")], json: Json = False
-) -> None:
+def show_file(file: Annotated[str, typer.Argument(help=WHICH)], json: Json = False) -> None:
     """Show a file and what its check found.
 
     Example: tuneyard files show file_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b
     """
     with connect() as client:
-        found = client.file(_id(file))
+        found = client.file(_find(client, file))
     if json:
         print_json(found)
         return
@@ -80,25 +82,32 @@ def show_file(
     say(f"  {report.get('rows', '?')} rows of kind {report.get('rows_kind')}")
     for problem in report.get("problems", []):
         say(f"  {problem['message']}")
+        if problem.get("hint"):
+            say(f"    hint: {problem['hint']}")
 
 
 @files.command("rm")
-def remove_file(
-    file: Annotated[str, typer.Argument(help="The file's id.")], json: Json = False
-) -> None:
+def remove_file(file: Annotated[str, typer.Argument(help=WHICH)], json: Json = False) -> None:
     """Delete a file.
 
     Example: tuneyard files rm file_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b
     """
     with connect() as client:
-        found = client.remove_file(_id(file))
+        file_id = _find(client, file)
+        found = client.remove_file(file_id)
     if json:
         print_json(found)
     else:
-        say(f"{file} deleted")
+        say(f"{file_id} deleted")
 
 
-def _id(file: str) -> str:
-    """Raises: BadId for what is none, such as a path."""
-    parse_id("file", file)
-    return file
+def _find(client: Client, file: str) -> str:
+    """A file's id, from itself or from a name that one file has. Raises: InputError."""
+    if is_id("file", file):
+        return file
+    named = [each["id"] for each in client.files(limit=SEARCHED) if each["name"] == file]
+    if len(named) == 1:
+        return str(named[0])
+    many = "Several files are" if named else "No file is"
+    hint = "`tuneyard files list` has ids"
+    raise InputError(f"{many} called {file[:80]!r}.", code="bad_id", hint=hint)

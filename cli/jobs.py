@@ -14,9 +14,9 @@ from tuneyard.cli.profile import Json, connect
 from tuneyard.cli.submitting import check_alone, read_document, submit_document
 from tuneyard.cli.watching import (
     await_end,
+    failure_lines,
     leaving_alone,
     report_end,
-    report_failure,
     watch_job,
     watch_jobs,
 )
@@ -171,7 +171,8 @@ def _show_job(client: Client, job: dict[str, Any]) -> None:
     if job["state"] == JobState.SUCCEEDED:
         report_end(client, job["id"])
     elif job["state"] in TERMINAL:
-        report_failure(job)
+        for line in failure_lines(job):
+            say(line)
 
 
 def _summary(job: dict[str, Any]) -> list[str]:

@@ -2,9 +2,13 @@
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What begins a line, moves a cursor or turns a text around: a field may be a stranger's."""
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
@@ -28,7 +32,17 @@ class _Plain(logging.Formatter):
         fields = _fields(record)
         event = fields.pop("event", None)
         shown = " ".join(f"{name}={value}" for name, value in fields.items() if name != "data")
-        return super().formatMessage(record) + (f" [{shown}]" if shown and event else "")
+        return one_line(super().formatMessage(record) + (f" [{shown}]" if shown and event else ""))
+
+    def formatException(self, ei: Any) -> str:
+        """Indented: no line of a message in it can pass for one of the log."""
+        lines = super().formatException(ei).split("\n")
+        return "\n".join(f"  {one_line(line)}" for line in lines)
+
+
+def one_line(text: str) -> str:
+    """The text with its control characters written out: a line of the log stays one line."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _JsonLines(logging.Formatter):
@@ -44,7 +58,8 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(_fields(record) | line, ensure_ascii=False, default=str)
+        text = json.dumps(_fields(record) | line, ensure_ascii=False, default=str)
+        return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

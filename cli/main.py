@@ -23,7 +23,7 @@ from tuneyard.cli import (
 )
 from tuneyard.cli.output import print_error
 from tuneyard.client import Refused, Unreachable
-from tuneyard.specs.errors import TuneyardError, Unavailable
+from tuneyard.specs.errors import InputError, TuneyardError, Unavailable
 
 app = typer.Typer(
     help="Tuneyard: a job queue for teams that fine-tune language models on shared GPUs.",
@@ -43,6 +43,7 @@ for group in GROUPS:
 
 def main() -> None:
     """Run the command and leave with its exit code; no traceback for a person's mistake."""
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what a locale cannot show is no reason to stop
             stream.reconfigure(errors="replace")
@@ -53,9 +54,15 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:
-        # `| head -1` has what it wanted; the interpreter's own flush must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()  # `| head -1` has what it wanted
         sys.exit(0)
+    except OSError as error:
+        if error.filename is not None:
+            raise  # not of a stream: whoever opens a file says what is wrong with it
+        _drop_stdout()
+        message = f"The output cannot be written: {error.strerror}."
+        print_error(InputError(message, code="not_writable"))
+        sys.exit(2)
     except typer.Exit as leave:
         sys.exit(leave.exit_code)
     except TuneyardError as error:
@@ -70,6 +77,19 @@ def main() -> None:
                 sys.stderr.write(f"  hint: `{context.command_path} --help` has an example\n")
             sys.exit(2)
         raise
+
+
+def _open_what_is_closed() -> None:
+    """Python has None for a stream that was closed before its start: give it one that refuses."""
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _drop_stdout() -> None:
+    """Let what is left go nowhere: the interpreter's own flush at the end must not complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int | None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 
@@ -37,6 +37,12 @@ def print_json(value: Any) -> None:
 
 
 def print_error(error: TuneyardError) -> None:
+    """What went wrong, on stderr."""
+    for line in error_lines(error):
+        plain_error(line)
+
+
+def error_lines(error: TuneyardError) -> Iterator[str]:
     """Message, field and line, then the mend; every problem of a refused spec."""
     if isinstance(error, Refused) and error.details:
         problems: Sequence[Mapping[str, Any]] = error.details
@@ -48,9 +54,9 @@ def print_error(error: TuneyardError) -> None:
         where = [f"field {problem['field']}"] if problem.get("field") else []
         where += [f"line {problem['line']}"] if problem.get("line") else []
         suffix = f" ({', '.join(where)})" if where else ""
-        plain_error(f"{problem['message']}{suffix}")
+        yield f"{problem['message']}{suffix}"
         if problem.get("hint"):
-            plain_error(f"  hint: {problem['hint']}")
+            yield f"  hint: {problem['hint']}"
 
 
 def plain_error(text: str) -> None:

@@ -31,7 +31,7 @@ def connect() -> Client:
     if url and key:
         return Client(url, key)
     profile = _profile(home_folder() / "profile.json")
-    if url and url.rstrip("/") != str(profile["url"]).rstrip("/"):
+    if url and url.rstrip("/").removesuffix("/api/v1") != str(profile["url"]).rstrip("/"):
         raise InputError(
             f"There is no API key for {url}.",
             code="no_api_key",

@@ -1,7 +1,8 @@
 """Small texts that a person points at: a file, a pipe, or ``-`` for stdin."""
 
+import os
+import stat
 import sys
-from pathlib import Path
 from typing import BinaryIO
 
 from tuneyard.specs.errors import InputError
@@ -14,20 +15,34 @@ def read_small(name: str, *, hint: str) -> bytes:
 
     It is read before it is measured: devices and pipes have no size.
     """
+    if not name:
+        message = "The file's name is empty."
+        raise InputError(message, code="no_file", hint="name a file, or - for stdin")
     shown = "stdin" if name == "-" else name
+    piped = False
     try:
         if name == "-":
             content = _stdin().read(MAX_BYTES + 1)
         else:
-            with Path(name).open("rb") as file:
+            with open(name, "rb", opener=_open_at_once) as file:
+                piped = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
                 content = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         raise unreadable(shown, error) from None
     if len(content) > MAX_BYTES:
         raise InputError(f"{shown} is larger than 2 MiB.", code="too_large", hint=hint)
     if not content.strip():
-        raise InputError(f"{shown} is empty.", code="empty_file")
+        what = "is a pipe into which nobody writes" if piped and not content else "is empty"
+        raise InputError(f"{shown} {what}.", code="empty_file")
     return content
+
+
+def _open_at_once(name: str, flags: int) -> int:
+    """Opening a named pipe waits for its writer, for ever where there is none; reading waits too,
+    but only while there is one."""
+    opened = os.open(name, flags | os.O_NONBLOCK)
+    os.set_blocking(opened, True)
+    return opened
 
 
 def unreadable(name: object, error: Exception) -> InputError:

@@ -12,7 +12,7 @@ from tuneyard.cli.logs import start_logging
 from tuneyard.cli.output import duration, print_json, print_table, say
 from tuneyard.cli.profile import HomeOption, Json, home_folder
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.settings import PREFIX, Settings, load_settings
+from tuneyard.specs.settings import PREFIX, READ_BY, Settings, load_settings
 
 RootPath = Annotated[
     str | None,
@@ -26,17 +26,24 @@ def register(app: typer.Typer) -> None:
     app.command()(up)
     app.command()(down)
     app.command()(status)
-    listed = "\n\n".join(
+    for command in (api, scheduler, worker, flower, migrate):
+        app.command(epilog=_settings_of(command.__name__))(command)
+
+
+def _settings_of(process: str) -> str:
+    lines = [
         f"{PREFIX}{name.upper()}: {field.description}"
         for name, field in Settings.model_fields.items()
-    )
-    for command in (api, scheduler, worker, flower, migrate):
-        app.command(epilog="Settings, from the environment or a file:\n\n" + listed)(command)
+        if name in READ_BY[process]
+    ]
+    return "\n\n".join(["Settings, from the environment or a file:", *lines])
 
 
 def up(
     home: HomeOption = None,
-    port: Annotated[int | None, typer.Option(help="Port of the API; 0: any free one.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port of the API; 0: any free one.")
+    ] = None,
     root_path: RootPath = None,
     detach: Annotated[bool, typer.Option(help="Return once all is ready.")] = False,
     json: Json = False,

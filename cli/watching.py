@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Group
@@ -13,10 +14,10 @@ from rich.text import Text
 
 from tuneyard.cli.output import (
     duration,
+    error_lines,
     on_screen,
     out,
     plain_error,
-    print_error,
     print_json,
     say,
     size,
@@ -106,11 +107,18 @@ def _watch_live(client: Client, job: str) -> None:
         for kind, data in client.watch(job):
             if kind == "progress":
                 progress = data.get("progress") or {}
+                if data.get("started_at"):
+                    bar.tasks[0].start_time = bar.get_time() - seconds_since(data["started_at"])
                 bar.update(task, total=progress.get("total"), completed=progress.get("done") or 0)
                 line = Text(describe(data), no_wrap=True, overflow="ellipsis")
                 live.update(Group(line, bar))
             elif line_ := event_line(kind, data):
                 out.print(Text(line_), soft_wrap=True)
+
+
+def seconds_since(started_at: str) -> float:
+    """How long an attempt has run, whenever the watching began; 0 where a clock is behind."""
+    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(started_at)).total_seconds())
 
 
 def describe(data: Mapping[str, Any]) -> str:
@@ -161,6 +169,8 @@ def event_line(kind: str, data: Mapping[str, Any]) -> str:
         return f"attempt {details.get('attempt')} {kind}: {reason}" + (goes_on and f"; {goes_on}")
     if kind in ("warning", "checkpoint_rejected"):
         return f"note: {details.get('message')}"
+    if kind == "away":
+        return f"note: {data.get('message')} The job goes on; asked again for some minutes."
     if kind == "started":  # progress says it better, by its phase
         return ""
     moved = data.get("to_state") and data.get("to_state") != data.get("from_state")
@@ -181,11 +191,17 @@ def report_end(client: Client, job: str, *, quiet: bool = False) -> int:
 
 def report_failure(job: Mapping[str, Any]) -> None:
     """Say on stderr how a job failed, and the mend."""
-    plain_error(f"{job['name']} {job['state']}")
+    for line in failure_lines(job):
+        plain_error(line)
+
+
+def failure_lines(job: Mapping[str, Any]) -> Iterator[str]:
+    """How a job failed, and the mend."""
+    yield f"{job['name']} {job['state']}"
     if error := job.get("error"):
         message = f"{error.get('code')}: {error.get('message')}"
         hint = error.get("hint") or _mend(job)
-        print_error(TuneyardError(message, field=error.get("field"), hint=hint))
+        yield from error_lines(TuneyardError(message, field=error.get("field"), hint=hint))
 
 
 def _mend(job: Mapping[str, Any]) -> str:

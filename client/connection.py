@@ -21,7 +21,7 @@ TRIES_TO_CONNECT = 3
 """A server that restarts is back within a second; one that is away is named as soon."""
 
 FIRST_PAUSE_S = 0.2
-GIVE_UP_AFTER_S = 20.0
+GIVE_UP_AFTER_S = 10.0
 AWAY = (502, 503, 504)
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -30,7 +30,7 @@ class Connection:
     """One server's /api/v1, as one team."""
 
     def __init__(self, url: str, api_key: str) -> None:
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/").removesuffix("/api/v1").rstrip("/")
         address = _address(self.url)
         self.local = address.hostname in LOCAL_HOSTS
         if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:

@@ -12,10 +12,12 @@ from tuneyard.client.errors import Unreachable
 from tuneyard.specs.states import TERMINAL
 
 SILENCE_S = 60.0
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
 """How long a server that answered before may be away while a job is watched."""
 
 FIRST_PATIENCE_S = 0.5
+AWAY_SAID_AFTER_S = 5.0
+LONGEST_PAUSE_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,15 @@ class StreamEvent:
 def watch_events(connection: Connection, path: str, *, after: int = 0) -> Iterator[StreamEvent]:
     """Every event to the job's end; a broken stream goes on where it broke off.
 
-    Each numbered event comes once; ``progress`` comes as it changes. The stream of a job that is
-    over ends with its last event. Raises: Refused, Unreachable.
+    Each numbered event comes once; ``progress`` comes as it changes, ``away`` once when the server
+    does not answer for a while. The stream of a job that is over ends with its last event.
+    Raises: Refused, Unreachable.
     """
-    seen, away_since, patience_s = after, time.monotonic(), FIRST_PATIENCE_S
+    seen, contact = after, _Contact()
     while True:
         try:
             with _opened(connection, path, seen) as answer:
-                patience_s = PATIENCE_S
+                contact.made()
                 for event in read_events(answer.iter_bytes()):
                     if event.number is not None:
                         if event.number <= seen:
@@ -46,14 +49,40 @@ def watch_events(connection: Connection, path: str, *, after: int = 0) -> Iterat
                     yield event
                     if event.data.get("to_state") in TERMINAL:
                         return
-                    away_since = time.monotonic()
             if _is_over(connection, path, seen):
                 return
-            away_since = time.monotonic()
-        except Unreachable:
-            if time.monotonic() - away_since > patience_s:
-                raise
-        time.sleep(FIRST_PAUSE_S)
+            contact.made()
+        except Unreachable as error:
+            if contact.lost(error):
+                yield StreamEvent(None, "away", {"message": error.message})
+        time.sleep(contact.pause_s)
+
+
+class _Contact:
+    """Whether a server that does not answer is still waited for."""
+
+    def __init__(self) -> None:
+        self._patience_s = FIRST_PATIENCE_S
+        self._lost_at: float | None = time.monotonic()
+        self._said = False
+        self.pause_s = FIRST_PAUSE_S
+
+    def made(self) -> None:
+        """It answers."""
+        self._patience_s, self.pause_s = PATIENCE_S, FIRST_PAUSE_S
+        self._lost_at, self._said = None, False
+
+    def lost(self, error: Unreachable) -> bool:
+        """It does not; whether this is to be said now. Raises: the error, when it is enough."""
+        now = time.monotonic()
+        if self._lost_at is None:
+            self._lost_at = now
+        elif now - self._lost_at > self._patience_s:
+            raise error
+        self.pause_s = min(2 * self.pause_s, LONGEST_PAUSE_S)
+        say = not self._said and now - self._lost_at > AWAY_SAID_AFTER_S
+        self._said = self._said or say
+        return say
 
 
 def _opened(connection: Connection, path: str, seen: int) -> Any:
@@ -75,26 +104,23 @@ def follow_log(connection: Connection, path: str, params: Mapping[str, Any]) -> 
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     start: int | None = None
-    away_since, patience_s = time.monotonic(), FIRST_PATIENCE_S
+    contact = _Contact()
     while True:
         asked = {**params, "follow": 1} | ({} if start is None else {"start": start, "tail": None})
         asked = {name: value for name, value in asked.items() if value is not None}
         try:
             over = connection.send("GET", path).get("state") in TERMINAL
             with connection.stream(f"{path}/logs", params=asked, silence_s=None) as answer:
-                patience_s = PATIENCE_S
+                contact.made()
                 start = int(answer.headers.get("X-Log-Start", start or 0))
                 for piece in answer.iter_bytes():
                     start += len(piece)
                     yield decoder.decode(piece)
-                    away_since = time.monotonic()
             if over:
                 return
-            away_since = time.monotonic()
-        except Unreachable:
-            if time.monotonic() - away_since > patience_s:
-                raise
-            time.sleep(FIRST_PAUSE_S)
+        except Unreachable as error:
+            contact.lost(error)
+            time.sleep(contact.pause_s)
 
 
 def read_events(chunks: Iterable[bytes]) -> Iterator[StreamEvent]:

@@ -258,16 +258,20 @@ def _move_job(tx: Connection, ref: AttemptRef, end: End, backoff_s: float) -> Jo
             error["patch"] = end.patch
     pause = pause_s(event, past, backoff_s=backoff_s)
     if pause > 0:
-        tx.execute(NOT_BEFORE, {"job": ref.job_id, "pause_s": pause})
+        ended = f"attempt {ref.number} ended: {end.verdict.cause or end.verdict.outcome}"
+        tx.execute(NOT_BEFORE, {"job": ref.job_id, "pause_s": pause, "ended": ended})
     state = apply_event(tx, ref.job_id, event, attempt_id=ref.id, data=data, error=error)
     if state in TERMINAL:
         settle_children(tx, ref.job_id, state)
     return state
 
 
+# The scheduler looks at no job in its pause: what it waits for is said here.
 NOT_BEFORE = text("""
-    UPDATE jobs SET not_before = clock_timestamp() + make_interval(secs => :pause_s)
-    WHERE id = :job
+    WITH pause AS (SELECT clock_timestamp() + make_interval(secs => :pause_s) AS ends_at)
+    UPDATE jobs SET not_before = ends_at, wait_reason = 'tried again at '
+        || to_char(ends_at AT TIME ZONE 'UTC', 'HH24:MI:SS') || ' UTC; ' || :ended
+    FROM pause WHERE id = :job
 """)
 
 

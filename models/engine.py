@@ -1,13 +1,21 @@
-"""Connections to PostgreSQL: two bounded pools a process, transactions, and what may be retried."""
+"""Connections to PostgreSQL: two bounded pools a process, transactions, and what may be retried.
 
+A server that says nothing (a stopped process, a frozen machine) still has a kernel that answers
+for it: neither keepalives nor TCP's own limits notice. So each wait ends by our clock.
+"""
+
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 from uuid import UUID
 
 import psycopg
+from psycopg import errors
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import Connection, Engine, NullPool, create_engine, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, TimeoutError
 from sqlalchemy.pool import QueuePool
 
@@ -15,6 +23,22 @@ from tuneyard.specs.errors import Forbidden, Unavailable
 
 RETRYABLE = ("08", "25P", "40001", "40P01", "53", "55P03", "57014", "57P0")
 """SQLSTATEs (or their class) after which the whole unit may be run again."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long PostgreSQL may be silent, in seconds: to a new connection, one taken up again, and
+    a statement. It bounds statements itself at 10 s: above that, only silence is cut off."""
+
+    connect_s: int = 3
+    ping_s: float = 2.0
+    answer_s: float = 12.0
+
+
+RESERVED_ANSWER_S = 5.0
+"""Renewals and cancels are short statements, and a lease runs meanwhile."""
 
 CONNECT_ARGS: dict[str, Any] = {
     "connect_timeout": 3,
@@ -33,11 +57,16 @@ class Database:
     kept apart, so that renewals get through when the pool is full.
     """
 
-    def __init__(self, url: str, name: str, *, pool_size: int = 5) -> None:
+    def __init__(
+        self, url: str, name: str, *, pool_size: int = 5, patience: Patience | None = None
+    ) -> None:
         self.url = url
         self.name = name
-        self._engine = _engine(url, name, size=pool_size, overflow=5)
-        self._reserved = _engine(url, name + "-reserved", size=1, overflow=0)
+        self._patience = usual = patience or Patience()
+        short = Patience(usual.connect_s, usual.ping_s, min(usual.answer_s, RESERVED_ANSWER_S))
+        self._engine = _engine(url, name, usual, size=pool_size, overflow=5)
+        self._reserved = _engine(url, name + "-reserved", short, size=1, overflow=0)
+        self._silence, self._reserved_silence = _Silence(), _Silence()
 
     @contextmanager
     def begin(self, *, team: UUID | None = None) -> Iterator[Connection]:
@@ -46,14 +75,16 @@ class Database:
         Raises: Unavailable when PostgreSQL cannot be reached, is busy or went away: nothing was
         kept, or (at the commit) whether it was is unknown and must be asked by key or token.
         """
-        with _translated(), self._engine.begin() as tx:
+        with self._silence.heeded(), _translated(), self._engine.begin() as tx:
+            self._silence.ended()
             _see_as(tx, team)
             yield tx
 
     @contextmanager
     def snapshot(self, *, team: UUID | None = None) -> Iterator[Connection]:
         """A transaction that only reads, all its statements at one moment. Raises: Unavailable."""
-        with _translated(), self._engine.connect() as tx:
+        with self._silence.heeded(), _translated(), self._engine.connect() as tx:
+            self._silence.ended()
             tx.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with tx.begin():
                 _see_as(tx, team)
@@ -62,15 +93,18 @@ class Database:
     @contextmanager
     def begin_reserved(self) -> Iterator[Connection]:
         """A transaction on the reserved connection. Raises: Unavailable."""
-        with _translated(), self._reserved.begin() as tx:
+        with self._reserved_silence.heeded(), _translated(), self._reserved.begin() as tx:
+            self._reserved_silence.ended()
             yield tx
 
     def listener(self) -> psycopg.Connection[Any]:
         """A connection of its own, in autocommit, for LISTEN."""
         url = libpq_url(self.url)
         try:
-            return psycopg.connect(
-                url, autocommit=True, application_name=self.name + "-listen", **CONNECT_ARGS
+            return _Bounded.connect(
+                url,
+                autocommit=True,
+                **_connect_args(self.name + "-listen", self._patience),
             )
         except psycopg.OperationalError as error:
             raise _unavailable(error) from error
@@ -133,8 +167,70 @@ def _sqlalchemy_url(url: str) -> str:
     return libpq_url(url).replace("postgresql://", "postgresql+psycopg://", 1)
 
 
-def _engine(url: str, name: str, *, size: int, overflow: int) -> Engine:
-    return create_engine(
+class _Bounded(psycopg.Connection[Any]):
+    """A connection each of whose waits ends after ``limit_s``; it is closed then."""
+
+    limit_s = Patience().answer_s
+
+    def wait(
+        self, gen: PQGen[Result], interval: float = 0.1, timeout: float | None = None
+    ) -> Result:
+        if timeout is not None:  # a wait for notices, which may be long in coming
+            return super().wait(gen, interval, timeout)
+        try:
+            return super().wait(gen, interval, self.limit_s)
+        except errors._WaitTimeout:
+            self.close()
+            message = f"the server said nothing for {self.limit_s:g} s"
+            raise errors.ConnectionTimeout(message) from None
+
+
+class _Silence:
+    """After a server's silence one caller at a time tries again; the others are told at once.
+
+    Without this each of them would wait for as long, and hold a thread meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._lasts = False
+        self._trying = threading.Lock()
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Around a unit. Raises: Unavailable at once while another caller tries."""
+        if not self._lasts:
+            with self._noted():
+                yield
+        elif self._trying.acquire(blocking=False):
+            try:
+                with self._noted():
+                    yield
+            finally:
+                self._trying.release()
+        else:
+            raise _unavailable(None)
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except Unavailable as error:
+            if isinstance(getattr(error.__cause__, "orig", None), errors.ConnectionTimeout):
+                self._lasts = True
+            raise
+
+    def ended(self) -> None:
+        """The server has answered."""
+        self._lasts = False
+
+
+def _connect_args(name: str, patience: Patience) -> dict[str, Any]:
+    own = {"application_name": name[:63], "connect_timeout": patience.connect_s}
+    return CONNECT_ARGS | own
+
+
+def _engine(url: str, name: str, patience: Patience, *, size: int, overflow: int) -> Engine:
+    engine = create_engine(
         _sqlalchemy_url(url),
         poolclass=QueuePool,
         pool_pre_ping=True,
@@ -144,8 +240,24 @@ def _engine(url: str, name: str, *, size: int, overflow: int) -> Engine:
         pool_recycle=1800,
         pool_use_lifo=True,
         hide_parameters=True,
-        connect_args=CONNECT_ARGS | {"application_name": name[:63]},
+        connect_args=_connect_args(name, patience),
     )
+
+    @event.listens_for(engine, "do_connect")
+    def connecting(_: object, __: object, args: Any, settings: Any) -> _Bounded:
+        return _Bounded.connect(*args, **settings)
+
+    # The pool asks a connection whether it lives between these two events.
+    @event.listens_for(engine, "checkin")
+    def resting(connection: _Bounded | None, _: object) -> None:
+        if connection is not None:
+            connection.limit_s = patience.ping_s
+
+    @event.listens_for(engine, "checkout")
+    def working(connection: _Bounded, *_: object) -> None:
+        connection.limit_s = patience.answer_s
+
+    return engine
 
 
 @contextmanager
@@ -175,5 +287,7 @@ def _is_connection_error(error: DBAPIError) -> bool:
 
 def _unavailable(error: BaseException | None) -> Unavailable:
     state = getattr(error, "sqlstate", None)
-    code = "storage_full" if state == "53100" else "db_unavailable"
-    return Unavailable("The database cannot be reached right now.", code=code)
+    if state == "53100":
+        hint = "whoever runs the server has to free space; nothing of this was kept"
+        return Unavailable("The database's disk is full.", code="storage_full", hint=hint)
+    return Unavailable("The database cannot be reached right now.", code="db_unavailable")

@@ -130,6 +130,11 @@ def claim_file(tx: Connection, *, seconds: float) -> FileToCheck | None:
     return FileToCheck(row.file_id, row.team_id, row.purpose) if row else None
 
 
+def bytes_of(tx: Connection, file_id: UUID) -> int:
+    """The size of a file; 0 when it was deleted meanwhile."""
+    return tx.execute(select(FileRow.bytes).where(FileRow.id == file_id)).scalar_one_or_none() or 0
+
+
 def extend_claim(tx: Connection, file_id: UUID, *, seconds: float) -> None:
     """Keep a claimed file for longer: large ones take their time."""
     until = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)

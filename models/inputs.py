@@ -23,7 +23,7 @@ from sqlalchemy.orm import aliased
 from tuneyard.models.tables import ArtifactRow, BaseModelRow, FileRow, JobRow, ModelRow
 from tuneyard.specs.download import implied_download
 from tuneyard.specs.errors import InputError, NotFound
-from tuneyard.specs.fields import DATA_FILES
+from tuneyard.specs.fields import DATA_FILES, model_name_of
 from tuneyard.specs.ids import PREFIXES, is_id, parse_id, show_id
 from tuneyard.specs.jobs import Reference
 from tuneyard.specs.states import TERMINAL, JobState
@@ -294,6 +294,8 @@ def _on_its_way(tx: Connection, team_id: UUID, reference: Reference, name: str) 
     kinds = MAKERS.get(reference.what, ["finetune"])
     values = {"kinds": kinds, "name": name.rstrip("/"), "team": team_id}
     job = tx.execute(ON_ITS_WAY, values).scalar_one_or_none()
+    if job is None and "finetune" in kinds:
+        job = _tuning(tx, team_id, name)
     if job is not None:
         return _output_of(tx, team_id, reference, show_id("job", job))
     if reference.what in MAKERS and implied_download(name) is not None:
@@ -302,6 +304,17 @@ def _on_its_way(tx: Connection, team_id: UUID, reference: Reference, name: str) 
         message, hint = f"{name[:80]!r} is a base model, no adapter.", "name a tuned model"
         raise InputError(message, code="not_an_adapter", field=reference.field, hint=hint)
     raise _unknown(tx, team_id, reference, name)
+
+
+def _tuning(tx: Connection, team_id: UUID, name: str) -> UUID | None:
+    """The newest open fine-tune whose model will be called so."""
+    rows = tx.execute(
+        select(JobRow.id, JobRow.name)
+        .where(JobRow.kind == "finetune", JobRow.team_id == team_id, JobRow.finished_at.is_(None))
+        .order_by(JobRow.id.desc())
+        .limit(200)
+    )
+    return next((row.id for row in rows if model_name_of(row.name) == name), None)
 
 
 def _unknown(tx: Connection, team_id: UUID, reference: Reference, name: str) -> NotFound:

@@ -131,8 +131,11 @@ def _shown_inputs(inputs: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
 
 
 def _progress(attempt: Row[Any], state: JobState) -> ProgressView | None:
-    """The newest attempt's progress; a job that does not run has no time left to tell."""
-    if not attempt.progress:
+    """The newest attempt's progress; a job that does not run has no time left to tell.
+
+    One that is queued again begins anew: what its last attempt had reached is over.
+    """
+    if not attempt.progress or state is JobState.QUEUED:
         return None
     progress = ProgressView.model_validate(attempt.progress)
     return progress if state in LIVE else progress.model_copy(update={"eta_s": None})
@@ -244,19 +247,20 @@ def live_view(tx: Connection, job_id: UUID) -> LiveView:
     ).one_or_none()
     if job is None:
         raise no_job()
-    attempt = tx.execute(
-        select(AttemptRow.id, AttemptRow.number, AttemptRow.phase, AttemptRow.progress)
+    newest_first = (
+        select(AttemptRow.__table__)
         .where(AttemptRow.job_id == job_id)
         .order_by(AttemptRow.number.desc())
-        .limit(1)
-    ).one_or_none()
-    if attempt is None:
+    )
+    attempt = tx.execute(newest_first.limit(1)).one_or_none()
+    if attempt is None or job.state == JobState.QUEUED:
         return LiveView(state=job.state, wait_reason=job.wait_reason)
     newest = tx.execute(NEWEST_METRICS, {"attempt": attempt.id}).all()
     return LiveView(
         state=job.state,
         attempt=attempt.number,
         phase=attempt.phase,
+        started_at=attempt.started_at,
         progress=_progress(attempt, JobState(job.state)),
         step=max((row.step for row in newest), default=None),
         metrics={row.name: row.value for row in newest},

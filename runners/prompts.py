@@ -9,6 +9,7 @@ from typing import Any
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.rows import Message
 from tuneyard.specs.conversations import ROLES
+from tuneyard.specs.rows import each_once
 
 FORMS = 'a text, {"prompt": text} or {"messages": [{"role", "content"}, …]}'
 
@@ -60,7 +61,7 @@ def _is_json(line: str) -> bool:
 
 def _parse(line: str, number: int) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=each_once)
     except ValueError as error:
         raise BadData(f"This is not JSON: {error}.", line=number) from None
 

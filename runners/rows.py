@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from tuneyard.runners.failures import BadData
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.rows import SPEAKERS, TRAINABLE, check_row
+from tuneyard.specs.rows import SPEAKERS, TRAINABLE, check_row, each_once
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -111,7 +111,7 @@ def _lines(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _array(text: str) -> Iterator[tuple[int, Any]]:
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    decoder = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=each_once)
     position, line, counted = text.index("[") + 1, 1, 0
     while True:
         position = _skip(text, position, " \t\r\n,")
@@ -121,7 +121,7 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
         try:
             row, position = decoder.raw_decode(text, position)
         except ValueError as error:
-            _refuse(error, first_line=1)
+            _refuse(error, first_line=1, row_line=line)
         yield line, row
 
 
@@ -133,21 +133,21 @@ def _skip(text: str, position: int, blanks: str) -> int:
 
 def _parse(text: str, *, first_line: int) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=each_once)
     except ValueError as error:
-        _refuse(error, first_line=first_line)
+        _refuse(error, first_line=first_line, row_line=first_line)
 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _refuse(error: ValueError, *, first_line: int) -> NoReturn:
+def _refuse(error: ValueError, *, first_line: int, row_line: int) -> NoReturn:
     if isinstance(error, json.JSONDecodeError):
         line = first_line + error.lineno - 1
         message = f"This is not JSON: {error.msg}, column {error.colno}."
         raise BadData(message, line=line) from None
-    raise BadData(f"{error}.", line=first_line) from None
+    raise BadData(f"{error}.", line=row_line) from None
 
 
 def _conversation(row: Any, line: int) -> Conversation:

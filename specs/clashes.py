@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import Spec
-from tuneyard.specs.finetune import SCHEDULE_OPTIONS, FinetuneSpec, RowsSpec
+from tuneyard.specs.finetune import SCHEDULE_OPTIONS, TEMPLATES, FinetuneSpec, RowsSpec
+from tuneyard.specs.inference import InferenceSpec
+from tuneyard.specs.llamafactory import TEMPLATE_NAMES
 from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.sources import read_source
@@ -23,6 +25,8 @@ def clashes_of(spec: Spec) -> list[InputError]:
         found += _devices(spec)
     if isinstance(spec, RowsSpec):
         found += _row_pairs(spec)
+    if isinstance(spec, RowsSpec | InferenceSpec):
+        found += _template(spec.template)
     if isinstance(spec, FinetuneSpec):
         found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
         if spec.max_steps == 0:
@@ -34,6 +38,16 @@ def clashes_of(spec: Spec) -> list[InputError]:
 def _row_pairs(spec: RowsSpec) -> Iterator[InputError]:
     if spec.train_on_prompt and spec.mask_history:
         yield _exclude("train_on_prompt", "mask_history")
+
+
+def _template(template: str | None) -> Iterator[InputError]:
+    """jinja, a name of ours, or one of LLaMA-Factory's, which means the base's own."""
+    if template is None or "{" in template or template in {*TEMPLATES, *TEMPLATE_NAMES}:
+        return
+    near = nearest(template, [*TEMPLATES, *sorted(TEMPLATE_NAMES)])
+    hint = f"did you mean {near}?" if near else "leave it out: the base's own is used"
+    message = f"There is no template {template[:60]!r}."
+    yield problem("unknown_template", message, "template", hint)
 
 
 def _downloading(spec: DownloadSpec) -> Iterator[InputError]:

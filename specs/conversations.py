@@ -30,14 +30,16 @@ def check_prompt(prompt: Any) -> None:
         )
     check_text(text, "prompt")
     if not text.strip():
-        raise InputError("The prompt is empty.", code="empty_prompt", field="prompt")
+        hint = "write a question, or leave the prompt out"
+        raise InputError("The prompt is empty.", code="empty_prompt", field="prompt", hint=hint)
 
 
 def check_messages(messages: Any) -> None:
     """Messages with a known role and a text each. Raises: InputError."""
     if not isinstance(messages, list) or not messages:
         message = "messages must be a list that is not empty."
-        raise InputError(message, code="wrong_type", field="messages")
+        hint = 'for example [{"role": "user", "content": "Who are you?"}]'
+        raise InputError(message, code="wrong_type", field="messages", hint=hint)
     for position, each in enumerate(messages):
         field = f"messages[{position}]"
         check_role(each, field)
@@ -47,7 +49,8 @@ def check_messages(messages: Any) -> None:
 def check_role(message: Any, field: str) -> None:
     """A message is an object with one of ROLES. Raises: InputError."""
     if not isinstance(message, Mapping) or "role" not in message:
-        raise InputError(f"{field} has no role.", code="missing_column", field=field)
+        hint = f"one of {', '.join(ROLES)}"
+        raise InputError(f"{field} has no role.", code="missing_column", field=field, hint=hint)
     role = message["role"]
     if not isinstance(role, str) or role not in ROLES:
         text = f"{field}.role = {str(role)[:40]!r} is unknown."
@@ -58,13 +61,16 @@ def check_text(value: Any, field: str) -> None:
     """A text that can be stored and tokenised. Raises: InputError."""
     if not isinstance(value, str):
         kind = JSON_NAMES.get(type(value).__name__, "something else")
-        raise InputError(f"{field} must be a text, not {kind}.", code="wrong_type", field=field)
+        message = f"{field} must be a text, not {kind}."
+        hint = "write it within quotes" if kind in _PLAIN else 'a text, such as "Who are you?"'
+        raise InputError(message, code="wrong_type", field=field, hint=hint)
     found = UNSTORABLE.search(value)
     if found:
         message = f"{field} holds U+{ord(found.group()):04X}, which is no character of a text."
         raise InputError(message, code="bad_character", field=field, hint="remove it")
 
 
+_PLAIN = ("a number", "true or false")
 JSON_NAMES = {
     "NoneType": "null",
     "bool": "true or false",

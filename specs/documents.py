@@ -205,5 +205,6 @@ def _checked(value: Any) -> dict[str, Any]:
         if any(map(UNSTORABLE.search, texts)):
             message = "A text holds NUL or half a character, which cannot be stored."
             shown = field.encode("utf-8", "replace").decode().replace("\0", "?")[:80]
-            raise InputError(message, code="bad_character", field=shown)
+            hint = "remove it: in JSON it may be written \\u0000 or \\ud800"
+            raise InputError(message, code="bad_character", field=shown, hint=hint)
     return value

@@ -43,6 +43,17 @@ def check_text(text: str) -> str:
     return text
 
 
+def check_name(name: str) -> str:
+    """A name of which something can be seen."""
+    if all(unicodedata.category(c)[0] in "ZC" or c in _BLANK for c in check_text(name)):
+        raise refusal("bad_name", "shows nothing", "give it letters")
+    return name
+
+
+_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Letters and signs, by their category, that are drawn as nothing."""
+
+
 def check_model_name(name: str) -> str:
     """Refuse what could be a path, an option or a command."""
     if not _MODEL_NAME.fullmatch(name) or ".." in name or "//" in name:
@@ -107,7 +118,7 @@ def _form_of_texts(value: Any) -> str:
 _Given = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 _FromJob = Annotated[Source, Tag("<source>")]
 
-Name = Annotated[_Given, AfterValidator(check_text)]
+Name = Annotated[_Given, AfterValidator(check_name)]
 ModelName = Annotated[str, Field(min_length=1), AfterValidator(check_model_name)]
 ModelRef = Annotated[
     Annotated[_Given, AfterValidator(check_model_name), Tag("<name>")] | _FromJob,

@@ -39,6 +39,13 @@ def _whole_from_one(number: float) -> float:
     return number
 
 
+def _each_once(layers: list[int]) -> list[int]:
+    twice = next((layer for layer in layers if layers.count(layer) > 1), None)
+    if twice is not None:
+        raise refusal("out_of_range", f"names layer {twice} twice", "name each layer once")
+    return layers
+
+
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 CountOrShare = Annotated[float, Field(ge=0, le=MOST), AfterValidator(_whole_from_one)]
@@ -93,7 +100,9 @@ class FinetuneSpec(RowsSpec):
     )
     layers_to_transform: (
         Annotated[
-            list[Annotated[int, Field(ge=0, le=9_999)]], Field(min_length=1, max_length=10_000)
+            list[Annotated[int, Field(ge=0, le=9_999)]],
+            Field(min_length=1, max_length=1000),
+            AfterValidator(_each_once),
         ]
         | None
     ) = Field(None, description="Indexes of the layers that get an adapter; unset: all.")

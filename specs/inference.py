@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from tuneyard.specs.conversations import check_prompt
+from tuneyard.specs.conversations import A_PROMPT, all_within, check_prompt
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.fields import AdapterRef, FileRef, ModelRef, Spec, Text, refusal
+from tuneyard.specs.fields import MAX_TEXT, AdapterRef, FileRef, ModelRef, Spec, Text, refusal
 from tuneyard.specs.generation import Generation
 
 MAX_PROMPTS = 10_000
@@ -18,7 +18,17 @@ def _checked(prompt: Any) -> Any:
     except InputError as error:
         text = f"is no prompt: {error.message[:1].lower()}{error.message[1:].rstrip('.')}"
         raise refusal(error.code, text, error.hint) from None
+    wanted = "messages" if "messages" in prompt else "prompt"
+    unknown = [name for name in prompt if name != wanted] if isinstance(prompt, dict) else []
+    if unknown:
+        text = f"holds {unknown[0][:60]!r} beside {wanted}"
+        raise refusal("unknown_field", text, f"give {A_PROMPT}")
+    if any(len(text) > MAX_TEXT for text in all_within(prompt) if isinstance(text, str)):
+        raise refusal("too_long", f"is longer than {MAX_TEXT:,} characters", _AS_A_FILE)
     return prompt
+
+
+_AS_A_FILE = "long prompts go into a file of prompts, which is uploaded"
 
 
 def _form_of_prompt(value: Any) -> str:

@@ -12,7 +12,7 @@ from tuneyard.specs.conversations import UNSTORABLE, all_within
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import Forbidden, InputError, SpecRejected
 from tuneyard.specs.fields import WHAT, Reference, Spec
-from tuneyard.specs.finetune import FinetuneSpec
+from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.llamafactory import (
     ALSO_DEFAULT,
@@ -25,6 +25,7 @@ from tuneyard.specs.llamafactory import (
     PATHS,
     SAME_AS,
     SECRETS,
+    TEMPLATE_NAMES,
     TUNING,
     WITHOUT_EFFECT,
 )
@@ -306,8 +307,19 @@ def _notes_on(spec: Spec) -> list[Note]:
                 "`tuneyard download JOB --out DIR` does it later"
             )
             found.append(Note(field="export_dir", message=message))
+    template = getattr(spec, "template", None)
+    if template in TEMPLATE_NAMES and template not in TEMPLATES:
+        message = f"template = {template}: the base's own template is used"
+        found.append(Note(field="template", message=message))
     if not isinstance(spec, FinetuneSpec):
         return found
+    if 0 < spec.max_steps <= spec.warmup_steps:
+        message = f"warmup_steps = {spec.warmup_steps:g} is not over in {spec.max_steps} steps:"
+        message += f" learning_rate = {spec.learning_rate:g} is never reached"
+        found.append(Note(field="warmup_steps", message=message))
+    if 0.5 < spec.val_size < 1:
+        message = f"val_size = {spec.val_size:g} holds out more rows than are learned"
+        found.append(Note(field="val_size", message=message))
     if "save_steps" in spec.model_fields_set and 0 < spec.max_steps < spec.save_steps:
         message = f"save_steps = {spec.save_steps:g} is never reached in {spec.max_steps} steps"
         found.append(Note(field="save_steps", message=message))

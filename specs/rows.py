@@ -37,6 +37,19 @@ TRAINABLE = frozenset({"alpaca", "openai", "sharegpt"})
 """Forms that hold answers to learn from, as stage sft does."""
 
 
+def each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object none of whose names comes twice, for json's ``object_pairs_hook``.
+
+    Raises: ValueError; which of the two was meant is not guessed.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} is given twice")
+    return found
+
+
 class MissingColumn(InputError):
     """A row lacks a column; the near name is looked for only when the error is shown."""
 
@@ -94,7 +107,12 @@ def _messages(row: Row) -> Judged:
         check_role(message, field)
         _check_content(message, field)
         if message.get("weight", 1) not in (0, 1):
-            raise InputError("weight must be 0 or 1.", code="out_of_range", field=f"{field}.weight")
+            raise InputError(
+                "weight must be 0 or 1.",
+                code="out_of_range",
+                field=f"{field}.weight",
+                hint="0: not learned, 1: learned",
+            )
     roles = ["system" if m["role"] == "developer" else m["role"] for m in messages]
     _check_turns(roles, "messages")
     _check_tools(row.get("tools"))
@@ -120,15 +138,18 @@ def _has_text(content: Any) -> bool:
     return any(part.strip() for part in parts)
 
 
+TOOLS = 'a list as OpenAI has it: [{"type": "function", "function": {…}}]'
+
+
 def _check_tools(tools: Any) -> None:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except ValueError:
             message = "tools is a text that is not JSON."
-            raise InputError(message, code="wrong_type", field="tools") from None
+            raise InputError(message, code="wrong_type", field="tools", hint=TOOLS) from None
     if tools and not isinstance(tools, list):
-        raise InputError("tools must be a list.", code="wrong_type", field="tools")
+        raise InputError("tools must be a list.", code="wrong_type", field="tools", hint=TOOLS)
 
 
 def _conversations(row: Row) -> Judged:
@@ -172,7 +193,7 @@ def _check_turns(roles: Sequence[str], field: str) -> None:
     """Somebody asks first, the assistant has the last word: chat templates want it so."""
     if "assistant" not in roles:
         message = "No answer of the assistant to learn from."
-        raise InputError(message, code="no_trainable_tokens", field=field)
+        raise InputError(message, code="no_trainable_tokens", field=field, hint="add its answer")
     wrong = None
     if roles[-1] != "assistant":
         wrong = "The last message is not the assistant's"
@@ -181,7 +202,8 @@ def _check_turns(roles: Sequence[str], field: str) -> None:
     elif roles[0] == "assistant" or roles[:2] == ["system", "assistant"]:
         wrong = "The assistant speaks before anybody asked"
     if wrong:
-        raise InputError(f"{wrong}.", code="bad_turns", field=field)
+        hint = "system at most once and first, then a question, and an answer at the end"
+        raise InputError(f"{wrong}.", code="bad_turns", field=field, hint=hint)
 
 
 def _alpaca(row: Row) -> Judged:
@@ -205,7 +227,8 @@ def _check_history(history: Any) -> None:
     )
     if not pairs:
         message = "history must be a list of [question, answer]."
-        raise InputError(message, code="wrong_type", field="history")
+        hint = 'for example [["Who are you?", "I am Tuny."]]'
+        raise InputError(message, code="wrong_type", field="history", hint=hint)
     for position, pair in enumerate(history):
         for text in pair:
             check_text(text, f"history[{position}]")

@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -31,6 +32,31 @@ from tuneyard.specs.sources import HUB_NAMES
 
 PREFIX = "TUNEYARD_"
 FILE_SUFFIX = "_FILE"
+SCHEMES = {
+    "database_url": ("postgresql", "postgresql+psycopg"),
+    "broker_url": ("redis", "rediss"),
+}
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+READ_BY: Mapping[str, frozenset[str]] = {
+    process: frozenset(("log_level", *names.split()))
+    for process, names in {
+        "api": """home database_url store_url store_endpoint store_region store_access_key
+            store_secret_key broker_url api_host api_port api_threads max_body_bytes max_file_bytes
+            root_path trusted_proxies flower_url session_secret session_s hub_order node_roots
+            lease_s""",
+        "scheduler": "database_url broker_url lease_s tick_s retry_backoff_s",
+        "worker": """home database_url store_url store_endpoint store_region store_access_key
+            store_secret_key store_patience_s max_file_bytes broker_url lease_s poll_s stop_grace_s
+            retry_backoff_s stall_s node_name cpu_slots fake_gpus runner_python disk_floor_bytes
+            cache_max_bytes hub_order node_roots keep_runners gateway_host gateway_port
+            gateway_url""",
+        "flower": "broker_url flower_url",
+        "migrate": """database_url api_role_password worker_role_password scheduler_role_password
+            first_api_key""",
+    }.items()
+}
+"""Process -> the settings that it reads, as its help lists them."""
 
 
 class Settings(BaseModel):
@@ -270,6 +296,26 @@ class Settings(BaseModel):
             raise ValueError("store_access_key and store_secret_key are set together or not at all")
         return self
 
+    @field_validator("database_url", "broker_url")
+    @classmethod
+    def _is_an_address(cls, value: SecretStr, info: ValidationInfo) -> SecretStr:
+        schemes = SCHEMES[str(info.field_name)]
+        try:
+            parts = urlsplit(value.get_secret_value())
+            known = parts.scheme in schemes and (parts.port or parts.hostname or True)
+        except ValueError:  # a port that is none, a bracket too many
+            known = False
+        if not known:  # the value may hold a password: it is not repeated
+            raise ValueError(f"must be an address like {schemes[0]}://host:port/name")
+        return value
+
+    @field_validator("log_level")
+    @classmethod
+    def _is_a_level(cls, value: str) -> str:
+        if value.upper() not in LEVELS:
+            raise ValueError(f"must be one of {', '.join(LEVELS)}")
+        return value
+
     @model_validator(mode="after")
     def _home_is_absolute(self) -> "Settings":
         if not self.home.is_absolute():
@@ -305,12 +351,12 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
         return Settings(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "settings"
+        reason = first["msg"].removeprefix("Value error, ")
+        name = str(first["loc"][0]) if first["loc"] else reason.partition(" ")[0]
+        known = Settings.model_fields.get(name)
+        hint = f"{PREFIX}{name.upper()}: {known.description}" if known else _NAMES
         raise InputError(
-            f"Setting {name}: {first['msg']}.",
-            code="bad_setting",
-            field=name,
-            hint=f"set {PREFIX}{name.upper()}; `tuneyard worker --help` lists the settings",
+            f"Setting {name}: {reason}.", code="bad_setting", field=name, hint=hint
         ) from None
 
 
@@ -341,6 +387,9 @@ def _from_environment(environ: Mapping[str, str], name: str) -> str | None:
 def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
     """Raises: ValueError that names the part which is no address."""
     return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
+
+
+_NAMES = "`tuneyard api --help`, and those of scheduler, worker and migrate, list the settings"
 
 
 def _from_file(path: Path) -> dict[str, Any]:

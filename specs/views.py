@@ -133,6 +133,7 @@ class LiveView(_View):
     state: str
     attempt: int | None = None
     phase: str | None = None
+    started_at: Timestamp | None = None
     progress: ProgressView | None = None
     step: int | None = None
     metrics: dict[str, float] = {}

@@ -28,7 +28,8 @@ class ConsumerWatch:
         self._app, self._queue, self._every_s = app, queue, every_s
         self._missing = 0
         self.silent = False
-        app.task(name=PING_TASK)(self._came_back)
+        # Flower lists tasks for people: two pings a minute would push the jobs out of it.
+        app.task(name=PING_TASK, send_events=False)(self._came_back)
 
     def start(self, stopping: threading.Event) -> None:
         """Watch in a thread until the worker stops."""

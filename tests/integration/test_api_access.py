@@ -292,3 +292,29 @@ def test_the_openapi_page_shows_keys_bodies_and_errors(api: Api) -> None:
     upload = page["paths"]["/api/v1/files"]["post"]
     assert "multipart/form-data" in upload["requestBody"]["content"]
     assert "HTTPValidationError" not in page["components"]["schemas"]
+    answers = {
+        ("post", "/jobs"): {"400", "409"},
+        ("post", "/jobs/{job}/retry"): {"400", "409"},
+        ("post", "/jobs/{job}/cancel"): {"409"},
+        ("get", "/jobs/{job}/events"): {"400"},
+        ("post", "/files"): {"400"},
+        ("delete", "/files/{file}"): {"409"},
+    }
+    for (method, path), statuses in answers.items():
+        assert statuses <= set(page["paths"][f"/api/v1{path}"][method]["responses"]), path
+    for path in ("/jobs", "/files"):
+        parameters = page["paths"][f"/api/v1{path}"]["get"]["parameters"]
+        (cursor,) = [each["schema"] for each in parameters if each["name"] == "cursor"]
+        assert cursor["minLength"] == 1  # ?cursor= is refused
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/jobs", "GET, POST"), ("/files", "GET, POST"), ("/files/x", "DELETE, GET"), ("/me", "GET")],
+)
+def test_a_method_that_an_address_does_not_take_is_answered_with_all_that_it_takes(
+    api: Api, path: str, methods: str
+) -> None:
+    with api.client() as http:
+        answer = http.request("OPTIONS", path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, methods)

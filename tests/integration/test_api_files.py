@@ -1,5 +1,6 @@
 """Files over HTTP: streamed to disk, checked in a child, freeing the jobs that wait for them."""
 
+import errno
 import hashlib
 import json
 import socket
@@ -123,6 +124,18 @@ def test_a_waiting_job_whose_file_does_not_serve_it_fails_with_the_reason(
     assert error["code"] == code
 
 
+def test_a_small_file_does_not_wait_for_the_check_of_a_large_one(api: Api) -> None:
+    with api.client() as http:
+        row = b'{"instruction": "Who are you?", "output": "I am Tuny."}\n'
+        large = [put(http, row * 600_000, name=f"{n}.jsonl").json()["id"] for n in range(2)]
+        small = put(http).json()["id"]
+        assert checked(http, small)["state"] == "processed"
+        states = [http.get(f"/files/{file}").json()["state"] for file in large]
+        assert states == ["processing", "processing"]
+        for file in large:
+            http.delete(f"/files/{file}")
+
+
 def test_a_check_whose_process_died_is_done_by_another(
     unchecked: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +237,18 @@ def test_a_file_above_the_limit_is_refused_and_leaves_nothing(
         for answer in (said, streamed):
             assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
         assert len(left_behind(api)) == 1
+
+
+def test_a_full_disk_is_named_with_the_mend(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tuneyard.store.disk.DiskStore.put_file", full)
+    with api.client() as http:
+        answer = put(http)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "storage_full")
+    assert "delete files" in error["hint"]
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(api: Api) -> None:

@@ -48,6 +48,24 @@ def running(api: Api, a_node: Callable[..., UUID]) -> Iterator[Running]:
         yield Running(api, http, a_node(gpus=0))
 
 
+def test_a_job_that_is_queued_again_shows_nothing_of_its_last_attempt(running: Running) -> None:
+    reached = {"done": 270, "total": 272, "unit": "tensors"}
+    running.api.ship(running.ref, phase="publishing", progress=reached)
+    assert running.http.get(running.path).json()["progress"]["done"] == 270
+    running.api.lose(running.ref)
+    assert running.http.get(running.path).json()["progress"] is None
+    events = Follower(running.http, f"{running.path}/events", headers=SSE)
+    live = next(e for e in iter(events.event, None) if e["event"] == "progress")
+    shown = {name: value for name, value in json.loads(live["data"]).items() if value}
+    assert shown == {"state": "queued"}
+    running.ref = running.api.start(running.job, running.node)
+    again = next(e for e in iter(events.event, None) if e["event"] == "progress")
+    started = running.http.get(running.path).json()["attempts"][1]["started_at"]
+    assert json.loads(again["data"])["started_at"] == started
+    running.api.finish(running.ref)
+    events.rest()
+
+
 class Follower:
     """A thread that reads a stream line by line until the server ends it."""
 
@@ -123,11 +141,23 @@ def test_a_stream_of_an_ended_job_tells_and_ends(running: Running) -> None:
     assert seen_all.rest() == []
 
 
-@pytest.mark.parametrize("number", ["-1", "abc", "1" * 31, "4", "", "1.0", "٣"])
-def test_an_odd_last_event_id_is_refused(running: Running, number: str) -> None:
-    headers = {"Accept": "text/event-stream", "Last-Event-ID": number.encode()}
+@pytest.mark.parametrize(
+    ("number", "accept"),
+    [
+        *((n, "text/event-stream") for n in ("-1", "abc", "1" * 31, "4", "", "1.0", "٣")),
+        ("abc", "application/json"),
+        ("4", "*/*"),
+    ],
+)
+def test_an_odd_last_event_id_is_refused(running: Running, number: str, accept: str) -> None:
+    headers = {"Accept": accept, "Last-Event-ID": number.encode()}
     answer = running.http.get(f"{running.path}/events", headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_event_id")
+
+
+def test_a_page_of_events_goes_on_after_last_event_id_too(running: Running) -> None:
+    answer = running.http.get(f"{running.path}/events", headers={"Last-Event-ID": "2"})
+    assert [line["seq"] for line in answer.json()["data"]] == [3]
 
 
 def test_progress_and_newest_metrics_come_between_the_events(running: Running) -> None:

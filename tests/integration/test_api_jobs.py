@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID
 
 import pytest
-from support.apis import ASK, Api, serve_again
+from support.apis import ASK, ROWS, Api, serve_again
 
 from tuneyard.specs.ids import new_id, show_id
 
@@ -119,6 +119,19 @@ def test_a_missing_model_is_refused_with_those_there_are(api: Api) -> None:
     assert count(api) == 0
 
 
+def test_a_model_that_is_still_tuned_is_waited_for_by_its_name_or_its_job(api: Api) -> None:
+    api.a_base("tiny")
+    tune = {"kind": "finetune", "model": "tiny", "stage": "sft", "finetuning_type": "lora"}
+    with api.client() as http:
+        file = http.post("/files", files={"file": ("rows.jsonl", ROWS)}).json()["id"]
+        made = http.post("/jobs", json=tune | {"dataset": file, "name": "my tuny"}).json()["id"]
+        for name in ("my-tuny", made):
+            waiting = http.post("/jobs", json=ASK | {"model": name})
+            assert (waiting.status_code, waiting.json()["state"]) == (201, "blocked")
+    waits_for = api.db.rows("SELECT DISTINCT parent FROM job_edges")
+    assert [show_id("job", row.parent) for row in waits_for] == [made]
+
+
 def test_pages_show_every_job_once_newest_first(api: Api) -> None:
     api.a_base()
     with api.client() as http:
@@ -163,6 +176,7 @@ def test_lists_are_filtered_by_state_kind_and_name(api: Api) -> None:
         ("cursor=", "bad_cursor"),
         ("cursor=" + "A" * 32, "bad_cursor"),
         ("state=runing", "bad_choice"),
+        ("kind=zz", "bad_choice"),
         ("stat=running", "unknown_field"),
         ("name=%00", "bad_character"),
     ],

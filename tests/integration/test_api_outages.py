@@ -7,12 +7,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import SecretStr
+from sqlalchemy import text
 from support.apis import ASK, Api, serve
 from support.databases import PASSWORD, TestDatabase, migration_settings, run_statement
 from support.yards import wait_for
@@ -21,9 +24,9 @@ from tuneyard.api.main import bind, run
 from tuneyard.local import ports
 from tuneyard.local.postgres import RunningPostgres, start_postgres
 from tuneyard.local.valkey import RunningValkey
-from tuneyard.models.engine import Database
+from tuneyard.models.engine import Database, Patience
 from tuneyard.models.migration import migrate
-from tuneyard.specs.errors import InputError
+from tuneyard.specs.errors import InputError, Unavailable
 from tuneyard.specs.settings import Settings
 
 
@@ -42,6 +45,22 @@ def own_db(tmp_path: Path) -> Iterator[TestDatabase]:
     for each in (owner, *roles.values()):
         each.close()
     server.stop()
+
+
+@contextmanager
+def frozen(server: RunningPostgres) -> Iterator[None]:
+    """SIGSTOP of all of a server's processes: its kernel goes on to answer for it."""
+    parent = server.process.pid
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    stopped = [parent, *map(int, children)]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in stopped:
+            with suppress(ProcessLookupError):  # one that was told to end meanwhile
+                os.kill(pid, signal.SIGCONT)
 
 
 def start_again(server: RunningPostgres) -> RunningPostgres:
@@ -99,6 +118,63 @@ def test_a_stream_waits_for_a_database_that_is_away(own_db: TestDatabase, tmp_pa
         finally:
             again.stop()
     assert ids == [1, 2]
+
+
+def test_a_frozen_postgres_is_503_within_5_s_and_all_heals_by_itself(
+    own_db: TestDatabase, tmp_path: Path
+) -> None:
+    ids: list[int] = []
+
+    def read() -> None:
+        headers = {"Accept": "text/event-stream"}
+        with http.stream("GET", f"/jobs/{job}/events", headers=headers, timeout=60) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("id: "):
+                    ids.append(int(line[4:]))
+
+    def timed(path: str) -> tuple[httpx.Response, float]:
+        began = time.monotonic()
+        answer = http.get(f"{api.url}{path}", timeout=30)
+        return answer, time.monotonic() - began
+
+    with serve(own_db, tmp_path / "home") as api, api.client() as http:
+        api.a_base()
+        job = http.post("/jobs", json=ASK).json()["id"]
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        wait_for(lambda: ids, within_s=10, what="the first event")
+        asked = ["/readyz", *["/api/v1/jobs", f"/api/v1/jobs/{job}"] * 25]  # more than threads
+        with frozen(own_db.server), ThreadPoolExecutor(len(asked)) as askers:
+            answers = list(askers.map(timed, asked))
+            assert [a.status_code for a, _ in answers] == [503] * len(asked)
+            assert {a.headers["retry-after"] for a, _ in answers} == {"1"}
+            assert max(seconds for _, seconds in answers) < 7, "5 s, and what a busy machine adds"
+            # Once it is known to be silent, one caller waits and no other.
+            again = list(askers.map(timed, asked[:10]))
+            assert sorted(seconds for _, seconds in again)[5] < 1
+        wait_for(lambda: timed("/readyz")[0].status_code == 200, within_s=10, what="being ready")
+        assert http.post(f"/jobs/{job}/cancel").status_code == 200
+        reader.join(20)
+    assert ids == [1, 2]
+
+
+@pytest.mark.parametrize("reserved", [False, True])
+def test_no_statement_waits_for_ever_for_a_silent_postgres(
+    own_db: TestDatabase, *, reserved: bool
+) -> None:
+    url = own_db.url("worker")
+    db = Database(url, "test", patience=Patience(connect_s=2, ping_s=0.3, answer_s=0.5))
+    begin = db.begin_reserved if reserved else db.begin
+    began = time.monotonic()
+    with pytest.raises(Unavailable), begin() as tx, frozen(own_db.server):
+        tx.execute(text("SELECT 1"))
+    with frozen(own_db.server):
+        with pytest.raises(Unavailable), begin():
+            pass
+        assert time.monotonic() - began < 5
+    with begin() as tx:
+        assert tx.execute(text("SELECT 1")).scalar() == 1
+    db.close()
 
 
 def test_it_begins_while_the_database_is_away(own_db: TestDatabase, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC
 from uuid import UUID, uuid5
 
 import pytest
@@ -313,6 +314,9 @@ def test_a_charged_retry_waits_its_backoff(yard: Yard) -> None:
         attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=70))), backoff_s=100)
     with yard.db.scheduler.begin() as tx:
         assert placements.queue(tx, limit=10) == []
+    row = yard.db.rows("SELECT wait_reason, not_before FROM jobs")[0]
+    at = row.not_before.astimezone(UTC).strftime("%H:%M:%S")
+    assert row.wait_reason == f"tried again at {at} UTC; attempt 1 ended: bug"
     yard.db.run("UPDATE jobs SET not_before = clock_timestamp()")
     with yard.db.scheduler.begin() as tx:
         assert [queued.id for queued in placements.queue(tx, limit=10)] == [job]
@@ -481,6 +485,7 @@ def test_two_jobs_of_one_name_that_end_at_once_both_keep_their_model(yard: Yard)
     yard.finish(base, RunnerEnd(code=0))
     yard.db.run("UPDATE devices SET state = 'ok'")
     refs = [yard.start(yard.submit(name="tuny")) for _ in range(2)]
+    yard.db.run("UPDATE jobs SET spec = spec - 'model_name'")
     yard.db.run(
         "UPDATE jobs SET inputs = jsonb_build_object('model',"
         " jsonb_build_object('base_model', CAST(:base AS text)))",

@@ -183,11 +183,15 @@ def test_inputs_cannot_be_written(
     db: TestDatabase,
     cluster: Cluster,
     a_supervisor: Callable[..., Supervisor],
+    tmp_path: Path,
 ) -> None:
-    supervisor = a_supervisor()
+    failing = tmp_path / "failing"
+    failing.write_text("#!/bin/sh\nexit 1\n")
+    failing.chmod(0o755)
+    supervisor = a_supervisor(runner_python=str(failing))
     a_model_in_the_store(db, supervisor)
     attempt = run_to_end(cluster, supervisor, ask_model(cluster))
-    assert attempt.outcome == "failed"  # the hashing runner knows no prompts: its folder is kept
+    assert attempt.outcome == "failed"  # the folder of a failed attempt is kept
     inputs = supervisor.node.settings.home / "work" / f"attempt_{attempt.id.hex}" / "inputs"
     modes = [path.stat().st_mode & 0o222 for path in (inputs, inputs / "model" / "weights")]
     assert modes == [0, 0]

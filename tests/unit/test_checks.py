@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from tuneyard.checks.limits import check_file
 from tuneyard.checks.report import report_on
-from tuneyard.checks.submission import check_finetune, check_prompts
+from tuneyard.checks.submission import check_finetune, check_inference, check_prompts
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.prompts import read_prompts
 from tuneyard.runners.rows import read_conversations
 from tuneyard.specs.conversations import ROLES
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.finetune import FinetuneSpec
+from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.rows import SPEAKERS, TRAINABLE, check_row
 
@@ -93,6 +94,7 @@ def test_what_the_field_uses_is_accepted(
         (b"\x80\x04rest", "wrong_format", None),
         (b"PAR1rest", "wrong_format", None),
         ("x".encode("utf-16"), "wrong_format", None),
+        ("x".encode("utf-32"), "wrong_format", None),
         (f"{ROW}\n{{broken".encode(), "bad_line", 2),
         (f"{ROW}\n".encode() + b'{"instruction": "\xc4", "output": "b"}', "not_utf8", 2),
         (f"[{ROW}\n{ROW}]".encode(), "bad_line", 2),
@@ -134,6 +136,13 @@ def test_a_bad_file_is_refused_with_its_line(
     found = report(tmp_path, content)
     first = found["problems"][0]
     assert (found["ok"], first["code"], first["line"]) == (False, code, line), first
+    assert first["hint"], first
+
+
+def test_an_encoding_is_called_by_its_name(tmp_path: Path) -> None:
+    for encoding in ("utf-16", "utf-32"):
+        found = report(tmp_path, ROW.encode(encoding))["problems"][0]
+        assert found["message"] == f"This is text in {encoding.upper()}, no data set."
 
 
 def test_a_misspelt_column_gets_its_real_name(tmp_path: Path) -> None:
@@ -295,7 +304,8 @@ def test_prompts_are_told_from_json_as_the_runner_tells_them(tmp_path: Path, con
     ],
 )
 def test_prompts_that_are_none_are_refused(tmp_path: Path, content: str, code: str) -> None:
-    assert report(tmp_path, content, purpose="prompts")["problems"][0]["code"] == code
+    (first, *_) = report(tmp_path, content, purpose="prompts")["problems"]
+    assert (first["code"], bool(first["hint"])) == (code, True), first
 
 
 def test_characters_split_between_two_pieces_of_an_array_are_whole(tmp_path: Path) -> None:
@@ -346,7 +356,7 @@ def finetune(changes: dict[str, Any]) -> FinetuneSpec:
         ({"cutoff_len": 999}, GOOD, FACTS, "too_long"),
         ({"layers_to_transform": [2]}, GOOD, FACTS, "out_of_range"),
         ({}, GOOD, PLAIN, "no_template"),
-        ({"template": "chatlm"}, GOOD, PLAIN, "unknown_template"),
+        ({"template": "llama3"}, GOOD, PLAIN, "unknown_template"),
         ({"val_size": 0.01}, GOOD, FACTS, "too_few_rows"),
         ({"val_size": 10}, GOOD, FACTS, "too_few_rows"),
         ({"val_size": 5, "max_samples": 5}, GOOD, FACTS, "too_few_rows"),
@@ -381,6 +391,33 @@ def test_the_first_row_of_another_form_is_named() -> None:
     assert (found.line, found.field) == (7, "dataset")
     (found,) = check_finetune(finetune({}), GOOD, None, eval_report=MIXED)
     assert found.field == "eval_dataset"
+
+
+def test_an_answer_is_shorter_than_the_model_is_long() -> None:
+    asked = {"kind": "inference", "model": "m", "prompts": ["a"]}
+    for tokens, codes in ((128, ["too_long"]), (127, []), (None, [])):
+        spec, _ = read_spec(asked | {"max_new_tokens": tokens})
+        assert isinstance(spec, InferenceSpec)
+        assert [p.code for p in check_inference(spec, FACTS)] == codes
+        assert check_inference(spec, None) == []
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json"])
+def test_a_column_that_is_given_twice_is_refused_by_line_here_and_in_the_runner(
+    tmp_path: Path, form: str
+) -> None:
+    good, twice = (
+        '{"instruction": "a", "output": "b"}',
+        '{"instruction": "a", "output": "b", "output": "c"}',
+    )
+    path = tmp_path / f"rows.{form}"
+    path.write_text(f"{good}\n{twice}\n" if form == "jsonl" else f"[{good},\n{twice}]")
+    (found,) = report_on(path, purpose="dataset")["problems"]
+    assert (found["line"], found["hint"]) == (2, "keep one of them")
+    assert "'output' is given twice" in found["message"]
+    with pytest.raises(BadData, match="'output' is given twice") as refused:
+        read_conversations(path)
+    assert refused.value.line == 2
 
 
 def test_a_file_of_rows_is_no_file_of_prompts() -> None:

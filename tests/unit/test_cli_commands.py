@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -341,6 +344,28 @@ def test_what_is_no_recipe_is_named(tuneyard: Command, tmp_path: Path, name: str
     assert "Traceback" not in done.err
 
 
+def test_a_name_that_is_empty_is_no_folder(tuneyard: Command) -> None:
+    done = tuneyard("submit", "")
+    assert done.err == "The file's name is empty.\n  hint: name a file, or - for stdin\n"
+
+
+def test_a_named_pipe_is_read_and_one_without_a_writer_is_not_waited_for(
+    tuneyard: Command, api: RecordedApi, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "f.yaml")
+    done = tuneyard("submit", "f.yaml")
+    assert (done.code, done.err) == (2, "f.yaml is a pipe into which nobody writes.\n")
+    accepting(api)
+    (tmp_path / "data.jsonl").write_bytes(ROW)
+    writer = threading.Thread(target=lambda: (tmp_path / "f.yaml").write_text(RECIPE), daemon=True)
+    writer.start()
+    deadline = time.monotonic() + 10  # the writer must have begun to wait for its reader
+    while (done := tuneyard("submit", "f.yaml")).code and time.monotonic() < deadline:
+        pass
+    assert done.code == 0, done.err
+    writer.join(10)
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00"])
 def test_a_bad_pipe_is_named_stdin(
     tuneyard: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
@@ -555,10 +580,28 @@ def test_what_is_no_data_is_named_and_does_not_travel(
     assert not api.asked
 
 
-def test_what_is_no_files_id_is_your_input(tuneyard: Command, api: RecordedApi) -> None:
-    for command in ("show", "rm"):
-        assert tuneyard("files", command, "data.jsonl").code == 2
-    assert not api.asked
+def test_a_file_goes_by_a_name_that_one_file_has(tuneyard: Command, api: RecordedApi) -> None:
+    one, other = (a_file(f"file_{n:032x}", name="data.jsonl", sha256="0") for n in (1, 2))
+    api.on("GET", "/files", page(one))
+    api.on("GET", f"/files/{one['id']}", one)
+    assert one["id"] in tuneyard("files", "show", "data.jsonl").out
+    api.on("DELETE", f"/files/{one['id']}", {"id": one["id"], "deleted": True})
+    assert tuneyard("files", "rm", "data.jsonl").out == f"{one['id']} deleted\n"
+    for found, said in ((page(), "No file is called"), (page(one, other), "Several files are")):
+        api.on("GET", "/files", found)
+        done = tuneyard("files", "rm", "data.jsonl")
+        assert done.code == 2
+        assert said in done.err
+
+
+def test_how_a_job_failed_is_shown_in_one_place(tuneyard: Command, api: RecordedApi) -> None:
+    error = {"code": "oom", "message": "Out of memory.", "field": None, "hint": None}
+    attempt = {"number": 1, "node": "n", "devices": [], "phase": "ended", "outcome": "failed",
+               "cause": "oom", "patch": {"cutoff_len": 64}}  # fmt: skip
+    api.on("GET", f"/jobs/{JOB}", a_job(JOB, state="failed", error=error, attempts=[attempt]))
+    done = tuneyard("show", JOB)
+    assert (done.code, done.err) == (0, "")
+    assert "oom: Out of memory.\n  hint: `tuneyard retry" in done.out
 
 
 def test_models_and_nodes_are_listed(tuneyard: Command, api: RecordedApi) -> None:

@@ -3,6 +3,7 @@
 import os
 import pty
 import resource
+import shlex
 import signal
 import struct
 import subprocess
@@ -11,6 +12,7 @@ import termios
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from fcntl import ioctl
 
 import pytest
@@ -73,6 +75,21 @@ def test_a_reader_that_has_enough_is_no_error(api: RecordedApi, arguments: list[
         os.close(readable)
         _, err = process.communicate(timeout=WITHIN_S)
     assert (process.returncode, err) == (0, b"")
+
+
+@pytest.mark.parametrize("redirect", [">/dev/full", ">&-"])
+@pytest.mark.parametrize("arguments", ["list", "list --json", "--help"])
+def test_a_stdout_that_takes_nothing_is_a_sentence(
+    api: RecordedApi, arguments: str, redirect: str
+) -> None:
+    api.on("GET", "/jobs", page(*(a_job(job) for job in JOBS[:20])))
+    command = f"exec {shlex.join(TUNEYARD)} {arguments} {redirect}"
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], env=environment(api), stderr=subprocess.PIPE, check=False
+    )
+    reason = "No space left on device" if "full" in redirect else "Bad file descriptor"
+    assert done.stderr.decode() == f"The output cannot be written: {reason}.\n"
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("arguments", [["watch", JOB], ["watch", JOB, "--json"]])
@@ -139,6 +156,14 @@ def test_a_terminal_shows_a_bar_that_goes_with_the_job(api: RecordedApi) -> None
     assert "25%" in shown
     assert "loss 1.250" in shown
     assert "tuny succeeded" in shown
+
+
+def test_the_clock_counts_from_the_attempts_start_not_from_the_watching(api: RecordedApi) -> None:
+    began = (datetime.now(UTC) - timedelta(hours=2)).isoformat()
+    last = moved(2, "succeeded", "succeeded")
+    api.on("GET", f"/jobs/{JOB}/events", events(RUNNING | {"started_at": began}, last))
+    _, shown = on_a_terminal(environment(api, TERM="xterm"), "watch", JOB, columns=100)
+    assert "2:00:0" in shown
 
 
 @pytest.mark.parametrize("columns", [20, 1])

@@ -205,10 +205,37 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(
     assert [kind for kind, _ in client.watch(JOB)] == ["submit", "failed"]
 
 
+def test_a_server_that_falls_silent_is_waited_for_and_that_is_said_once(
+    api: RecordedApi, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuneyard.client.stream.SILENCE_S", 0.3)
+    monkeypatch.setattr("tuneyard.client.stream.FIRST_PATIENCE_S", 0.1)  # before the first contact
+    monkeypatch.setattr("tuneyard.client.stream.AWAY_SAID_AFTER_S", 0.2)
+    monkeypatch.setattr("tuneyard.client.stream.LONGEST_PAUSE_S", 0.1)
+    api.on("GET", f"/jobs/{JOB}", a_job(JOB, state="running"))
+    first, last = moved(1, "submit", "queued"), moved(2, "failed", "failed")
+    never = threading.Event()
+    silent = events(first, open_until=never)
+    api.on("GET", f"/jobs/{JOB}/events", silent, BUSY, BUSY, BUSY, BUSY, BUSY, events(last))
+    try:
+        kinds = [kind for kind, _ in client.watch(JOB)]
+    finally:
+        never.set()
+    assert kinds == ["submit", "away", "failed"]
+
+
 def test_a_watch_ends_when_the_job_was_over_before(api: RecordedApi, client: Client) -> None:
     api.on("GET", f"/jobs/{JOB}", a_job(JOB, state="failed"))
     api.on("GET", f"/jobs/{JOB}/events", events(": still here\n\n"), page())
     assert list(client.watch(JOB, after=7)) == []
+
+
+def test_an_address_that_ends_in_the_apis_own_path_is_the_servers(api: RecordedApi) -> None:
+    api.on("GET", f"/jobs/{JOB}", a_job(JOB))
+    for url in (f"{api.url}/api/v1", f"{api.url}/api/v1/"):
+        with Client(url, KEY) as client:
+            assert client.job(JOB)["id"] == JOB
+            assert client.url == api.url
 
 
 def test_a_watch_of_an_unknown_job_is_refused(client: Client) -> None:

@@ -190,3 +190,9 @@ def test_no_text_makes_reading_crash(text: str) -> None:
             assert isinstance(read(text), dict)
         except InputError:
             pass
+
+
+def test_a_character_that_cannot_be_stored_is_refused_with_the_mend() -> None:
+    with pytest.raises(InputError) as refused:
+        read_json('{"name": "a\\u0000"}')
+    assert (refused.value.code, bool(refused.value.hint)) == ("bad_character", True)

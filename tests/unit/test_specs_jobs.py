@@ -93,6 +93,7 @@ def test_a_tutorials_yaml_runs_unchanged_and_notes_what_has_no_effect() -> None:
     assert {note.field for note in found} == {
         "output_dir", "overwrite_cache", "preprocessing_num_workers", "plot_loss", "report_to",
         "ddp_timeout", "flash_attn", "group_by_length", "evaluation_strategy",
+        "template",
     }  # fmt: skip
 
 
@@ -227,6 +228,12 @@ def test_a_rank_of_another_type_is_refused(value: object) -> None:
         ({"name": "a\u200fb"}, "name", "bad_character"),
         ({"name": "a\u2028b"}, "name", "bad_character"),
         ({"name": ""}, "name", "out_of_range"),
+        ({"name": "  "}, "name", "bad_name"),
+        ({"name": "\u200b"}, "name", "bad_name"),
+        ({"name": "\u3164\u2800"}, "name", "bad_name"),
+        ({"template": "lama3"}, "template", "unknown_template"),
+        ({"template": ""}, "template", "unknown_template"),
+        ({"layers_to_transform": [0, 1, 0]}, "layers_to_transform", "out_of_range"),
         ({"name": "x" * 201}, "name", "out_of_range"),
         ({"default_system": "\ud800"}, "default_system", "bad_character"),
         ({"dataset": "/etc/passwd"}, "dataset", "path_not_allowed"),
@@ -296,6 +303,14 @@ def test_a_jobs_name_becomes_a_name_that_a_spec_can_say(name: str) -> None:
         ([1], "prompts[0]", "wrong_type"),
         (["a", " "], "prompts[1]", "empty_prompt"),
         ([{"x": 1}], "prompts[0]", "missing_column"),
+        ([{"prompt": "x", "zz": 1}], "prompts[0]", "unknown_field"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}], "zz": 1}],
+            "prompts[0]",
+            "unknown_field",
+        ),
+        (["a", "x" * 1_000_000], "prompts[1]", "too_long"),
+        ([{"messages": [{"role": "user", "content": "x" * 70_000}]}], "prompts[0]", "too_long"),
         ([{"messages": []}], "prompts[0]", "wrong_type"),
         ([{"messages": [{"role": "bot", "content": "a"}]}], "prompts[0]", "unknown_role"),
         ([{"messages": [{"role": "user", "content": 3}]}], "prompts[0]", "wrong_type"),
@@ -352,7 +367,7 @@ def test_llama_factorys_export_is_a_merge_unchanged() -> None:
         "saves/llama3-8b/lora/sft",
     )
     assert (spec.export_size, spec.export_dir, spec.dtype) == (2, "megred-model-path", "auto")
-    assert {note.field for note in found} == {"export_dir", "export_legacy_format"}
+    assert {note.field for note in found} == {"export_dir", "export_legacy_format", "template"}
     assert spec.wants_gpu is False
     assert "export_dir" not in spec.arguments()
     assert read_spec(spec.document())[0] == spec
@@ -481,6 +496,17 @@ def test_what_is_probably_not_meant_is_noted() -> None:
     assert "eval_strategy" in notes(FINETUNE | {"val_size": 5})
     assert "temperature" in notes(FINETUNE | {"temperature": 0.9})
     assert "stage" in notes(INFERENCE | {"stage": "sft"})
+    assert "warmup_steps" in notes(FINETUNE | {"warmup_steps": 1000, "max_steps": 2})
+    assert "val_size" in notes(FINETUNE | {"val_size": 0.99999, "eval_strategy": "epoch"})
+
+
+def test_llama_factorys_template_names_mean_the_bases_own_and_others_are_refused() -> None:
+    for document in (FINETUNE, INFERENCE):
+        assert "template" in notes(document | {"template": "llama3"})
+        assert "template" not in notes(document | {"template": "chatml"})
+        assert "template" not in notes(document | {"template": "{{ messages }}"})
+        found = problems(document | {"template": "lama3"})
+        assert found == {"template": ("unknown_template", "did you mean llama3?")}
 
 
 def test_references_name_what_is_looked_up() -> None:
@@ -499,9 +525,9 @@ VALUES = {
     "learning_rate": st.floats(1e-6, 1e-2),
     "bf16": st.booleans(),
     "save_strategy": st.sampled_from(["no", "steps", "epoch"]),
-    "layers_to_transform": st.lists(st.integers(0, 31), min_size=1, max_size=4),
+    "layers_to_transform": st.lists(st.integers(0, 31), min_size=1, max_size=4, unique=True),
     "model": st.sampled_from(["m", "org/m", {"from": JOB}]),
-    "name": st.text("abc äö客", min_size=1, max_size=20),
+    "name": st.text("abc äö客", min_size=1, max_size=20).filter(str.strip),
     "metadata": st.dictionaries(st.text("abc", min_size=1), st.text("xyz"), max_size=3),
     "warmup_steps": st.sampled_from([0, 0.1, 10]),
     "lr_scheduler_kwargs": st.just({}),
