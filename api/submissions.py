@@ -38,7 +38,7 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
     elif isinstance(spec, InferenceSpec):
         report = _report(tx, inputs, "prompts")
         problems = [
-            *check_inference(spec, _facts(yard, inputs)),
+            *check_inference(spec, _facts(yard, inputs) if spec.max_new_tokens else None),
             *(check_prompts(report) if report else []),
         ]
     if problems:

@@ -128,7 +128,9 @@ def test_a_model_that_is_still_tuned_is_waited_for_by_its_name_or_its_job(api: A
         for name in ("my-tuny", made):
             waiting = http.post("/jobs", json=ASK | {"model": name})
             assert (waiting.status_code, waiting.json()["state"]) == (201, "blocked")
-    waits_for = api.db.rows("SELECT DISTINCT parent FROM job_edges")
+    waits_for = api.db.rows(
+        "SELECT DISTINCT parent FROM job_edges JOIN jobs ON id = child AND kind = 'inference'"
+    )
     assert [show_id("job", row.parent) for row in waits_for] == [made]
 
 
