@@ -8,7 +8,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-browser unit integration hubs e2e docs demo clean
+.PHONY: help setup check format test unit integration hubs e2e docs demo clean
+.PHONY: test-browser wheel-check test-merge-memory test-transformers4
+
+TRANSFORMERS4 := .venv-transformers4
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z/-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -54,6 +57,24 @@ test-browser: setup ## a real browser logs in and looks at Flower; needs chromiu
 	  $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[browser]"
 	$(BIN)/pytest tests/browser
 
+test-merge-memory: setup ## a merge of a model larger than its memory limit; writes 2 GB
+	$(BIN)/pytest -s tests/memory
+
+test-transformers4: setup $(TRANSFORMERS4)/.installed ## merged folders as transformers 4.57 reads them
+	TRANSFORMERS4_PYTHON=$(TRANSFORMERS4)/bin/python $(BIN)/pytest tests/transformers4
+
+$(TRANSFORMERS4)/.installed:
+	$(PYTHON) -m venv $(TRANSFORMERS4)
+	$(TRANSFORMERS4)/bin/pip install --disable-pip-version-check --quiet --no-deps \
+	    "transformers==4.57.6" "huggingface-hub==0.36.0" "tokenizers==0.22.2"
+	@# torch and the rest are those of $(VENV): what stands in an environment itself goes first.
+	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" \
+	    > $$($(TRANSFORMERS4)/bin/python -c "import site; print(site.getsitepackages()[0])")/torch.pth
+	@touch $@
+
+wheel-check: setup ## install the wheel as the images do, compare it with git, run the servers' test on it
+	$(BIN)/pytest tests/wheel
+
 docs: setup ## write the pages that are derived from code
 	$(BIN)/python docs/generate.py
 
@@ -61,4 +82,4 @@ demo: setup ## install, start everything, tune a small model, print the result, 
 	$(BIN)/python examples/demo.py
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRANSFORMERS4) .demo .pytest_cache .mypy_cache .ruff_cache

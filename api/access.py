@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated
 from urllib.parse import quote
@@ -31,7 +31,8 @@ from tuneyard.specs.errors import (
 )
 from tuneyard.specs.ids import parse_id
 from tuneyard.specs.settings import Settings
-from tuneyard.store.remote import Store
+from tuneyard.store.folder import FolderDamaged
+from tuneyard.store.remote import Shelf, open_store
 
 KEY_KNOWN_S = 5.0
 KEYS_KNOWN = 1000
@@ -39,6 +40,7 @@ MAX_KEY_CHARACTERS = 200
 WAIT_FOR_TURN_S = 2.0
 PATIENCE = Patience(connect_s=2, ping_s=1.0, answer_s=4.0)
 """Whoever asks is answered within about 5 s: by 503 where PostgreSQL says nothing."""
+STORE_ANSWERS_WITHIN_S = 8.0
 
 PAGES = sessions.PATH
 """Below here a browser's session counts as its key, and nowhere else."""
@@ -60,7 +62,7 @@ class Yard:
         url = settings.database_url.get_secret_value()
         # Streams and the checker use the pool's overflow: requests have their turns to themselves.
         self.db = Database(url, "ty-api", pool_size=settings.api_threads, patience=PATIENCE)
-        self.store = Store(settings.store_root)
+        self.store = open_store(settings, answer_within_s=STORE_ANSWERS_WITHIN_S)
         secret = settings.session_secret
         self.sessions = sessions.Sessions(
             secret.get_secret_value() if secret else None, lasting_s=settings.session_s
@@ -108,14 +110,22 @@ class Yard:
         self._callers[key_hash] = (time.monotonic(), caller)
         return caller
 
-    def facts(self, base_model: UUID) -> dict[str, object] | None:
-        """What a base model's headers say; None where its folder is not to be had."""
-        if base_model not in self._facts:
+    def facts(self, model: Mapping[str, str]) -> dict[str, object] | None:
+        """What a model's headers say; None where its folder is gone or odd.
+
+        model: as ``jobs.inputs`` holds it, a base model or an artifact of a team.
+        Raises: StoreUnreachable.
+        """
+        ((kind, text),) = model.items()
+        model_id = UUID(text)
+        if model_id not in self._facts:
+            shelf: Shelf = "models" if kind == "base_model" else "artifacts"
             try:
-                self._facts[base_model] = model_facts(self.store.folder("models", base_model))
-            except (OSError, InputError):
+                with self.store.look_into(shelf, model_id) as folder:
+                    self._facts[model_id] = model_facts(folder)
+            except (OSError, InputError, FolderDamaged):
                 return None
-        return self._facts[base_model]
+        return self._facts[model_id]
 
 
 class Login:

@@ -8,12 +8,13 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
-from tuneyard.api import artifacts, files, flower, following, jobs, login, problems, things
+from tuneyard.api import artifacts, chat, files, flower, following, jobs, login, problems, things
 from tuneyard.api.access import Login, Yard
 from tuneyard.api.broker import Broker
 from tuneyard.api.checking import FileChecker
 from tuneyard.api.limits import Limits
 from tuneyard.api.paging import refuse_unknown_names
+from tuneyard.api.passages import Passages
 from tuneyard.api.prefix import Prefix
 from tuneyard.api.streams import Streams
 from tuneyard.api.uploads import Uploads
@@ -21,8 +22,8 @@ from tuneyard.specs.settings import Settings
 from tuneyard.specs.views import ErrorBody
 
 DESCRIPTION = """
-Submit fine-tune, inference and download jobs; follow their events, metrics and logs; fetch what
-they bring forth. Every request but /healthz and /readyz bears `Authorization: Bearer KEY`.
+Submit fine-tune, merge, inference and download jobs; follow their events, metrics and logs; fetch
+what they bring forth. Every request but /healthz and /readyz bears `Authorization: Bearer KEY`.
 
 An error is always `{"error": {"code", "message", "field", "line", "hint"}}`; a refused spec adds
 all its problems as `details`. 503 comes with `Retry-After`: nothing is lost by asking again, with
@@ -39,6 +40,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 ROUTERS = (
     jobs.router,
     jobs.pipelines,
+    chat.router,
     following.router,
     artifacts.router,
     files.router,
@@ -50,7 +52,7 @@ PAGES = (login.router, flower.router)
 def create_app(settings: Settings) -> FastAPI:
     """Build the application; it starts while the database is away."""
     yard = Yard(settings)
-    streams, checker = Streams(yard.db), FileChecker(yard)
+    streams, checker = Streams(yard.db, yard.store), FileChecker(yard)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -74,6 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.yard, app.state.streams, app.state.checker = yard, streams, checker
     app.state.uploads = Uploads(yard.store, max_file_bytes=settings.max_file_bytes)
     app.state.flower = flower.Flower(settings.flower_url)
+    app.state.passages = Passages()
     app.state.broker = Broker(settings.broker_url.get_secret_value())
     _include_routes(app)
     problems.register(app, (*ROUTERS, *PAGES, things.health))

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
 
 from tuneyard.api.access import TheCaller, TheYard, path_id
@@ -15,12 +15,21 @@ router = APIRouter(prefix="/api/v1/jobs/{job}/artifacts", tags=["artifacts"])
 
 
 @router.get("")
-def list_artifacts(job: str, caller: TheCaller, yard: TheYard) -> ArtifactList:
-    """What a job brought forth: checkpoints, and its result once it succeeded."""
+def list_artifacts(
+    job: str,
+    caller: TheCaller,
+    yard: TheYard,
+    kind: Annotated[str | None, Query(max_length=40, examples=["checkpoint", "log"])] = None,
+) -> ArtifactList:
+    """What a job brought forth: checkpoints, and its result once it succeeded.
+
+    Ended attempts' logs are artifacts of the kind `log`, listed when they are asked for; `/logs`
+    has what is in them.
+    """
     job_id = path_id("job", job)
     with yard.begin(caller.team_id) as tx:
         reading.standing(tx, job_id)
-        return ArtifactList(data=reading.list_artifacts(tx, job_id))
+        return ArtifactList(data=reading.list_artifacts(tx, job_id, kind=kind))
 
 
 @router.get("/{artifact}/files")

@@ -17,7 +17,7 @@ from tuneyard.api.submissions import check_inputs
 from tuneyard.checks.limits import check_file
 from tuneyard.models import files
 from tuneyard.models.dependencies import jobs_waiting_for_file, reconsider, refuse, spec_of
-from tuneyard.specs.errors import SpecRejected, Unavailable
+from tuneyard.specs.errors import NotFound, SpecRejected, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +104,16 @@ class FileChecker:
 
     def _is_large(self, file: files.FileToCheck) -> bool:
         try:
-            return self._yard.store.file(file.id).stat().st_size > SMALL_BYTES
-        except OSError:
-            return False  # the check says what is wrong with it
+            with self._yard.db.begin(team=file.team_id) as tx:
+                return files.show_file(tx, file.id).bytes > SMALL_BYTES
+        except NotFound:
+            return False  # deleted meanwhile
 
     def _check(self, file: files.FileToCheck) -> None:
         """Check a file and free the jobs that wait for it."""
         try:
-            report = check_file(self._yard.store.file(file.id), purpose=file.purpose)
+            with self._yard.store.file_here(file.id) as path:
+                report = check_file(path, purpose=file.purpose)
             with self._yard.db.begin(team=file.team_id) as tx:
                 files.finish_check(tx, file.id, report, accepted=bool(report["ok"]))
                 decide_waiting(tx, self._yard, file.id)

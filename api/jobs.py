@@ -63,7 +63,7 @@ def _hubs_notes(yard: Yard, caller: Caller, spec: JobSpec) -> list[Note]:
     notes: list[Note] = []
     for reference in spec.references():
         download = isinstance(reference.value, str) and implied_download(reference.value)
-        if reference.what != "model" or not download:
+        if reference.what not in ("model", "base") or not download:
             continue
         with yard.snapshot(caller.team_id) as tx:
             if knows_model(tx, caller.team_id, str(reference.value)):

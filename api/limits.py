@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tuneyard.api.prefix import inner_path
 from tuneyard.api.problems import answer, internal
-from tuneyard.specs.errors import InputError
+from tuneyard.specs.errors import InputError, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,13 @@ class Limits:
             await self._serve(scope, exchange)
         except ClientDisconnect:
             pass  # nobody is there to be answered
+        except Unavailable as error:
+            if exchange.status is None:
+                await answer(error)(scope, exchange.receive, exchange.send)
+            else:
+                fields = exchange.named("answer_cut_off") | {"code": error.code}
+                log.warning("answer cut off", extra=fields)
+                raise  # the server cuts the connection
         except Exception:
             log.exception("internal error", extra=exchange.named("internal_error"))
             if exchange.status is None:

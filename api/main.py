@@ -29,22 +29,10 @@ MAX_HEAD_BYTES = 256 * 1024
 def run(settings: Settings) -> None:
     """Serve until SIGTERM. Raises: InputError when the address cannot be listened on."""
     with bind(settings.api_host, settings.api_port) as listening:
-        server = Server(_application(settings))
+        server = Server(create_app(settings))
         port = listening.getsockname()[1]
         log.info("api listens", extra={"event": "api_listens", "port": port})
         server.run(sockets=[listening])
-
-
-def _application(settings: Settings) -> FastAPI:
-    try:
-        return create_app(settings)
-    except OSError as error:
-        raise InputError(
-            f"The store in {settings.store_root} cannot be written: {error.strerror}.",
-            code="not_writable",
-            field="store_url",
-            hint="set TUNEYARD_STORE_URL to a folder that this user may write",
-        ) from None
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 from uuid import UUID
 
@@ -18,13 +19,16 @@ from sqlalchemy import Connection
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from tuneyard.models import logs, reading
+from tuneyard.api.logs import LogReader
+from tuneyard.models import reading
 from tuneyard.models.engine import Database
 from tuneyard.models.events import JOB_CHANNEL
 from tuneyard.models.keys import Caller
+from tuneyard.models.logs import LogPosition
 from tuneyard.specs.errors import Unavailable
 from tuneyard.specs.states import TERMINAL
 from tuneyard.specs.views import EventView, LiveView
+from tuneyard.store.shelves import Store
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +39,14 @@ HEARTBEAT_EVERY_S = 15.0
 READERS = 4
 MAX_STREAMS = 500
 EVENTS_AT_ONCE = 500
-CHUNKS_AT_ONCE = 64
 SLOW_READER_S = 30.0
 
 
 class Streams:
     """The streams of one process."""
 
-    def __init__(self, db: Database) -> None:
-        self._db = db
+    def __init__(self, db: Database, store: Store) -> None:
+        self._db, self._store = db, store
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: dict[str, set[asyncio.Event]] = {}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="stream")
@@ -93,16 +96,22 @@ class Streams:
                 event.set()
 
     async def _read(self, caller: Caller, unit: Callable[[Connection], Answer]) -> Answer | None:
-        """Read in a thread; None while the database is away."""
+        def in_transaction() -> Answer:
+            with self._db.snapshot(team=caller.team_id) as tx:
+                return unit(tx)
 
-        def in_transaction() -> Answer | None:
+        return await self._in_thread(in_transaction)
+
+    async def _in_thread(self, read: Callable[[], Answer]) -> Answer | None:
+        """Read in a thread; None while the database, or the store, is away."""
+
+        def unless_away() -> Answer | None:
             try:
-                with self._db.snapshot(team=caller.team_id) as tx:
-                    return unit(tx)
+                return read()
             except Unavailable:
                 return None
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, in_transaction)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, unless_away)
 
     async def _changes(self, job_id: UUID) -> AsyncIterator[asyncio.Event]:
         """Once now, then whenever the job may have changed, or the event given was set."""
@@ -159,7 +168,7 @@ class Streams:
         job_id: UUID,
         attempt: int | None,
         so_far: Iterator[bytes],
-        position: logs.LogPosition,
+        position: LogPosition,
     ) -> AsyncIterator[bytes]:
         """A job's log: what there is, then what comes after ``position``, to the job's end.
 
@@ -174,13 +183,14 @@ class Streams:
         job_id: UUID,
         attempt: int | None,
         so_far: Iterator[bytes],
-        position: logs.LogPosition,
+        position: LogPosition,
     ) -> AsyncIterator[bytes]:
+        reader = LogReader(self._db, self._store, caller.team_id)
         loop = asyncio.get_running_loop()
         while piece := await loop.run_in_executor(self._readers, next, so_far, b""):
             yield piece
         async for woken in self._changes(job_id):
-            found = await self._read(caller, _log_after(job_id, attempt, position))
+            found = await self._in_thread(partial(reader.after, job_id, attempt, position))
             if found is None:
                 continue
             standing, pieces, position = found
@@ -208,21 +218,6 @@ def _event(line: EventView) -> bytes:
 
 def _live(view: LiveView) -> bytes:
     return f"event: progress\ndata: {view.model_dump_json()}\n\n".encode()
-
-
-def _log_after(
-    job_id: UUID, attempt: int | None, position: logs.LogPosition
-) -> Callable[[Connection], tuple[reading.Standing, list[bytes], logs.LogPosition]]:
-    """Of one moment: a job that had ended by then has no more log to come."""
-
-    def read(tx: Connection) -> tuple[reading.Standing, list[bytes], logs.LogPosition]:
-        standing = reading.standing(tx, job_id)
-        pieces, end = logs.lay_out(
-            tx, job_id, attempt=attempt, after=position, limit=CHUNKS_AT_ONCE
-        )
-        return standing, logs.read_pieces(tx, pieces), end
-
-    return read
 
 
 class Stream(StreamingResponse):

@@ -8,7 +8,12 @@ from sqlalchemy import Connection
 
 from tuneyard.api.access import Yard
 from tuneyard.checks.hubs import check_place
-from tuneyard.checks.submission import check_finetune, check_inference, check_prompts
+from tuneyard.checks.submission import (
+    check_finetune,
+    check_inference,
+    check_prompts,
+    check_serve,
+)
 from tuneyard.models import files
 from tuneyard.models.inputs import Inputs
 from tuneyard.specs.download import DownloadSpec
@@ -16,6 +21,7 @@ from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.jobs import JobSpec
+from tuneyard.specs.serve import ServeSpec
 
 
 def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> None:
@@ -25,6 +31,8 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
         facts = _facts(yard, inputs)
         report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
         problems = check_finetune(spec, report, facts, eval_report=eval_report)
+    elif isinstance(spec, ServeSpec):
+        problems = check_serve(spec, _facts(yard, inputs)) if "adapter" not in inputs else []
     elif isinstance(spec, DownloadSpec):
         problems = check_place(spec, yard.settings.roots)
     elif isinstance(spec, InferenceSpec):
@@ -37,9 +45,10 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
         raise SpecRejected(problems)
 
 
-def _facts(yard: Yard, inputs: Inputs) -> Mapping[str, object] | None:
-    base = inputs.get("model", {}).get("base_model")
-    return yard.facts(UUID(base)) if base else None
+def _facts(yard: Yard, inputs: Inputs) -> Mapping[str, Any] | None:
+    """What the headers of the model say, if it is here already."""
+    model = inputs["model"]
+    return yard.facts(model) if model.keys() <= {"base_model", "artifact"} else None
 
 
 def _report(tx: Connection, inputs: Inputs, field: str) -> Mapping[str, Any] | None:

@@ -9,6 +9,7 @@ from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.problems import problem
 from tuneyard.specs.rows import TRAINABLE
+from tuneyard.specs.serve import ServeSpec
 
 Report = Mapping[str, Any]
 
@@ -58,6 +59,11 @@ def check_prompts(report: Report) -> list[InputError]:
     return [problem("wrong_dataset_kind", message, "prompts", hint)]
 
 
+def check_serve(spec: ServeSpec, facts: Mapping[str, Any] | None) -> list[InputError]:
+    """Whether a base speaks at all; an adapter brings the template that trained it."""
+    return [] if facts is None else _check_template(spec, facts)
+
+
 def _check_kinds(spec: FinetuneSpec, report: Report, field: str) -> list[InputError]:
     kinds = report.get("kinds") or {str(report.get("rows_kind")): {"line": 1}}
     wrong = [kind for kind in kinds if kind not in TRAINABLE]
@@ -93,7 +99,7 @@ def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErro
     return found
 
 
-def _check_template(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputError]:
+def _check_template(spec: FinetuneSpec | ServeSpec, facts: Mapping[str, Any]) -> list[InputError]:
     if facts.get("has_chat_template") or (spec.template and "{" in spec.template):
         return []
     hint = f"set template to one of {', '.join(TEMPLATES)}, or to jinja of your own"

@@ -1,12 +1,14 @@
 """Commands about jobs."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tuneyard.cli.exporting import export_folder, write_export
 from tuneyard.cli.output import age, print_json, print_table, say
 from tuneyard.cli.profile import Json, connect
 from tuneyard.cli.submitting import check_alone, read_document, submit_document
@@ -56,20 +58,56 @@ def submit(
     base = Path(file).parent if file != "-" else Path.cwd()
     check_alone(document, base)
     with connect() as client:
-        made = submit_document(client, document, base)
-        jobs = made.get("jobs") or [made]
-        if json:
-            ended = [await_end(client, job["id"]) if wait else job for job in jobs]
-            print_json(made | {"jobs": ended} if "jobs" in made else ended[0])
-            return int(wait and not all(job["state"] == JobState.SUCCEEDED for job in ended))
-        for job in jobs:
-            say(f"{job['id']}  {job['name']}  {job['state']}")
-            for note in job.get("notes") or []:
-                say(f"  note: {note['message']}")
-        if wait:
-            return watch_jobs(client, jobs)
+        return follow_submission(client, document, base, wait=wait, as_json=json)
+
+
+def follow_submission(
+    client: Client, document: dict[str, Any], base: Path, *, wait: bool, as_json: bool
+) -> int:
+    """Submit a checked document; with ``wait`` to its end, and merges into their export_dir."""
+    if wait:
+        for step in document.get("pipeline") or [document]:
+            export_folder(step)  # one that cannot be written to is refused before anything travels
+    made = submit_document(client, document, base)
+    jobs = made.get("jobs") or [made | {"spec": document}]
+    if as_json:
+        return _follow_quietly(client, made, jobs, wait=wait)
+    for job in jobs:
+        say(f"{job['id']}  {job['name']}  {job['state']}")
+        for note in job.get("notes") or []:
+            say(f"  note: {note['message']}")
+    if not wait:
         say(f"  next: tuneyard watch {made['id']}")
         return 0
+    return watch_jobs(client, jobs, after=_export)
+
+
+def _export(client: Client, job: Mapping[str, Any]) -> None:
+    if folder := export_folder(job["spec"]):
+        write_export(client, job["id"], folder)
+        say(f"  written to {folder}")
+
+
+def _follow_quietly(
+    client: Client, made: dict[str, Any], jobs: Sequence[dict[str, Any]], *, wait: bool
+) -> int:
+    """For programs: nothing on stdout but one document at the end."""
+    ended = [_ended(client, job) if wait else job for job in jobs]
+    if "jobs" in made:
+        print_json(made | {"jobs": ended})
+    else:
+        print_json(ended[0] if wait else made)
+    return int(wait and not all(job["state"] == JobState.SUCCEEDED for job in ended))
+
+
+def _ended(client: Client, job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job at its end; a merge that was to be exported is, and says where."""
+    ended = await_end(client, job["id"])
+    folder = export_folder(job["spec"])
+    if folder is None or ended["state"] != JobState.SUCCEEDED:
+        return ended
+    write_export(client, job["id"], folder)
+    return ended | {"export_dir": str(folder)}
 
 
 def list_jobs(

@@ -7,7 +7,20 @@ import sys
 
 import typer
 
-from tuneyard.cli import downloading, files, fixtures, inference, jobs, models, results, services
+from tuneyard.cli import (
+    chat,
+    downloading,
+    files,
+    fixtures,
+    health,
+    inference,
+    jobs,
+    keys,
+    merging,
+    models,
+    results,
+    services,
+)
 from tuneyard.cli.output import print_error
 from tuneyard.client import Refused, Unreachable
 from tuneyard.specs.errors import InputError, TuneyardError, Unavailable
@@ -20,7 +33,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (services, jobs, inference, results, downloading, files, models, fixtures):
+GROUPS = (
+    services, health, keys, jobs, merging, inference, chat, results, downloading, files, models,
+    fixtures,
+)  # fmt: skip
+for group in GROUPS:
     group.register(app)
 
 

@@ -55,6 +55,8 @@ def show_model(
     say(f"{found['id']}  {found['name']}  {found['kind']}  {size(found['bytes'])}")
     if found.get("base_model"):
         say(f"  over {found['base_model']}, by {found['job']}")
+    if found.get("adapter"):
+        say(f"  with {found['adapter']} in it")
     for entry in found.get("files", []):
         say(f"  {entry['path']}  {size(entry['size'])}  sha256 {entry['sha256']}")
 

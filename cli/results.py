@@ -59,8 +59,8 @@ def fetch(
 
 
 def _fetch_results(client: Client, job: str, folder: Path) -> list[Path]:
-    """All results but checkpoints; several go into a folder each, by kind."""
-    found = [each for each in client.artifacts(job) if each["kind"] != "checkpoint"]
+    """All results, no checkpoints and logs; several go into a folder each, by kind."""
+    found = [each for each in client.artifacts(job) if each["kind"] not in ("checkpoint", "log")]
     if not found:
         hint = f"`tuneyard watch {job}` waits for it"
         raise InputError(f"{job} has no result.", code="no_result", hint=hint)

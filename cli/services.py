@@ -11,7 +11,7 @@ import typer
 from tuneyard.cli.logs import start_logging
 from tuneyard.cli.output import duration, print_json, print_table, say
 from tuneyard.cli.profile import HomeOption, Json, home_folder
-from tuneyard.specs.errors import InputError, Unavailable
+from tuneyard.specs.errors import InputError
 from tuneyard.specs.settings import PREFIX, READ_BY, Settings, load_settings
 
 RootPath = Annotated[
@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     app.command()(up)
     app.command()(down)
     app.command()(status)
-    for command in (api, scheduler, worker, migrate):
+    for command in (api, scheduler, worker, flower, migrate):
         app.command(epilog=_settings_of(command.__name__))(command)
 
 
@@ -52,7 +52,7 @@ def up(
 
     Example: tuneyard up --detach
     """
-    with _installed("local"):
+    with installed("local"):
         from tuneyard.local.up import up as start
 
     return start(home_folder(home), port=port, root_path=root_path, detach=detach, as_json=json)
@@ -63,7 +63,7 @@ def down(home: HomeOption = None, json: Json = False) -> None:
 
     Example: tuneyard down
     """
-    with _installed("local"):
+    with installed("local"):
         from tuneyard.local.down import down as stop
 
     stopped = stop(home_folder(home))
@@ -78,7 +78,7 @@ def status(home: HomeOption = None, json: Json = False) -> None:
 
     Example: tuneyard status
     """
-    with _installed("local"):
+    with installed("local"):
         from tuneyard.local.status import status as look
 
     found = look(home_folder(home)).as_dict()
@@ -107,7 +107,7 @@ def api(root_path: RootPath = None, json: JsonLogs = False) -> None:
     Example: TUNEYARD_DATABASE_URL=postgresql://tuneyard_api:…@db/tuneyard tuneyard api
     """
     settings = _settings(as_json=json, root_path=root_path)
-    with _installed("api"):
+    with installed("api"):
         from tuneyard.api.main import run
     run(settings)
 
@@ -118,7 +118,7 @@ def scheduler(json: JsonLogs = False) -> None:
     Example: TUNEYARD_DATABASE_URL=postgresql://tuneyard_scheduler:…@db/tuneyard tuneyard scheduler
     """
     settings = _settings(as_json=json)
-    with _installed("worker"):
+    with installed("worker"):
         from tuneyard.scheduler.loop import run
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -132,8 +132,20 @@ def worker(json: JsonLogs = False) -> None:
     Example: TUNEYARD_DATABASE_URL=postgresql://tuneyard_worker:…@db/tuneyard tuneyard worker
     """
     settings = _settings(as_json=json)
-    with _installed("worker"):
+    with installed("worker"):
         from tuneyard.workers.main import run
+    run(settings)
+
+
+def flower(json: JsonLogs = False) -> None:
+    """Run Flower, read-only, on the broker; where it listens is said by TUNEYARD_FLOWER_URL.
+
+    Whoever reaches it sees every team's tasks: let only the API and administrators reach it.
+    Example: TUNEYARD_BROKER_URL=redis://:…@valkey/0 tuneyard flower
+    """
+    settings = _settings(as_json=json)
+    with installed("flower"):
+        from tuneyard.local.dashboard import run
     run(settings)
 
 
@@ -143,16 +155,9 @@ def migrate(json: JsonLogs = False) -> None:
     Example: TUNEYARD_DATABASE_URL=postgresql://owner:…@db/tuneyard tuneyard migrate
     """
     settings = _settings(as_json=json)
-    with _installed("api"):
-        from sqlalchemy.exc import OperationalError
-
+    with installed("api"):
         from tuneyard.models.migration import migrate as run
-    try:
-        run(settings)
-    except OperationalError as error:
-        reason = str(error.orig).strip().split("\n")[0]
-        hint = "is it running, and is TUNEYARD_DATABASE_URL right?"
-        raise Unavailable(f"PostgreSQL cannot be reached: {reason}.", hint=hint) from None
+    run(settings)
 
 
 def _settings(*, as_json: bool, root_path: str | None = None) -> Settings:
@@ -162,7 +167,7 @@ def _settings(*, as_json: bool, root_path: str | None = None) -> Settings:
 
 
 @contextmanager
-def _installed(extra: str) -> Iterator[None]:
+def installed(extra: str) -> Iterator[None]:
     """Name the extra whose packages are not there. Raises: InputError."""
     try:
         yield

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -44,13 +44,25 @@ def watch_job(client: Client, job: str, *, as_json: bool = False) -> int:
     return report_end(client, job, quiet=as_json)
 
 
-def watch_jobs(client: Client, jobs: Sequence[Mapping[str, Any]], *, as_json: bool = False) -> int:
-    """Follow jobs one after the other. Returns the exit code: 0 if all succeeded, 1 otherwise."""
+def watch_jobs(
+    client: Client,
+    jobs: Sequence[Mapping[str, Any]],
+    *,
+    as_json: bool = False,
+    after: Callable[[Client, Mapping[str, Any]], None] = lambda client, job: None,
+) -> int:
+    """Follow jobs one after the other, and do ``after`` for each that succeeds.
+
+    Returns the exit code: 0 if all succeeded, 1 otherwise.
+    """
     code = 0
     for job in jobs:
         if len(jobs) > 1 and not as_json:
             say(f"{job['name']}  ({job['kind']})")
-        code = max(code, watch_job(client, job["id"], as_json=as_json))
+        failed = watch_job(client, job["id"], as_json=as_json)
+        if not failed:
+            after(client, job)
+        code = max(code, failed)
     return code
 
 

@@ -70,16 +70,14 @@ class Connection:
         self,
         path: str,
         *,
-        params: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
+        method: str = "GET",
         silence_s: float | None = TIMEOUT_S,
+        **request: Any,
     ) -> Iterator[httpx.Response]:
         """Open an answer that is read as it comes; ``silence_s`` without a byte ends it."""
         timeout = httpx.Timeout(TIMEOUT_S, read=silence_s)
         try:
-            with self._http.stream(
-                "GET", path, params=params, headers=headers, timeout=timeout
-            ) as answer:
+            with self._http.stream(method, path, timeout=timeout, **request) as answer:
                 self._check(answer)
                 yield answer
         except httpx.TransportError as error:

@@ -3,7 +3,7 @@
 Answers are the JSON objects of specs/views.py, as they came: what a newer server adds is kept.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from tuneyard.client.connection import Connection
 from tuneyard.client.download import fetch, file_sha256, inside
-from tuneyard.client.stream import follow_log, watch_events
+from tuneyard.client.stream import SILENCE_S, follow_log, read_events, watch_events
 
 Thing = dict[str, Any]
 
@@ -79,6 +79,24 @@ class Client:
         """Try an ended job again, as a new job."""
         body = {"patch": dict(patch), "from_scratch": from_scratch}
         return self._post(f"{_job(job)}/retry", json=body, key=uuid4().hex)
+
+    def chat(
+        self, job: str, messages: Sequence[Mapping[str, str]], **settings: Any
+    ) -> Iterator[tuple[str, Thing]]:
+        """Ask a served model: (kind, data) of waiting, delta…, and last done or error.
+
+        To leave it early cancels the answer. One that breaks off raises Unreachable.
+        """
+        asked = {"messages": list(messages), **settings, "stream": True}
+        with self._connection.stream(
+            f"{_job(job)}/chat", method="POST", json=asked, silence_s=SILENCE_S
+        ) as answer:
+            for event in read_events(answer.iter_bytes()):
+                yield event.kind, event.data
+
+    def drain(self, job: str) -> Thing:
+        """Let a serve job end as succeeded, once what it was asked is answered."""
+        return self._post(f"{_job(job)}/drain")
 
     def events(self, job: str, *, after: int = 0) -> list[Thing]:
         """The lines of a job's timeline after a number."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tuneyard.specs.exits import ExitCode, RunnerEnd, judge
 from tuneyard.specs.jobs import describe_fields
-from tuneyard.specs.settings import PREFIX, Settings
+from tuneyard.specs.settings import FILE_SUFFIX, PREFIX, Settings
 from tuneyard.specs.states import INITIAL, LIVE, TERMINAL, JobState, allowed_actions, moves
 
 DOCS = Path(__file__).parent
@@ -51,6 +51,13 @@ def _kind(state: JobState) -> str:
 def settings_page() -> str:
     """Every setting with its default and sentence."""
     lines = ["# Settings", "", "Generated from `specs/settings.py` by `make docs`.", ""]
+    lines += [
+        f"Each may come by a file of its own: `{PREFIX}X{FILE_SUFFIX}=/run/secrets/x` fills `X`"
+        " with what that file holds. So secrets reach a container.",
+        f"`{PREFIX}SETTINGS` names a YAML or JSON file of `name: value` lines; the environment wins"
+        " over it.",
+        "",
+    ]
     lines += ["| variable | default | what it is |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = "`~/.tuneyard`" if name == "home" else f"`{_default(field.default)}`"

@@ -1,16 +1,15 @@
-"""Flower on the broker of this machine: read-only, on loopback, nothing kept.
-
-    python -P -m tuneyard.local.dashboard     # settings by TUNEYARD_*: broker_url and flower_url
+"""Flower on the broker: read-only, nothing kept; on loopback, or where flower_url says.
 
 People see it through the API, at /flower, behind its login. A path in flower_url becomes Flower's
 url_prefix; the API sets its links right with and without one.
 
-Its own start, because the password of the broker must not stand in a command line, and because
-all applications on one broker need the same key prefix and visibility timeout.
+Its own start (`tuneyard flower`), because the password of the broker must not stand in a command
+line, and because all applications on one broker need the same key prefix and visibility timeout.
 """
 
+import errno
 import os
-import sys
+import socket
 from urllib.parse import urlsplit
 
 from celery import Celery
@@ -18,19 +17,16 @@ from flower.views import BaseHandler
 
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.messages import TRANSPORT
-from tuneyard.specs.settings import Settings, load_settings
+from tuneyard.specs.settings import Settings
 
+DEFAULT_PORT = 5555
+NOT_LISTENED_ON = (errno.EACCES, errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_NONAME)
 MAX_TASKS = 10_000
 PURGE_WORKERS_AFTER_S = 3600
 
 
-def main() -> int:
-    """Serve until SIGTERM."""
-    try:
-        settings = load_settings()
-    except InputError as error:
-        sys.stderr.write(f"{error.message}\n")
-        return 2
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM. Raises: InputError when the address cannot be listened on."""
     # Flower's JSON pages show what its HTML pages show; every operation is refused by read_only.
     os.environ["FLOWER_UNAUTHENTICATED_API"] = "true"
     # With that, Flower lets the scripts of every site that a browser visits read its answers.
@@ -42,8 +38,18 @@ def main() -> int:
         broker_connection_max_retries=None,
         broker_transport_options=TRANSPORT,
     )
-    app.start(["--quiet", "flower", *flower_options(settings)])
-    return 0
+    try:
+        app.start(["--quiet", "flower", *flower_options(settings)])
+    except OSError as error:
+        if error.errno not in NOT_LISTENED_ON:
+            raise
+        where = listens_at(settings)
+        raise InputError(
+            f"{where[0]}:{where[1]} cannot be listened on: {error.strerror}.",
+            code="port_taken",
+            field="flower_url",
+            hint="another process has it, or the address is not this machine's",
+        ) from None
 
 
 def _let_no_other_site_read(handler: BaseHandler) -> None:
@@ -52,11 +58,11 @@ def _let_no_other_site_read(handler: BaseHandler) -> None:
 
 def flower_options(settings: Settings) -> list[str]:
     """Flower's command line; where it listens is said by flower_url."""
-    where = urlsplit(settings.flower_url)
+    address, port = listens_at(settings)
     options = {
-        "address": where.hostname or "127.0.0.1",
-        "port": where.port or 5555,
-        "url_prefix": where.path.strip("/"),
+        "address": address,
+        "port": port,
+        "url_prefix": urlsplit(settings.flower_url).path.strip("/"),
         "read_only": True,
         "persistent": False,
         "max_tasks": MAX_TASKS,
@@ -66,5 +72,7 @@ def flower_options(settings: Settings) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items() if value != ""]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def listens_at(settings: Settings) -> tuple[str, int]:
+    """Address and port, as flower_url has them."""
+    where = urlsplit(settings.flower_url)
+    return where.hostname or "127.0.0.1", where.port or DEFAULT_PORT

@@ -6,6 +6,7 @@ HOME/run/              the supervisor's state, a record and the settings of each
 HOME/secrets/          made once, 0600
 HOME/logs/             a log for each child
 HOME/postgres, valkey  the servers' own folders
+HOME/chat_history      what was typed into `tuneyard chat`, 0600
 """
 
 import errno
@@ -23,7 +24,7 @@ from tuneyard.local.credentials import write_private
 from tuneyard.local.processes import ProcessId, boot_id, process_id
 from tuneyard.specs.errors import InputError
 
-OWN_NAMES = frozenset({"lock", "profile.json", "run"})
+OWN_NAMES = frozenset({"lock", "profile.json", "run", "chat_history"})
 FOLDERS = ("run", "secrets", "logs")
 
 

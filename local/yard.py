@@ -31,7 +31,6 @@ PUBLISHED_WITHIN_S = 30.0
 """A worker's time to publish what stopped runners saved, after their own grace."""
 
 COMMAND = (sys.executable, "-P", "-m", "tuneyard.cli.main")
-DASHBOARD = (sys.executable, "-P", "-m", "tuneyard.local.dashboard")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def lay_out(home: Home, settings: Settings) -> Yard:
     children = (
         *_servers(postgres, valkey),
         _migrate(home, shared, postgres, api_key),
-        *_services(home, shared, postgres, url=url, stop_grace_s=settings.stop_grace_s),
+        *_services(home, shared, postgres, settings, url=url),
         _flower(home, shared, flower_url),
     )
     return Yard(children, url, flower_url, api_key, notices)
@@ -156,22 +155,26 @@ def _services(
     home: Home,
     shared: dict[str, Any],
     postgres: PostgresPlan,
+    settings: Settings,
     *,
     url: str,
-    stop_grace_s: float,
 ) -> list[Child]:
-    """API, scheduler and worker, each with a database role of its own."""
+    """API, scheduler and worker, each with a role of its own; the store is not the scheduler's."""
+    keys = _store_keys(settings)
     particular: dict[str, dict[str, Any]] = {
         "api": {"is_ready": answers(f"{url}/readyz")},
         "scheduler": {},
-        "worker": {"stop_within_s": stop_grace_s + PUBLISHED_WITHIN_S},
+        "worker": {"stop_within_s": settings.stop_grace_s + PUBLISHED_WITHIN_S},
     }
     known = {"api": {"session_secret": secret(home.secret("session"))}}
     return [
         _own_child(
             home,
             role,
-            shared | {"database_url": _role_url(home, postgres, role)} | known.get(role, {}),
+            shared
+            | {"database_url": _role_url(home, postgres, role)}
+            | (keys if role != "scheduler" else {})
+            | known.get(role, {}),
             stage=2,
             **more,
         )
@@ -184,7 +187,6 @@ def _flower(home: Home, shared: Mapping[str, Any], flower_url: str) -> Child:
         home,
         "flower",
         {name: shared[name] for name in ("home", "broker_url", "flower_url")},
-        argv=DASHBOARD,
         stage=2,
         is_ready=answers(f"{flower_url}/healthcheck"),
     )
@@ -194,15 +196,13 @@ def _role_url(home: Home, postgres: PostgresPlan, role: str) -> str:
     return postgres.url(f"tuneyard_{role}", secret(home.secret(role)), DATABASE)
 
 
-def _own_child(
-    home: Home, name: str, values: Mapping[str, Any], *, argv: tuple[str, ...] = (), **more: Any
-) -> Child:
+def _own_child(home: Home, name: str, values: Mapping[str, Any], **more: Any) -> Child:
     """A process of ours: its settings lie in a file of its own, mode 0600."""
     file = home.run(f"{name}.settings.json")
     text = json.dumps(values, sort_keys=True)
     write_private(file, text + "\n")
     env = child_environment() | {PREFIX + "SETTINGS": str(file)}
-    return Child(name, argv or (*COMMAND, name), env, settings=text, **more)
+    return Child(name, (*COMMAND, name), env, settings=text, **more)
 
 
 def _passed_on(settings: Settings) -> dict[str, Any]:
@@ -213,6 +213,11 @@ def _passed_on(settings: Settings) -> dict[str, Any]:
         for name, value in given.items()
         if not isinstance(getattr(settings, name), SecretStr)
     }
+
+
+def _store_keys(settings: Settings) -> dict[str, str]:
+    keys = {name: getattr(settings, name) for name in ("store_access_key", "store_secret_key")}
+    return {name: key.get_secret_value() for name, key in keys.items() if key is not None}
 
 
 def _flower_port(home: Home) -> int:

@@ -1,6 +1,6 @@
 """Whole folders in the store, recorded by the attempt that made them: recorded = complete."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -10,7 +10,14 @@ from sqlalchemy.dialects.postgresql import insert
 
 from tuneyard.models.attempts import AttemptRef, check_token
 from tuneyard.models.events import lock_job, record_event
-from tuneyard.models.tables import ArtifactRow, AttemptRow, BaseModelRow, JobRow, ModelRow
+from tuneyard.models.tables import (
+    ArtifactRow,
+    AttemptRow,
+    BaseModelRow,
+    FileRow,
+    JobRow,
+    ModelRow,
+)
 from tuneyard.specs.fields import model_name_of
 from tuneyard.specs.ids import new_id, show_id
 from tuneyard.specs.runner import KEPT_CHECKPOINTS
@@ -119,25 +126,36 @@ def publish_outputs(tx: Connection, ref: AttemptRef, folders: list[StoredFolder]
     """
     for folder in folders:
         _insert(tx, ref, folder)
-        if folder.kind == "adapter":
+        if folder.kind in ("adapter", "model"):
             _insert_model(tx, ref, folder)
 
 
 def _insert_model(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> None:
-    """Name the model as its job; where that name is taken, with the end of the job's id."""
-    job = tx.execute(select(JobRow.name, JobRow.inputs).where(JobRow.id == ref.job_id)).one()
-    wanted = model_name_of(job.name) or "tuned"
+    """Name the model as it was asked, or as its job; a name that is taken gets the job's id."""
+    asked = JobRow.spec["model_name"].astext.label("asked")
+    job = tx.execute(select(JobRow.name, JobRow.inputs, asked).where(JobRow.id == ref.job_id)).one()
+    wanted = job.asked or model_name_of(job.name) or "tuned"
     row = insert(ModelRow).values(
         id=new_id(),
         team_id=ref.team_id,
         job_id=ref.job_id,
         artifact_id=folder.id,
-        base_model_id=UUID(job.inputs["model"]["base_model"]),
+        kind=folder.kind,
+        adapter_artifact_id=job.inputs["adapter"]["artifact"] if folder.kind == "model" else None,
+        **_parent(tx, job.inputs["model"]),
     )
     for name in (wanted, f"{wanted}-{ref.job_id.hex[-12:]}"):
         named = row.values(name=name).on_conflict_do_nothing(constraint="models_name_once")
         if tx.execute(named.returning(ModelRow.id)).one_or_none() is not None:
             return
+
+
+def _parent(tx: Connection, model: Mapping[str, str]) -> dict[str, UUID]:
+    """What a tuned model was made of: a base model, or a model that the team made."""
+    if "base_model" in model:
+        return {"base_model_id": UUID(model["base_model"])}
+    by = ModelRow.artifact_id == UUID(model["artifact"])
+    return {"parent_model_id": tx.execute(select(ModelRow.id).where(by)).scalar_one()}
 
 
 def publish_base_model(tx: Connection, name: str, folder: StoredFolder) -> None:
@@ -179,6 +197,29 @@ def artifacts_to_sweep(tx: Connection, *, limit: int = 50) -> list[UUID]:
         .limit(limit)
     )
     return list(rows.scalars())
+
+
+PLACES = {
+    # Rows that keep what the store holds under their id.
+    "artifacts": select(ArtifactRow.id).where(ArtifactRow.swept_at.is_(None)),
+    "models": select(BaseModelRow.id),
+    "files": select(FileRow.id).where(FileRow.deleted_at.is_(None)),
+}
+
+
+def unrecorded(tx: Connection, place: str, ids: Sequence[UUID]) -> list[UUID]:
+    """Which of these ids in a place of the store no row keeps."""
+    rows = PLACES[place]
+    (column,) = rows.selected_columns
+    kept = set(tx.execute(rows.where(column.in_(ids))).scalars())
+    return [each for each in ids if each not in kept]
+
+
+def oldest_live_attempt_s(tx: Connection) -> float | None:
+    """For how many seconds the oldest live attempt lives; None when none does."""
+    age = func.extract("epoch", func.clock_timestamp() - func.min(AttemptRow.started_at))
+    found = tx.execute(select(age).where(AttemptRow.ended_at.is_(None))).scalar_one()
+    return None if found is None else float(found)
 
 
 def mark_swept(tx: Connection, artifact_ids: list[UUID]) -> None:

@@ -15,11 +15,13 @@ MODELS = """
     SELECT * FROM (
         SELECT DISTINCT ON (b.name) b.id, b.name, 'base' AS kind, NULL AS base_model,
             CAST(NULL AS uuid) AS job_id, CAST(NULL AS uuid) AS artifact_id,
-            b.digest, b.bytes, b.published_at AS created_at
+            CAST(NULL AS uuid) AS adapter_artifact_id, b.digest, b.bytes,
+            b.published_at AS created_at
         FROM base_models b ORDER BY b.name, b.published_at DESC
     ) newest
     UNION ALL
-    SELECT m.id, m.name, 'tuned', coalesce(b.name, p.name), m.job_id, m.artifact_id,
+    SELECT m.id, m.name, CASE m.kind WHEN 'model' THEN 'merged' ELSE 'tuned' END,
+        coalesce(b.name, p.name), m.job_id, m.artifact_id, m.adapter_artifact_id,
         a.digest, a.bytes, m.created_at
     FROM models m
     JOIN artifacts a ON a.id = m.artifact_id
@@ -53,12 +55,17 @@ def _model_view(row: Row[Any]) -> ModelView:
         name=row.name,
         kind=row.kind,
         base_model=row.base_model,
-        job=show_id("job", row.job_id) if row.job_id else None,
-        artifact=show_id("artifact", row.artifact_id) if row.artifact_id else None,
+        job=_shown("job", row.job_id),
+        artifact=_shown("artifact", row.artifact_id),
+        adapter=_shown("artifact", row.adapter_artifact_id),
         digest=row.digest,
         bytes=row.bytes,
         created_at=row.created_at,
     )
+
+
+def _shown(kind: str, value: UUID | None) -> str | None:
+    return show_id(kind, value) if value else None
 
 
 # Who holds a slot is seen of all teams, for which job of one's own alone: attempts are hidden.
@@ -125,5 +132,5 @@ def _slot_view(row: Row[Any]) -> SlotView:
         bytes=row.slot_bytes,
         cores=row.cores,
         busy=row.busy,
-        job=show_id("job", row.job_id) if row.job_id else None,
+        job=_shown("job", row.job_id),
     )

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import Connection, select, text, update
 
 from tuneyard.models.events import apply_event, lock_job
-from tuneyard.models.inputs import Inputs, complete
+from tuneyard.models.inputs import Inputs, check_bases, complete
 from tuneyard.models.tables import JobEdgeRow, JobRow
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.exits import Cause
@@ -100,9 +100,10 @@ def _reconsider(tx: Connection, job_id: UUID) -> JobState | None:
     job = lock_job(tx, job_id)
     if job.state is not JobState.BLOCKED:
         return None
-    inputs = tx.execute(select(JobRow.inputs).where(JobRow.id == job_id)).scalar_one()
+    row = tx.execute(select(JobRow.spec, JobRow.inputs).where(JobRow.id == job_id)).one()
     try:
-        resolved = complete(tx, job.team_id, inputs)
+        resolved = complete(tx, job.team_id, row.inputs)
+        check_bases(tx, job.team_id, spec_of(row.spec).references(), resolved.inputs)
     except InputError as problem:
         return apply_event(tx, job_id, JobEvent.INPUT_FAILED, error=problem.as_dict())
     changes = {"inputs": resolved.inputs, "wait_reason": resolved.wait_reason}

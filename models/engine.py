@@ -15,11 +15,11 @@ import psycopg
 from psycopg import errors
 from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, TimeoutError
 from sqlalchemy.pool import QueuePool
 
-from tuneyard.specs.errors import Unavailable
+from tuneyard.specs.errors import Forbidden, Unavailable
 
 RETRYABLE = ("08", "25P", "40001", "40P01", "53", "55P03", "57014", "57P0")
 """SQLSTATEs (or their class) after which the whole unit may be run again."""
@@ -115,6 +115,37 @@ class Database:
         self._reserved.dispose()
 
 
+@contextmanager
+def administer(url: str, name: str) -> Iterator[Connection]:
+    """A transaction on a connection of its own, for what a person runs as the tables' owner.
+
+    It waits two seconds for what others hold. Raises: Unavailable with the reason, Forbidden when
+    the URL's role may not do that.
+    """
+    engine = create_engine(
+        _sqlalchemy_url(url),
+        poolclass=NullPool,
+        hide_parameters=True,
+        connect_args=CONNECT_ARGS | {"application_name": name},
+    )
+    try:
+        with engine.begin() as tx:
+            tx.execute(text("SET LOCAL lock_timeout = '2s'"))
+            yield tx
+    except DBAPIError as error:
+        reason = str(error.orig).strip().split("\n")[0]
+        if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+            hint = "TUNEYARD_DATABASE_URL must name the role that owns the tables"
+            raise Forbidden(f"PostgreSQL refuses: {reason}.", hint=hint) from None
+        if not is_retryable(error):
+            raise
+        if getattr(error.orig, "sqlstate", None) is None:
+            hint = "is it running, and is TUNEYARD_DATABASE_URL right?"
+            raise Unavailable(f"PostgreSQL cannot be reached: {reason}.", hint=hint) from None
+        hint = "nothing was changed: run it again"
+        raise Unavailable(f"PostgreSQL is busy: {reason}.", hint=hint) from None
+
+
 def _see_as(tx: Connection, team: UUID | None) -> None:
     """Let row level security show one team's rows; SET LOCAL takes no parameter."""
     if team is not None:
@@ -194,9 +225,13 @@ def _connect_args(name: str, patience: Patience) -> dict[str, Any]:
     return CONNECT_ARGS | own
 
 
+def _sqlalchemy_url(url: str) -> str:
+    return libpq_url(url).replace("postgresql://", "postgresql+psycopg://", 1)
+
+
 def _engine(url: str, name: str, patience: Patience, *, size: int, overflow: int) -> Engine:
     engine = create_engine(
-        libpq_url(url).replace("postgresql://", "postgresql+psycopg://", 1),
+        _sqlalchemy_url(url),
         poolclass=QueuePool,
         pool_pre_ping=True,
         pool_size=size,

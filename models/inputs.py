@@ -5,10 +5,11 @@ nothing of the same name that comes later takes a thing's place; what another jo
 bring forth stands there as that job, until it has:
 
     {"model": {"base_model": uuid}, "adapter": {"artifact": uuid}, "dataset": {"file": uuid}}
-    {"model": {"job": uuid, "output": "base_model"}, "prompts": {"file": uuid}}
+    {"model": {"job": uuid, "output": "base_model", "what": "base"}, "prompts": {"file": uuid}}
 
-Of a data set with several files, ``data_file`` beside the job says which one is meant. A model that
-is not here yet but could be brought is {"source": name}, until a download job is made for it.
+``what`` is that of specs.fields.Reference; of a data set with several files, ``data_file`` beside
+the job says which one is meant. A model that
+is not here yet but could be brought has ``source``, until a download job is made for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, Row, select
+from sqlalchemy import ColumnElement, Connection, Row, select, text
+from sqlalchemy.orm import aliased
 
 from tuneyard.models.tables import ArtifactRow, BaseModelRow, FileRow, JobRow, ModelRow
 from tuneyard.specs.download import implied_download
 from tuneyard.specs.errors import InputError, NotFound
-from tuneyard.specs.fields import DATA_FILES, WHAT, model_name_of
+from tuneyard.specs.fields import DATA_FILES
 from tuneyard.specs.ids import PREFIXES, is_id, parse_id, show_id
 from tuneyard.specs.jobs import Reference
 from tuneyard.specs.states import TERMINAL, JobState
@@ -30,11 +32,25 @@ OUTPUTS = {
     "download": "base_model",
     "finetune": "adapter",
     "inference": "results",
+    "merge": "model",
     "prepare": "tokens",
 }
 """Kind of job -> kind of what it brings forth; a download of a data set: see output_of."""
 
-Inputs = Mapping[str, Mapping[str, str]]
+FITS = {
+    "model": ("base_model", "model", "adapter"),
+    "base": ("base_model", "model"),
+    "base_of": ("adapter",),
+    "adapter": ("adapter",),
+    "dataset": ("dataset",),
+    "tokens": ("tokens",),
+}
+"""What a reference asks for -> the outputs that can be it."""
+
+MERGE_FIRST = "merge it first (`tuneyard merge JOB`), or name the base that it was tuned over"
+
+Input = Mapping[str, str]
+Inputs = Mapping[str, Input]
 
 
 def output_of(kind: str, document: Mapping[str, Any]) -> str:
@@ -81,7 +97,9 @@ def resolve(
     for reference in references:
         if reference.field not in inputs:
             inputs |= _resolve_one(tx, team_id, reference)
-    return complete(tx, team_id, inputs)
+    resolved = complete(tx, team_id, inputs)
+    check_bases(tx, team_id, references, resolved.inputs)
+    return resolved
 
 
 def complete(tx: Connection, team_id: UUID, inputs: Inputs) -> Resolved:
@@ -198,22 +216,38 @@ def rejected_file(row: Row[Any], field: str) -> InputError:
 
 def _model(tx: Connection, team_id: UUID, reference: Reference) -> Inputs:
     name = str(reference.value)
-    if is_id("base_model", name):
-        base_by = BaseModelRow.id == parse_id("base_model", name)
-    else:
-        base_by = BaseModelRow.name == name
-    base = tx.execute(
-        select(BaseModelRow.id).where(base_by).order_by(BaseModelRow.published_at.desc()).limit(1)
-    ).scalar_one_or_none()
-    if base is not None and reference.what == "model":
+    if reference.what in ("model", "base") and (base := _base_named(tx, name)) is not None:
         return {reference.field: {"base_model": str(base)}}
+    parent = aliased(ModelRow)
     by = ModelRow.id == parse_id("model", name) if is_id("model", name) else ModelRow.name == name
-    tuned = tx.execute(
-        select(ModelRow.artifact_id, ModelRow.base_model_id).where(by, ModelRow.team_id == team_id)
+    row = tx.execute(
+        select(
+            ModelRow.kind,
+            ModelRow.artifact_id,
+            ModelRow.base_model_id,
+            parent.artifact_id.label("parent_artifact_id"),
+        )
+        .outerjoin(parent, parent.id == ModelRow.parent_model_id)
+        .where(by, ModelRow.team_id == team_id)
     ).one_or_none()
-    if tuned is not None:
-        return _tuned(reference.field, tuned.artifact_id, tuned.base_model_id)
-    return _downloading(tx, team_id, reference, name)
+    if row is None:
+        return _on_its_way(tx, team_id, reference, name)
+    base_input = (
+        {"base_model": str(row.base_model_id)}
+        if row.base_model_id is not None
+        else {"artifact": str(row.parent_artifact_id)}
+    )
+    return _tuned(reference.field, reference.what, row.kind, row.artifact_id, base_input)
+
+
+def _base_named(tx: Connection, name: str) -> UUID | None:
+    """The newest base model of this name, or the one of this id."""
+    if is_id("base_model", name):
+        by = BaseModelRow.id == parse_id("base_model", name)
+    else:
+        by = BaseModelRow.name == name
+    newest = select(BaseModelRow.id).where(by).order_by(BaseModelRow.published_at.desc()).limit(1)
+    return tx.execute(newest).scalar_one_or_none()
 
 
 def knows_model(tx: Connection, team_id: UUID, name: str) -> bool:
@@ -225,79 +259,113 @@ def knows_model(tx: Connection, team_id: UUID, name: str) -> bool:
         return False
 
 
-def _tuned(field: str, artifact_id: UUID, base_model_id: UUID) -> Inputs:
-    adapter = {"adapter": {"artifact": str(artifact_id)}}
-    if WHAT[field] == "model":
-        return {field: {"base_model": str(base_model_id)}} | adapter
-    return adapter
+def _tuned(field: str, what: str, kind: str, artifact_id: UUID, base: Input) -> Inputs:
+    """What a tuned model is to a reference. kind: adapter, which needs its base, or model."""
+    own = {"artifact": str(artifact_id)}
+    if kind == "model":
+        if what in ("model", "base"):
+            return {field: own}
+        message, hint = "This is a whole model, no adapter.", "name what a fine-tune brought forth"
+        raise InputError(message, code="not_an_adapter", field=field, hint=hint)
+    if what == "base":
+        message = "This is an adapter, which is no model by itself."
+        raise InputError(message, code="not_a_whole_model", field=field, hint=MERGE_FIRST)
+    if what == "model":
+        return {field: base, "adapter": own}
+    return {field: base if what == "base_of" else own}
 
 
-def _downloading(tx: Connection, team_id: UUID, reference: Reference, name: str) -> Inputs:
-    """A model of this name that is on its way or can be, or a refusal that lists what there is."""
-    job = tx.execute(
-        select(JobRow.id)
-        .where(JobRow.kind == "download", JobRow.spec["model_name"].astext == name)
-        .where(JobRow.team_id == team_id, JobRow.finished_at.is_(None))
-        .order_by(JobRow.id.desc())
-        .limit(1)
-    ).scalar_one_or_none()
-    if reference.what == "model":
-        if job is not None:
-            return {reference.field: {"job": str(job), "output": "base_model"}}
-        if implied_download(name) is not None:
-            return {reference.field: {"source": name}}
-    bases = tx.execute(select(BaseModelRow.name).distinct().limit(10)).scalars().all()
-    newest = select(ModelRow.name).where(ModelRow.team_id == team_id)
-    tuned = tx.execute(newest.order_by(ModelRow.id.desc()).limit(10)).scalars().all()
-    known = ", ".join([*bases, *tuned] if reference.what == "model" else tuned) or "none yet"
-    hint = f"known here: {known}; a download job brings a new one"
-    if (tuning := _tuning(tx, team_id, name)) is not None:
-        hint = f"{show_id('job', tuning)} is to bring it: name that job, and this one waits for it"
-    raise NotFound(
-        f"There is no {reference.what} {name[:80]!r}.",
+# A fine-tune is also known by the output_dir of its file, as LLaMA-Factory's users call it.
+ON_ITS_WAY = text("""
+    SELECT id FROM jobs
+    WHERE team_id = :team AND kind = ANY (:kinds) AND state NOT IN ('failed', 'cancelled')
+      AND (finished_at IS NULL OR kind = 'finetune')
+      AND CASE kind
+          WHEN 'finetune' THEN :name IN (name, rtrim(spec ->> 'output_dir', '/'))
+          ELSE :name = coalesce(spec ->> 'model_name', name) END
+    ORDER BY id DESC LIMIT 1
+""")
+MAKERS = {"base": ["download", "merge"], "model": ["download", "merge", "finetune"]}
+"""What a reference asks for -> kinds of job that may be making it just now."""
+
+
+def _on_its_way(tx: Connection, team_id: UUID, reference: Reference, name: str) -> Inputs:
+    """What a job of this name brings forth, or could, or a refusal that lists what there is."""
+    kinds = MAKERS.get(reference.what, ["finetune"])
+    values = {"kinds": kinds, "name": name.rstrip("/"), "team": team_id}
+    job = tx.execute(ON_ITS_WAY, values).scalar_one_or_none()
+    if job is not None:
+        return _output_of(tx, team_id, reference, show_id("job", job))
+    if reference.what in MAKERS and implied_download(name) is not None:
+        return {reference.field: {"source": name, "what": reference.what}}
+    if reference.what not in MAKERS and _base_named(tx, name) is not None:
+        message, hint = f"{name[:80]!r} is a base model, no adapter.", "name a tuned model"
+        raise InputError(message, code="not_an_adapter", field=reference.field, hint=hint)
+    raise _unknown(tx, team_id, reference, name)
+
+
+def _unknown(tx: Connection, team_id: UUID, reference: Reference, name: str) -> NotFound:
+    fits = FITS[reference.what]
+    newest = select(ModelRow.name).where(ModelRow.team_id == team_id, ModelRow.kind.in_(fits))
+    known = tx.execute(newest.order_by(ModelRow.id.desc()).limit(10)).scalars().all()
+    if "base_model" in fits:
+        bases = tx.execute(select(BaseModelRow.name).distinct().limit(10)).scalars().all()
+        known, what, maker = [*bases, *known], "model", "download"
+    else:
+        what, maker = "adapter", "finetune"
+    return NotFound(
+        f"There is no {what} {name[:80]!r}.",
         code="model_not_found",
         field=reference.field,
-        hint=hint,
+        hint=f"known here: {', '.join(known) or 'none yet'}; a {maker} job brings a new one",
     )
-
-
-def _tuning(tx: Connection, team_id: UUID, name: str) -> UUID | None:
-    """The newest open fine-tune whose model will be called so."""
-    rows = tx.execute(
-        select(JobRow.id, JobRow.name)
-        .where(JobRow.kind == "finetune", JobRow.team_id == team_id, JobRow.finished_at.is_(None))
-        .order_by(JobRow.id.desc())
-        .limit(200)
-    )
-    return next((row.id for row in rows if model_name_of(row.name) == name), None)
 
 
 def _output_of(tx: Connection, team_id: UUID, reference: Reference, name: str) -> Inputs:
     job_name, _, output = name.partition(".")
     job_id = parse_id("job", job_name)
     job = tx.execute(
-        select(JobRow.kind, JobRow.spec).where(JobRow.id == job_id, JobRow.team_id == team_id)
+        select(JobRow.kind, JobRow.spec, JobRow.inputs).where(
+            JobRow.id == job_id, JobRow.team_id == team_id
+        )
     ).one_or_none()
     if job is None:
         raise NotFound(f"There is no job {job_name[:60]}.", field=reference.field)
+    if job.kind not in OUTPUTS:
+        raise InputError(
+            f"A {job.kind} job brings nothing forth.",
+            code="wrong_output",
+            field=reference.field,
+            hint="name the model that it serves",
+        )
     brings = output_of(job.kind, job.spec)
     output = output or brings
     _check_fits(reference, job.kind, output, brings)
-    awaited = {"job": str(job_id), "output": output}
+    if reference.what == "base_of":
+        # What an adapter is being tuned over is known before it is there.
+        return {reference.field: job.inputs["model"]}
+    awaited = {"job": str(job_id), "output": output, "what": reference.what}
     if reference.data_file is not None:
         awaited["data_file"] = reference.data_file
     return {reference.field: awaited}
 
 
 def _check_fits(reference: Reference, kind: str, output: str, brings: str) -> None:
-    fits = {"model": ("base_model", "adapter"), "adapter": ("adapter",), "dataset": ("dataset",)}
-    if output != brings or output not in fits.get(reference.what, ()):
-        raise InputError(
-            f"The {output} of a {kind} job cannot be a {reference.what}.",
-            code="wrong_output",
-            field=reference.field,
-            hint=f"a {kind} job brings forth: {brings}",
-        )
+    if output == brings and output in FITS.get(reference.what, ()):
+        return
+    job = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind} job"
+    forth = f"{job} brings forth: {brings}"
+    raise InputError(
+        f"The {output} of {job} cannot be {_shown_what(reference)}.",
+        code="wrong_output",
+        field=reference.field,
+        hint=MERGE_FIRST if (reference.what, output) == ("base", "adapter") else forth,
+    )
+
+
+def _shown_what(reference: Reference) -> str:
+    names = {"base": "a model to work on", "adapter": "an adapter", "base_of": "an adapter"}
+    return names.get(reference.what, f"a {reference.what}")
 
 
 def _published(tx: Connection, team_id: UUID, field: str, value: Mapping[str, str]) -> Inputs:
@@ -327,7 +395,7 @@ def _published(tx: Connection, team_id: UUID, field: str, value: Mapping[str, st
     ).scalar_one()
     if job.kind == "prepare":
         return {field: {"artifact": str(artifact)}}
-    return _tuned(field, artifact, UUID(job.inputs["model"]["base_model"]))
+    return _tuned(field, value["what"], OUTPUTS[job.kind], artifact, job.inputs["model"])
 
 
 def _downloaded(tx: Connection, job_id: UUID) -> UUID:
@@ -339,6 +407,54 @@ def _downloaded(tx: Connection, job_id: UUID) -> UUID:
         .limit(1)
     ).scalar_one()
     return found
+
+
+def check_bases(
+    tx: Connection, team_id: UUID, references: Sequence[Reference], inputs: Inputs
+) -> None:
+    """Refuse a base that is not the very one of the adapter; what is not known yet is not judged.
+
+    Raises: InputError base_mismatch.
+    """
+    for reference in references:
+        if reference.fits is None:
+            continue
+        adapter = Reference(field=reference.field, what="base_of", value=reference.fits)
+        own = _resolve_one(tx, team_id, adapter)[reference.field]
+        asked = inputs[reference.field]
+        unknown = _digest(tx, own) is None or _digest(tx, asked) is None
+        if unknown or _digest(tx, own) == _digest(tx, asked):
+            continue
+        raise InputError(
+            f"The adapter was tuned over {_named(tx, own)}; this is {_named(tx, asked)}.",
+            code="base_mismatch",
+            field=reference.field,
+            hint=f"leave {reference.field} out to merge onto its own base; force: true merges"
+            " anyway",
+        )
+
+
+def _digest(tx: Connection, value: Input) -> str | None:
+    """What tells a model's bytes apart; None while they are not there."""
+    if "base_model" in value:
+        one = select(BaseModelRow.digest).where(BaseModelRow.id == UUID(value["base_model"]))
+    elif "artifact" in value:
+        one = select(ArtifactRow.digest).where(ArtifactRow.id == UUID(value["artifact"]))
+    else:
+        return None
+    return tx.execute(one).scalar_one_or_none()
+
+
+def _named(tx: Connection, value: Input) -> str:
+    """A model by name, revision and digest, so that two of one name are told apart."""
+    if "base_model" not in value:
+        return f"{show_input(value)} ({(_digest(tx, value) or '')[:12]})"
+    row = tx.execute(
+        select(BaseModelRow.name, BaseModelRow.revision, BaseModelRow.digest).where(
+            BaseModelRow.id == UUID(value["base_model"])
+        )
+    ).one()
+    return f"{row.name} {row.revision} ({row.digest[:12]})"
 
 
 def show_input(value: Mapping[str, str]) -> str:

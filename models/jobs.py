@@ -64,8 +64,9 @@ def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Inputs:
     inputs = dict(resolve(tx, team_id, spec.references(), kept=submission.kept).inputs)
     for implied in IMPLIED:
         for field_, work in implied(spec, inputs).items():
-            job = _share(tx, team_id, work)
-            inputs[field_] = {"job": str(job), "output": OUTPUTS[work.spec.kind]}
+            what = inputs.get(field_, {}).get("what", field_)
+            job, output = _share(tx, team_id, work), OUTPUTS[work.spec.kind]
+            inputs[field_] = {"job": str(job), "output": output, "what": what}
     resolved = complete(tx, team_id, inputs)
     state = JobState.QUEUED if resolved.ready else JobState.BLOCKED
     tx.execute(

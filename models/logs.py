@@ -1,6 +1,10 @@
-"""Logs as the API reads them: the chunks of all attempts laid end to end, without loading them."""
+"""Logs as the API reads them: all attempts' laid end to end, without loading them.
 
-from collections.abc import Iterator, Sequence
+While an attempt lives its log is chunks, afterwards an archive (models/archives.py); positions are
+counted in bytes of the attempt's log, which are the same in both.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -11,30 +15,41 @@ BATCH_BYTES = 1024**2
 
 @dataclass(frozen=True)
 class Piece:
-    """Some bytes of a log: a stored chunk, or a line that we put between."""
+    """Some bytes of a log: ``length`` of an attempt's from ``start`` on, or a line of ours."""
 
     length: int
     attempt_id: UUID | None = None
-    seq: int = 0
+    start: int = 0
+    seq: int = 0  # of the chunk that holds them; 0 when they are archived
     text: bytes = b""
 
 
 @dataclass(frozen=True)
 class LogPosition:
-    """The last chunk that was read: its attempt's number and its own."""
+    """What has been read: of which attempt, up to which byte of its log."""
 
     attempt: int = 0
-    seq: int = 0
-    end: int = 0  # of that chunk, in the attempt's log
+    end: int = 0
 
 
-# octet_length of a stored bytea reads its header alone.
-CHUNKS = text("""
-    SELECT a.id AS attempt_id, a.number, c.seq, c.start, octet_length(c.data) AS length
-    FROM attempts a JOIN log_chunks c ON c.attempt_id = a.id
-    WHERE a.job_id = :job AND (CAST(:attempt AS integer) IS NULL OR a.number = :attempt)
-      AND (a.number, c.seq) > (:after_attempt, :after_seq)
-    ORDER BY a.number, c.seq
+# octet_length of a stored bytea reads its header alone. One statement, so that a log which is
+# archived at this moment is seen in chunks or in members, not in both and not in neither.
+PIECES = text("""
+    WITH mine AS (
+        SELECT id, number, log_artifact FROM attempts
+        WHERE job_id = :job AND number >= :after_attempt
+          AND (CAST(:attempt AS integer) IS NULL OR number = :attempt)
+    ), pieces AS (
+        SELECT a.id AS attempt_id, a.number, c.seq, c.start, octet_length(c.data) AS length
+        FROM mine a JOIN log_chunks c ON c.attempt_id = a.id
+        UNION ALL
+        SELECT a.id, a.number, 0, (m ->> 0)::bigint, (m ->> 1)::bigint
+        FROM mine a JOIN artifacts x ON x.id = a.log_artifact,
+             jsonb_array_elements(x.manifest -> 'members') m
+    )
+    SELECT * FROM pieces
+    WHERE number > :after_attempt OR start + length > :after_end
+    ORDER BY number, start
     LIMIT :limit
 """)
 
@@ -46,26 +61,31 @@ def lay_out(
     attempt: int | None = None,
     after: LogPosition = LogPosition(),
     limit: int | None = None,
+    bytes_at_most: int | None = None,
 ) -> tuple[list[Piece], LogPosition]:
     """A job's log after a position, as pieces in order, and the position after them.
 
     ``--- attempt N ---`` stands before each attempt but the first, so that what was read once
-    keeps its place however many follow.
+    keeps its place however many follow. limit, bytes_at_most: where to stop, about.
     """
     values = {"job": job_id, "attempt": attempt, "limit": limit}
     rows = tx.execute(
-        CHUNKS, values | {"after_attempt": after.attempt, "after_seq": after.seq}
+        PIECES, values | {"after_attempt": after.attempt, "after_end": after.end}
     ).all()
     pieces: list[Piece] = []
-    position = after
+    position, size = after, 0
     for row in rows:
+        if bytes_at_most is not None and size >= bytes_at_most:
+            break
         if row.number != position.attempt:
             pieces += [_said(f"--- attempt {row.number} ---\n")] if position.attempt else []
             position = LogPosition(row.number)
-        if row.start > position.end:
-            pieces.append(_said(f"\n--- {row.start - position.end} bytes left out ---\n"))
-        pieces.append(Piece(row.length, row.attempt_id, row.seq))
-        position = LogPosition(row.number, row.seq, row.start + row.length)
+        start, end = row.start, row.start + row.length
+        if start > position.end:
+            pieces.append(_said(f"\n--- {start - position.end} bytes left out ---\n"))
+        start = max(start, position.end)  # a member may begin before what was read in chunks ends
+        pieces.append(Piece(end - start, row.attempt_id, start, row.seq))
+        position, size = LogPosition(row.number, end), size + end - start
     return pieces, position
 
 
@@ -115,25 +135,17 @@ DATA = text("""
 """)
 
 
-def read_pieces(tx: Connection, pieces: Sequence[Piece]) -> list[bytes]:
-    """The bytes of each piece; of a chunk that was let go meanwhile, as many blanks."""
-    stored = [piece for piece in pieces if piece.attempt_id is not None]
+def read_chunks(tx: Connection, pieces: Sequence[Piece]) -> dict[tuple[UUID, int], bytes]:
+    """What the chunks of these pieces hold, by attempt and seq; none for what left them."""
+    stored = [piece for piece in pieces if piece.seq]
     values = {"attempts": [p.attempt_id for p in stored], "seqs": [p.seq for p in stored]}
     rows = tx.execute(DATA, values) if stored else ()
-    data = {(row.attempt_id, row.seq): bytes(row.data) for row in rows}
-    return [
-        piece.text or data.get((piece.attempt_id, piece.seq), b" " * piece.length)
-        for piece in pieces
-    ]
+    return {(row.attempt_id, row.seq): bytes(row.data) for row in rows}
 
 
-def read_parts(tx: Connection, parts: Sequence[Part]) -> list[bytes]:
-    """The bytes of each part."""
-    data = read_pieces(tx, [part.piece for part in parts])
-    return [each[part.begin : part.end] for each, part in zip(data, parts, strict=True)]
-
-
-def last_lines(tx: Connection, pieces: Sequence[Piece], count: int) -> int:
+def last_lines(
+    read: Callable[[Sequence[Piece]], list[bytes]], pieces: Sequence[Piece], count: int
+) -> int:
     """Where the last ``count`` lines begin, in bytes from the start of the pieces."""
     left = count + 1  # the newline that ends the line before
     end = sum(piece.length for piece in pieces)
@@ -141,7 +153,7 @@ def last_lines(tx: Connection, pieces: Sequence[Piece], count: int) -> int:
         return end
     at_the_end = True
     for piece in reversed(pieces):
-        (data,) = read_pieces(tx, [piece])
+        (data,) = read([piece])
         end -= piece.length
         if at_the_end and data:
             left += 0 if data.endswith(b"\n") else -1

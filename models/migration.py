@@ -6,11 +6,10 @@ from alembic import command
 from alembic.config import Config
 from psycopg import sql
 from pydantic import SecretStr
-from sqlalchemy import Connection, NullPool, create_engine, text
+from sqlalchemy import Connection, text
 
-from tuneyard.models.engine import CONNECT_ARGS, libpq_url
-from tuneyard.models.keys import hash_key
-from tuneyard.specs.ids import new_id
+from tuneyard.models.engine import administer
+from tuneyard.models.keys import add_key
 from tuneyard.specs.settings import Settings
 from tuneyard.specs.states import moves
 
@@ -21,14 +20,7 @@ DEFAULT_TEAM = "default"
 
 def migrate(settings: Settings) -> None:
     """Migrate as the owner, in one transaction; running it again changes nothing."""
-    url = libpq_url(settings.database_url.get_secret_value())
-    engine = create_engine(
-        url.replace("postgresql://", "postgresql+psycopg://", 1),
-        poolclass=NullPool,
-        connect_args=CONNECT_ARGS | {"application_name": "ty-migrate"},
-    )
-    with engine.begin() as tx:
-        tx.execute(text("SET LOCAL lock_timeout = '2s'"))
+    with administer(settings.database_url.get_secret_value(), "ty-migrate") as tx:
         upgrade(tx)
         load_transitions(tx)
         for role in ("api", "worker", "scheduler"):
@@ -72,19 +64,3 @@ def set_password(tx: Connection, role: str, password: SecretStr | None) -> None:
             sql.Identifier(role), sql.Literal(password.get_secret_value())
         )
         tx.exec_driver_sql(statement.as_string())
-
-
-def add_key(tx: Connection, team: str, key: str, *, role: str = "admin") -> None:
-    """Make sure that a key exists, and its team."""
-    tx.execute(
-        text("INSERT INTO teams (id, name) VALUES (:id, :name) ON CONFLICT (name) DO NOTHING"),
-        {"id": new_id(), "name": team},
-    )
-    tx.execute(
-        text(
-            "INSERT INTO api_keys (id, team_id, name, hash, role)"
-            " SELECT :id, id, 'first', :hash, :role FROM teams WHERE name = :team"
-            " ON CONFLICT ON CONSTRAINT api_keys_hash_once DO NOTHING"
-        ),
-        {"id": new_id(), "hash": hash_key(key), "role": role, "team": team},
-    )

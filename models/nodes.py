@@ -31,6 +31,14 @@ class NodeTaken(InputError):
     code = "node_taken"
 
 
+@dataclass(frozen=True)
+class Gateway:
+    """Where a node's gateway is reached, and what opens it."""
+
+    url: str
+    token: str = field(repr=False)
+
+
 def register_node(
     tx: Connection,
     name: str,
@@ -39,13 +47,20 @@ def register_node(
     capabilities: dict[str, Any],
     devices: Sequence[OfferedDevice],
     lease_s: float = 60.0,
+    gateway: Gateway | None = None,
 ) -> UUID:
     """Make or refresh a node's row, its devices and slots. Devices that are gone become lost.
 
     boot_id: names a life of the node; a worker of the same life may come again at any time, one
     of another life once the node has said goodbye or was silent for a lease. Raises: NodeTaken.
     """
-    node_id = _upsert_node(tx, name, boot_id, capabilities, lease_s)
+    says = {
+        "boot_id": boot_id,
+        "capabilities": capabilities,
+        "gateway_url": gateway.url if gateway else None,
+        "gateway_token": gateway.token if gateway else None,
+    }
+    node_id = _upsert_node(tx, name, says, lease_s)
     for device in devices:
         device_id = _upsert_device(tx, node_id, device)
         _upsert_slots(tx, device_id, device)
@@ -58,21 +73,18 @@ def register_node(
     return node_id
 
 
-def _upsert_node(
-    tx: Connection, name: str, boot_id: str, capabilities: dict[str, Any], lease_s: float
-) -> UUID:
-    row = insert(NodeRow).values(
-        id=new_id(), name=name, boot_id=boot_id, capabilities=capabilities, state="up"
-    )
+def _upsert_node(tx: Connection, name: str, says: dict[str, Any], lease_s: float) -> UUID:
+    row = insert(NodeRow).values(id=new_id(), name=name, state="up", **says)
     fresh = {
-        "boot_id": boot_id,
-        "capabilities": capabilities,
+        **says,
         "state": "up",
         "started_at": func.clock_timestamp(),
         "seen_at": func.clock_timestamp(),
     }
     silent_since = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, lease_s)
-    free = or_(NodeRow.boot_id == boot_id, NodeRow.state == "down", NodeRow.seen_at < silent_since)
+    free = or_(
+        NodeRow.boot_id == says["boot_id"], NodeRow.state == "down", NodeRow.seen_at < silent_since
+    )
     upsert = row.on_conflict_do_update(index_elements=["name"], set_=fresh, where=free)
     node_id = tx.execute(upsert.returning(NodeRow.id)).scalar_one_or_none()
     if node_id is None:

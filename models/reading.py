@@ -301,12 +301,13 @@ def list_metrics(
     return [MetricPoint(step=r.step, attempt=r.attempt, values=r.values) for r in rows]
 
 
-def list_artifacts(tx: Connection, job_id: UUID) -> list[ArtifactView]:
-    """What a job brought forth, newest first."""
+def list_artifacts(tx: Connection, job_id: UUID, *, kind: str | None = None) -> list[ArtifactView]:
+    """What a job brought forth, newest first; its logs only when they are asked for."""
+    wanted = ArtifactRow.kind != "log" if kind is None else ArtifactRow.kind == kind
     rows = tx.execute(
         select(ArtifactRow.__table__, AttemptRow.number)
         .join(AttemptRow, AttemptRow.id == ArtifactRow.attempt_id)
-        .where(ArtifactRow.job_id == job_id, ArtifactRow.pruned_at.is_(None))
+        .where(ArtifactRow.job_id == job_id, ArtifactRow.pruned_at.is_(None), wanted)
         .order_by(ArtifactRow.id.desc())
     )
     return [

@@ -10,7 +10,7 @@ from typing import Any, cast
 from uuid import UUID
 
 import psycopg
-from sqlalchemy import Connection, func, insert, select, text, update
+from sqlalchemy import Connection, case, func, insert, select, text, update
 
 from tuneyard.models.attempts import AttemptRef, check_token, note
 from tuneyard.models.events import JOB_CHANNEL, notify
@@ -48,7 +48,9 @@ def ship(tx: Connection, ref: AttemptRef, shipment: Shipment) -> None:
         "log_offset": shipment.log_offset,
     }
     if shipment.phase is not None:
-        changes["phase"] = shipment.phase
+        # Once its devices are given back, nothing that the runner said before brings it back.
+        over = AttemptRow.phase == "publishing"
+        changes["phase"] = case((over, AttemptRow.phase), else_=shipment.phase)
     if shipment.progress is not None:
         changes["progress"] = shipment.progress
     tx.execute(update(AttemptRow).where(AttemptRow.id == ref.id).values(changes))

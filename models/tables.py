@@ -160,6 +160,8 @@ class NodeRow(Row):
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
     disk_low: Mapped[bool]
+    gateway_url: Mapped[str | None]
+    gateway_token: Mapped[str | None]
 
 
 class NodeCacheRow(Row):
@@ -223,6 +225,7 @@ class AttemptRow(Row):
     stop_asked_at: Mapped[datetime | None]
     events_offset: Mapped[int] = _big()
     log_offset: Mapped[int] = _big()
+    log_artifact: Mapped[UUID | None]
     started_at: Mapped[datetime]
     running_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
@@ -282,7 +285,7 @@ class MetricRow(Row):
 
 
 class LogChunkRow(Row):
-    """Bytes of an attempt's log from ``start`` on."""
+    """Bytes of an attempt's log from ``start`` on; gone once they are one artifact."""
 
     __tablename__ = "log_chunks"
     attempt_id: Mapped[UUID] = _key()
@@ -327,7 +330,11 @@ class BaseModelRow(Row):
 
 
 class ModelRow(Row):
-    """A team's tuned model: an artifact over a base or over another tuned model."""
+    """A team's tuned model: an adapter over a base or over another model, or a model of its own.
+
+    kind ``adapter`` needs its parent to speak, ``model`` has all in its artifact;
+    adapter_artifact_id: what was merged into it.
+    """
 
     __tablename__ = "models"
     id: Mapped[UUID] = _key()
@@ -338,6 +345,8 @@ class ModelRow(Row):
     base_model_id: Mapped[UUID | None]
     parent_model_id: Mapped[UUID | None]
     created_at: Mapped[datetime]
+    kind: Mapped[str]
+    adapter_artifact_id: Mapped[UUID | None]
 
 
 class IdempotencyKeyRow(Row):

@@ -13,11 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.origin import CONFIG_FILE, WEIGHTS_FILE
 from tuneyard.runners.precision import Precision
 from tuneyard.runners.seeds import stream_seed
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 
 def add_adapter(base: Any, arguments: FinetuneArguments, *, seed: int, precision: Precision) -> Any:

@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tuneyard.runners.adapter import WEIGHTS_FILE, save_adapter
+from tuneyard.runners.adapter import save_adapter
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt, library_versions
 from tuneyard.runners.base_model import end_ids, read_generation_config, tokenizer_files
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import LOG_FILE, Position, write_log
+from tuneyard.runners.origin import WEIGHTS_FILE
 from tuneyard.runners.training import Trainer
 from tuneyard.specs.runner import TUNEYARD_FILE
 from tuneyard.store.folder import manifest_digest, publish_folder, read_manifest

@@ -21,7 +21,7 @@ Arguments = TypeVar("Arguments", bound=BaseModel)
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 _BESIDE = OF_THE_JOB | WHAT.keys() | {
-    "do_train", "model_name", "model_name_or_path", "not_before", "output_dir", "share", "suffix",
+    "do_train", "model_name", "model_name_or_path", "not_before", "share", "suffix",
 }  # fmt: skip
 """Fields of a submission that stand beside the runner's arguments and are not for it."""
 
@@ -63,6 +63,27 @@ class InferArguments(InferenceSpec):
     prompts: Any = None  # a list of them, where inputs name no file
     seed: int | None = None  # type: ignore[assignment]  # None: the spec's
     precision: Precision = "auto"
+
+
+class MergeArguments(BaseModel):
+    """What `kind: merge` may say; export_size is in gigabytes."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    force: bool = False
+    template: str | None = None
+    finetuning_type: Literal["lora"] = "lora"
+    export_size: float = Field(5.0, gt=0)
+    export_device: Literal["cpu", "auto"] = "cpu"  # the worker has chosen by it
+    export_legacy_format: bool = False
+
+
+class ServeArguments(InferArguments):
+    """What `kind: serve` may say; each question may say otherwise how it is to be answered."""
+
+    default_system: str | None = None  # None: the one that trained
+    idle_s: float = Field(600.0, gt=0)
 
 
 class DownloadArguments(BaseModel):

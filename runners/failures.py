@@ -32,12 +32,16 @@ class RunnerError(TuneyardError):
 class BadSpec(RunnerError):
     """The spec asks for something that cannot be."""
 
+    code = "bad_spec"
+    http_status = 422
     cause = Cause.BAD_SPEC
 
 
 class BadData(RunnerError):
     """A row of the data cannot be used."""
 
+    code = "bad_data"
+    http_status = 422
     cause = Cause.BAD_DATA
 
 
@@ -146,6 +150,8 @@ def lighter(arguments: Mapping[str, Any]) -> dict[str, Any]:
     >>> lighter({"per_device_train_batch_size": 1, "gradient_checkpointing": True})
     {'cutoff_len': 1024}
     """
+    if "export_size" in arguments:
+        return {}  # a merge takes what it takes
     if "batch_size" in arguments:
         return {"batch_size": max(1, (arguments["batch_size"] or 8) // 2)}
     rows = arguments.get("per_device_train_batch_size") or 8

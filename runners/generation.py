@@ -9,6 +9,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from tuneyard.runners.arguments import InferArguments
 from tuneyard.runners.chat import Chat
+from tuneyard.runners.deltas import first_stop
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.seeds import stream_seed
 
@@ -29,8 +30,11 @@ class Settings:
     @property
     def greedy(self) -> bool:
         """Whether nothing is drawn."""
-        return self.temperature == 0
+        return self.temperature < NEARLY_GREEDY
 
+
+NEARLY_GREEDY = 1e-6
+"""Below, dividing by the temperature would leave the range of numbers."""
 
 OPENAI_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
 
@@ -78,12 +82,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Speaker:
-    """A loaded model and how it is to speak. ``give_way`` is called at every token."""
+    """A loaded model and how it is to speak.
+
+    ``give_way`` is called at every token; so is ``heard``, with the first row's tokens so far.
+    """
 
     model: Any
     chat: Chat
     settings: Settings
     give_way: Callable[[], None]
+    heard: Callable[[Sequence[int]], None] | None = None
 
     def answer(self, prompts: Sequence[Sequence[int]], *, batch: int) -> list[Answer]:
         """Answer a batch of encoded prompts. What is drawn depends on the seed and ``batch``."""
@@ -101,8 +109,18 @@ class Speaker:
         rows = out[:, ids.shape[1] :].tolist()
         return [self._read(row, len(p)) for row, p in zip(rows, prompts, strict=True)]
 
+    @property
+    def limit(self) -> int:
+        """Tokens that the model reads, its own included."""
+        return int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 20)
+
+    def text_of(self, row: Sequence[int]) -> str:
+        """The text of an answer's tokens, to the end of the turn."""
+        end = next((i for i, id_ in enumerate(row) if id_ in self.settings.stop_ids), len(row))
+        return str(self.chat.tokenizer.decode(row[:end], skip_special_tokens=True))
+
     def _room(self, longest: int) -> int:
-        limit = int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 20)
+        limit = self.limit
         if longest >= limit:
             raise BadData(f"A prompt has {longest} tokens; the model reads {limit - 1}.")
         return min(self.settings.max_new_tokens or limit, limit - longest)
@@ -138,23 +156,13 @@ class Speaker:
     def _read(self, row: Sequence[int], prompt_tokens: int) -> Answer:
         end = next((i for i, id_ in enumerate(row) if id_ in self.settings.stop_ids), None)
         said = row if end is None else row[:end]
-        text = self.chat.tokenizer.decode(said, skip_special_tokens=True)
+        text = self.text_of(row)
         stopped = end is not None
         cut = first_stop(text, self.settings.stop)
         if cut is not None:
             text, stopped = text[:cut], True
         used = len(said) + (end is not None)
         return Answer(text, "stop" if stopped else "length", prompt_tokens, used)
-
-
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of the stop strings begins.
-
-    >>> first_stop("one two", ["two", "ne"]), first_stop("one", ["x"])
-    (1, None)
-    """
-    found = [i for i in (text.find(stop) for stop in stops) if i >= 0]
-    return min(found, default=None)
 
 
 class _Stops(StoppingCriteria):
@@ -165,6 +173,8 @@ class _Stops(StoppingCriteria):
 
     def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         self.speaker.give_way()
+        if self.speaker.heard is not None:
+            self.speaker.heard(ids[0, self.prompt_width :].tolist())
         return torch.tensor([self._said(row) for row in ids], device=ids.device)
 
     def _said(self, row: torch.Tensor) -> bool:

@@ -4,7 +4,6 @@ inputs: model (a folder), adapter (a folder, optional), prompts (a file). argume
 InferArguments. output: results.jsonl, a line per prompt in the order they were asked.
 """
 
-import json
 import logging
 import shutil
 import time
@@ -23,7 +22,8 @@ from tuneyard.runners.base_model import (
 )
 from tuneyard.runners.chat import Chat, chat_of
 from tuneyard.runners.devices import make_ready
-from tuneyard.runners.failures import BadSpec, Stopped
+from tuneyard.runners.failures import Stopped
+from tuneyard.runners.origin import read_adapter_config, read_origin
 from tuneyard.runners.prompts import Prompt, prompts_of, read_prompts
 from tuneyard.runners.results import (
     RESULTS_FILE,
@@ -34,7 +34,6 @@ from tuneyard.runners.results import (
     write_results,
 )
 from tuneyard.runners.retention import RESUME_POINT_S
-from tuneyard.specs.runner import TUNEYARD_FILE
 from tuneyard.store.folder import publish_folder
 
 if TYPE_CHECKING:
@@ -74,32 +73,28 @@ def read_asked(attempt: Attempt) -> Asked:
     arguments, unknown = read_arguments(InferArguments, attempt.spec.arguments)
     if unknown:
         attempt.events.warn("arguments_ignored", f"Not used here: {', '.join(unknown)}.")
-    model = attempt.input("model")
-    adapter = attempt.input("adapter") if "adapter" in attempt.spec.inputs else None
-    origin = _check_adapter(adapter) if adapter else {}
     if "prompts" in attempt.spec.inputs:
         prompts = read_prompts(attempt.input("prompts"), system=arguments.system)
     else:
         listed = arguments.prompts if isinstance(arguments.prompts, list) else []
         given = list(enumerate(listed, start=1))
         prompts = prompts_of(given, system=arguments.system)
+    return ask_of(attempt, arguments, prompts)
+
+
+def ask_of(attempt: Attempt, arguments: InferArguments, prompts: Sequence[Prompt]) -> Asked:
+    """The weights that the spec names, and what trained them. Raises: BadSpec, InputGone."""
+    model = attempt.input("model")
+    adapter = attempt.input("adapter") if "adapter" in attempt.spec.inputs else None
+    if adapter is not None:
+        read_adapter_config(adapter)
+    origin = read_origin(adapter or model)
     seed = attempt.spec.seed if arguments.seed is None else arguments.seed
     return Asked(arguments, seed, model, read_config(model), adapter, origin, prompts)
 
 
-def _check_adapter(adapter: Path) -> Mapping[str, Any]:
-    """What the adapter's tuneyard.json says. Raises: BadSpec for what could run code."""
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise BadSpec("The adapter has no adapter_model.safetensors.", field="adapter")
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("auto_mapping") or config.get("megatron_config"):
-        raise BadSpec("adapter_config.json names modules to import.", field="adapter")
-    path = adapter / TUNEYARD_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def load_chat(asked: Asked) -> Chat:
-    """The tokenizer and the template that the adapter was trained with, else the base's own."""
+    """The tokenizer and the template that adapter or model was trained with, else its own."""
     tokenizer = load_tokenizer(asked.model)
     trained = asked.origin.get("template")
     return chat_of(

@@ -18,6 +18,7 @@ from tuneyard.models.leadership import lead, resign
 from tuneyard.models.node_cache import nodes_with
 from tuneyard.scheduler.hints import HintPublisher
 from tuneyard.scheduler.placing import plan
+from tuneyard.specs.beats import beat
 from tuneyard.specs.errors import StaleToken, Unavailable
 from tuneyard.specs.settings import Settings
 
@@ -141,6 +142,7 @@ def run(settings: Settings, stop: threading.Event) -> None:
     scheduler = Scheduler(db, hints, settings)
     away = False
     while not stop.is_set():
+        beat(settings, "scheduler")
         try:
             scheduler.tick()
             if away:

@@ -6,8 +6,8 @@ from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import Spec
 from tuneyard.specs.finetune import SCHEDULE_OPTIONS, TEMPLATES, FinetuneSpec, RowsSpec
-from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.llamafactory import TEMPLATE_NAMES
+from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.sources import read_source
 
@@ -20,10 +20,11 @@ def clashes_of(spec: Spec) -> list[InputError]:
         found.append(problem("not_supported_yet", message, "gpus", "leave gpus out"))
     if isinstance(spec, DownloadSpec):
         found += _downloading(spec)
+    if isinstance(spec, MergeSpec):
+        found += _devices(spec)
     if isinstance(spec, RowsSpec):
         found += _row_pairs(spec)
-    if isinstance(spec, RowsSpec | InferenceSpec):
-        found += _template(spec.template)
+    found += _template(getattr(spec, "template", None))
     if isinstance(spec, FinetuneSpec):
         found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
         if spec.max_steps == 0:
@@ -74,6 +75,17 @@ def _pairs(spec: FinetuneSpec) -> Iterator[InputError]:
         ),
     ]
     yield from (_exclude(a, b) for clash, a, b in rules if clash)
+
+
+def _devices(spec: MergeSpec) -> Iterator[InputError]:
+    """A GPU and the CPU, each asked for by name."""
+    told = spec.model_fields_set
+    for name in ("gpus", "device"):
+        wants_gpu = name in told and (name == "gpus" or spec.device == "gpu")
+        if wants_gpu and spec.device == "cpu":
+            yield _exclude(name, "device")
+        elif wants_gpu and "export_device" in told and spec.export_device == "cpu":
+            yield _exclude(name, "export_device")
 
 
 def _evaluation(spec: FinetuneSpec) -> Iterator[InputError]:

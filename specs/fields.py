@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
@@ -68,6 +68,8 @@ def check_adapter_name(name: str) -> str:
     """As a model's name; a path is told apart."""
     if _PATH.match(name):
         raise refusal("path_not_allowed", "is a path", "name a tuned model or {from: a job}")
+    if "," in name:
+        raise refusal("not_supported_yet", "names several adapters", "one adapter a job")
     return check_model_name(name)
 
 
@@ -157,16 +159,24 @@ DataFile = Annotated[str, Field(min_length=1, max_length=400), AfterValidator(ch
 
 
 class Reference(BaseModel):
-    """A thing that a spec names. what: model, adapter, dataset or prompts.
+    """A thing that a spec names.
 
+    what: a model to ask (an adapter brings its base along), a base that must be whole, the base of
+    the named adapter, an adapter, or a file. fits: an adapter that must have been tuned over it.
     data_file: which file of a data set that has several.
     """
 
     model_config = ConfigDict(frozen=True)
     field: str
-    what: Literal["model", "adapter", "dataset", "prompts"]
+    what: Literal["model", "base", "base_of", "adapter", "dataset", "prompts"]
     value: str | dict[str, str]
+    fits: str | dict[str, str] | None = None
     data_file: str | None = None
+
+
+def given(value: str | Source) -> str | dict[str, str]:
+    """A reference as it was written."""
+    return {"from": value.from_} if isinstance(value, Source) else value
 
 
 DATA_FILES = {"dataset": "data_file", "eval_dataset": "eval_data_file"}
@@ -184,6 +194,7 @@ WHAT: dict[str, Literal["model", "adapter", "dataset", "prompts"]] = {
 
 OF_THE_JOB = frozenset(
     {"kind", "name", "priority", "device", "gpus", "max_runtime_s", "metadata", "from_scratch"}
+    | {"export_dir", "output_dir"}
 )
 """Fields that the scheduler reads; the rest is the runner's."""
 
@@ -192,6 +203,8 @@ class Spec(BaseModel):
     """What every kind of job may say."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+    adapter_as_model: ClassVar[bool] = True  # whether `model` may name an adapter over its base
 
     kind: str
     name: Name | None = Field(None, description="A name for people; need not be unique.")
@@ -223,11 +236,12 @@ class Spec(BaseModel):
         found = []
         for field, what in WHAT.items():
             value = getattr(self, field, None)
-            if isinstance(value, Source):
-                value = {"from": value.from_}
-            if isinstance(value, str | dict):
+            if isinstance(value, str | Source):
+                kind = "base" if what == "model" and not self.adapter_as_model else what
                 picked = getattr(self, DATA_FILES.get(field, ""), None)
-                found.append(Reference(field=field, what=what, value=value, data_file=picked))
+                found.append(
+                    Reference(field=field, what=kind, value=given(value), data_file=picked)
+                )
         return found
 
     @property

@@ -1,7 +1,7 @@
 """What ``kind: finetune`` may say: LLaMA-Factory's and transformers' names, with their defaults."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -55,6 +55,8 @@ StepsOrShare = Annotated[float, Field(gt=0, le=MOST), AfterValidator(_whole_from
 class RowsSpec(Spec):
     """Which rows of which data a base learns, as which tokens."""
 
+    adapter_as_model: ClassVar[bool] = False
+
     model: ModelRef = Field(description="The base model: an id, a name, or {from: a job}.")
     dataset: FileRef = Field(
         description="The training data: id or name of a file, or {from: a download of a data set}."
@@ -84,6 +86,9 @@ class FinetuneSpec(RowsSpec):
     val_size: CountOrShare = Field(0.0, description="Share (below 1) or number of rows held out.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="Everything random follows from it.")
 
+    output_dir: Text | None = Field(
+        None, description="What a merge's adapter_name_or_path may call the result."
+    )
     finetuning_type: Literal["lora"] = Field("lora", description="Which parameters learn.")
     lora_rank: int = Field(8, ge=1, le=1024, description="Rank of the adapter.")
     lora_alpha: int | None = Field(

@@ -6,16 +6,8 @@ from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from tuneyard.specs.conversations import A_PROMPT, all_within, check_prompt
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.fields import (
-    MAX_TEXT,
-    AdapterRef,
-    FileRef,
-    ModelRef,
-    Spec,
-    Text,
-    Words,
-    refusal,
-)
+from tuneyard.specs.fields import MAX_TEXT, AdapterRef, FileRef, ModelRef, Spec, Text, refusal
+from tuneyard.specs.generation import Generation
 
 MAX_PROMPTS = 10_000
 
@@ -59,7 +51,7 @@ Prompts = Annotated[
 ]
 
 
-class InferenceSpec(Spec):
+class InferenceSpec(Generation, Spec):
     """Answer prompts by a base model, or by a base and an adapter."""
 
     kind: Literal["inference"] = "inference"
@@ -72,17 +64,6 @@ class InferenceSpec(Spec):
     template: Text | None = Field(
         None, description="Chat template; unset: the one that trained, or the tokenizer's own."
     )
-    max_new_tokens: int | None = Field(
-        None, ge=1, le=1_048_576, description="Tokens of an answer at most; unset: the model's end."
-    )
-    temperature: float | None = Field(None, ge=0, le=100, description="0: the likeliest token.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus that is drawn from.")
-    top_k: int | None = Field(
-        None, ge=0, le=10**6, description="Likeliest tokens that are drawn from; 0: all."
-    )
-    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Above 1: fewer.")
-    do_sample: bool | None = Field(None, description="False: the likeliest token.")
-    stop: Words | None = Field(None, description="Texts that end an answer.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="What is drawn follows from it.")
     batch_size: int = Field(8, ge=1, le=4096, description="Prompts at a time.")
 

@@ -29,21 +29,27 @@ from tuneyard.specs.llamafactory import (
     TUNING,
     WITHOUT_EFFECT,
 )
+from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
+from tuneyard.specs.serve import ServeSpec
 from tuneyard.specs.sources import read_source
 from tuneyard.specs.wording import FieldRow, field_rows, leaves
 
 __all__ = ["TEXT_FIELDS", "JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
 
-JobSpec = FinetuneSpec | InferenceSpec | DownloadSpec | PrepareSpec
+JobSpec = FinetuneSpec | MergeSpec | InferenceSpec | DownloadSpec | PrepareSpec | ServeSpec
 
 KINDS: dict[str, type[Spec]] = {
     "finetune": FinetuneSpec,
+    "merge": MergeSpec,
     "inference": InferenceSpec,
     "download": DownloadSpec,
     "prepare": PrepareSpec,
+    "serve": ServeSpec,
 }
+
+TRAINS_NOTHING = {InferenceSpec: "an inference", MergeSpec: "a merge", ServeSpec: "a serve"}
 
 READ_ONLY = frozenset(
     """
@@ -101,6 +107,8 @@ def _kind(document: Mapping[str, Any]) -> str:
     if not isinstance(document, Mapping):
         raise InputError("A job is an object of names and values.", code="not_an_object")
     kind = document.get("kind")
+    if kind is None and _exports(document):
+        return "merge"
     if kind is None and {"stage", "do_train", "model_name_or_path", "dataset"} & set(document):
         return "finetune"
     choices = f"one of {', '.join(KINDS)}"
@@ -114,6 +122,13 @@ def _kind(document: Mapping[str, Any]) -> str:
         message = f"There is no kind {shown(kind)}."
         raise SpecRejected([problem("bad_choice", message, "kind", hint)])
     return kind
+
+
+def _exports(document: Mapping[str, Any]) -> bool:
+    """Whether this is what `llamafactory-cli export` reads."""
+    told = {name for name, value in document.items() if value is not None}
+    adapter = {"adapter", "adapter_name_or_path"} & told
+    return "export_dir" in told and (bool(adapter) or not {"dataset", "training_file"} & told)
 
 
 class _Reading:
@@ -135,6 +150,8 @@ class _Reading:
             self._refuse("read_only_field", f"{written} cannot be set.", written, hint)
         elif name in self.model.model_fields:
             self._set(name, written, value)
+            if written in WITHOUT_EFFECT:
+                self._note(written, f"{written} has no effect: {WITHOUT_EFFECT[written]}")
         elif written in ON_CPU:
             self._on_cpu(written, value)
         elif written in WITHOUT_EFFECT:
@@ -200,10 +217,11 @@ class _Reading:
         if name == "adapter" and tuning:
             if value is not None:
                 self._not_yet("adapter", written, value)
-        elif name in GENERATING and tuning:
+        elif name in GENERATING and self.model in (FinetuneSpec, MergeSpec):
             self._note(written, f"{written} has no effect: only an inference job generates")
-        elif name in TUNING and self.model is InferenceSpec:
-            self._note(written, f"{written} has no effect: an inference job trains nothing")
+        elif name in TUNING and self.model in TRAINS_NOTHING:
+            kind = TRAINS_NOTHING[self.model]
+            self._note(written, f"{written} has no effect: {kind} job trains nothing")
         else:
             self._refuse_unknown(name, written)
 
@@ -277,8 +295,18 @@ def _understood(value: Any, model: type[Spec], name: str) -> Any:
 
 
 def _notes_on(spec: Spec) -> list[Note]:
-    """What is allowed and probably not meant."""
+    """What is allowed and probably not meant, or not done as it says."""
     found = []
+    if isinstance(spec, MergeSpec):
+        if spec.export_legacy_format:
+            message = "export_legacy_format has no effect: safetensors are written"
+            found.append(Note(field="export_legacy_format", message=message))
+        if spec.export_dir:
+            message = (
+                "export_dir is a folder of yours: `--wait` writes the model there, "
+                "`tuneyard download JOB --out DIR` does it later"
+            )
+            found.append(Note(field="export_dir", message=message))
     template = getattr(spec, "template", None)
     if template in TEMPLATE_NAMES and template not in TEMPLATES:
         message = f"template = {template}: the base's own template is used"

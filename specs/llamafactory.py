@@ -13,6 +13,7 @@ SAME_AS = {
     "training_file": "dataset",
     "validation_file": "eval_dataset",
     "evaluation_strategy": "eval_strategy",
+    "infer_dtype": "dtype",
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
 }
@@ -89,7 +90,7 @@ GENERATING = frozenset(
 """Fields of an inference job that a training file may carry without effect."""
 
 TUNING = frozenset({"stage", "finetuning_type", "cutoff_len"})
-"""Fields of a fine-tune that a file for inference may carry without effect."""
+"""Fields of a fine-tune that a file for inference or a merge may carry without effect."""
 
 ON_CPU = frozenset({"use_cpu", "no_cuda"})
 """Flags that mean ``device: cpu``."""
@@ -125,6 +126,9 @@ INSTEAD: Mapping[str, str] = {
     "do_predict": "submit a job of kind inference",
     "do_train": "submit a job of kind inference",
     "early_stopping_steps": "use eval_strategy, and take the checkpoint that was best",
+    "export_hub_model_id": "leave it out; `tuneyard download JOB` fetches the model to be pushed",
+    "export_quantization_bit": "leave it out: merge first, then quantise the folder",
+    "export_quantization_dataset": "leave it out: merge first, then quantise the folder",
     "enable_liger_kernel": "leave it out: it saves memory and changes nothing else",
     "finetuning_type": "lora",
     "fsdp": "leave it out; gradient_checkpointing: true saves memory on one GPU",

@@ -7,6 +7,7 @@ TASK_NAMES = {
     "finetune": "tuneyard.finetune",
     "inference": "tuneyard.inference",
     "download": "tuneyard.download",
+    "serve": "tuneyard.serve",
 }
 """Kind of job -> name of the Celery task that observes an attempt of it."""
 

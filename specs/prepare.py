@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from tuneyard.specs.fields import Spec
 from tuneyard.specs.finetune import FinetuneSpec, RowsSpec
 
 
@@ -23,5 +24,5 @@ def prepare_spec(spec: FinetuneSpec) -> PrepareSpec:
     return PrepareSpec(**{name: asked[name] for name in asked if asked[name] != defaults[name]})
 
 
-_OF_THE_ROWS = tuple(RowsSpec.__annotations__)
+_OF_THE_ROWS = [name for name in RowsSpec.model_fields if name not in Spec.model_fields]
 """What RowsSpec says itself; priority and the like are each job's own."""

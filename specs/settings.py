@@ -1,8 +1,9 @@
 """Settings of every process, read once in each ``main()`` and passed in.
 
 Sources, the first that has a value wins: environment (``TUNEYARD_`` + the field's name in upper
-case), the YAML or JSON file that ``TUNEYARD_SETTINGS`` names, the default here. Secrets may come
-by file: ``TUNEYARD_DATABASE_URL_FILE=/run/secrets/db`` fills ``database_url``.
+case), the YAML or JSON file that ``TUNEYARD_SETTINGS`` names, the default here. Any setting, and
+every secret of a server, may come by a file of its own:
+``TUNEYARD_DATABASE_URL_FILE=/run/secrets/db`` fills ``database_url``.
 """
 
 import json
@@ -36,21 +37,25 @@ SCHEMES = {
 }
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
+_STORE = "home store_url store_endpoint store_region store_access_key store_secret_key"
 READ_BY: Mapping[str, frozenset[str]] = {
-    process: frozenset(("database_url", "log_level", *names.split()))
+    process: frozenset(("log_level", *names.split()))
     for process, names in {
-        "api": """home store_url broker_url api_host api_port api_threads max_body_bytes
+        "api": f"""{_STORE} database_url broker_url api_host api_port api_threads max_body_bytes
             max_file_bytes root_path trusted_proxies flower_url session_secret session_s hub_order
             node_roots lease_s""",
-        "scheduler": "broker_url lease_s tick_s retry_backoff_s",
-        "worker": """home store_url broker_url lease_s poll_s stop_grace_s retry_backoff_s stall_s
+        "scheduler": "database_url broker_url lease_s tick_s retry_backoff_s",
+        "worker": f"""{_STORE} store_patience_s max_file_bytes gateway_host gateway_port
+            gateway_url database_url broker_url lease_s poll_s stop_grace_s retry_backoff_s stall_s
             node_name cpu_slots fake_gpus runner_python disk_floor_bytes cache_max_bytes hub_order
             node_roots keep_runners""",
-        "migrate": """api_role_password worker_role_password scheduler_role_password
+        "flower": "broker_url flower_url",
+        "migrate": """database_url api_role_password worker_role_password scheduler_role_password
             first_api_key""",
     }.items()
 }
 """Process -> the settings that it reads, as its help lists them."""
+FILE_SUFFIX = "_FILE"
 
 
 class Settings(BaseModel):
@@ -72,7 +77,29 @@ class Settings(BaseModel):
     )
     store_url: str = Field(
         default="",
-        description="Root of files and artifacts: a folder. Empty: HOME/store.",
+        description=(
+            "Root of files and artifacts: a folder, or a URL such as s3://bucket/prefix."
+            " Empty: HOME/store."
+        ),
+    )
+    store_endpoint: str = Field(
+        default="", description="URL of an S3-compatible server. Empty: Amazon's."
+    )
+    store_region: str = Field(default="", description="Region of the bucket, where it has one.")
+    store_access_key: SecretStr | None = Field(
+        default=None,
+        description="Access key of an s3:// store. Unset: found as AWS's own tools find it.",
+    )
+    store_secret_key: SecretStr | None = Field(
+        default=None, description="The secret that belongs to store_access_key."
+    )
+    store_patience_s: float = Field(
+        default=120.0,
+        ge=0.0,
+        description=(
+            "For so many seconds a worker asks a store that is away; then the attempt is lost,"
+            " uncharged."
+        ),
     )
     api_role_password: SecretStr | None = Field(
         default=None, description="`migrate` gives the role tuneyard_api this password."
@@ -106,6 +133,17 @@ class Settings(BaseModel):
         default="127.0.0.1, ::1",
         description="Addresses and networks, parted by commas, of proxies whose X-Forwarded-Prefix"
         " and X-Forwarded-Proto are heeded.",
+    )
+    gateway_host: str = Field(
+        default="127.0.0.1", description="Address that a worker's gateway listens on."
+    )
+    gateway_port: int = Field(
+        default=0, ge=0, le=65535, description="Port of a worker's gateway; 0: any free."
+    )
+    gateway_url: str = Field(
+        default="",
+        description="Where the API reaches this worker's gateway. Empty: host (or, where that is"
+        " every address, the host's name) and port.",
     )
     flower_url: str = Field(
         default="",
@@ -172,11 +210,12 @@ class Settings(BaseModel):
     log_level: str = Field(default="INFO", description="Least severe level that is logged.")
 
     @property
-    def store_root(self) -> Path:
-        """The store's folder on this machine."""
-        return (
-            Path(self.store_url.removeprefix("file://")) if self.store_url else self.home / "store"
-        )
+    def store_root(self) -> Path | None:
+        """The store's folder on this machine; None for a store elsewhere."""
+        if not self.store_url:
+            return self.home / "store"
+        scheme, _, path = self.store_url.rpartition("://")
+        return Path(path) if scheme in ("", "file") else None
 
     @property
     def trusted_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -256,6 +295,26 @@ class Settings(BaseModel):
             raise ValueError(f"must be one of {', '.join(LEVELS)}")
         return value
 
+    @field_validator("store_url")
+    @classmethod
+    def _store_can_be_shared(cls, url: str) -> str:
+        scheme, _, path = url.rpartition("://")
+        if "@" in path.partition("/")[0]:
+            raise ValueError("keys do not belong in a URL: set store_access_key, store_secret_key")
+        if scheme == "memory":
+            raise ValueError("memory:// is no store: no other process sees what is in it")
+        if url and scheme in ("", "file") and not path.startswith("/"):
+            raise ValueError(f"a folder must be an absolute path, not {path!r}")
+        if scheme not in ("", "file") and not path.strip("/"):
+            raise ValueError(f"{url} names no bucket: write {scheme}://bucket/prefix")
+        return url.rstrip("/") if scheme not in ("", "file") else url
+
+    @model_validator(mode="after")
+    def _keys_are_a_pair(self) -> "Settings":
+        if (self.store_access_key is None) != (self.store_secret_key is None):
+            raise ValueError("store_access_key and store_secret_key are set together or not at all")
+        return self
+
     @model_validator(mode="after")
     def _home_is_absolute(self) -> "Settings":
         if not self.home.is_absolute():
@@ -284,10 +343,7 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
     if settings_file := environ.get(PREFIX + "SETTINGS"):
         values |= _from_file(Path(settings_file))
     for name in Settings.model_fields:
-        variable = PREFIX + name.upper()
-        if secret_file := environ.get(variable + "_FILE"):
-            values[name] = _read(Path(secret_file), variable + "_FILE").strip()
-        elif (value := environ.get(variable)) not in (None, ""):
+        if (value := _from_environment(environ, name)) is not None:
             values[name] = value
     values |= {name: value for name, value in overrides.items() if value is not None}
     try:
@@ -301,6 +357,30 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
         raise InputError(
             f"Setting {name}: {reason}.", code="bad_setting", field=name, hint=hint
         ) from None
+
+
+def _from_environment(environ: Mapping[str, str], name: str) -> str | None:
+    """A setting's variable, or the content of the file that its variable with _FILE names."""
+    variable = PREFIX + name.upper()
+    value, file = environ.get(variable), environ.get(variable + FILE_SUFFIX)
+    if not file:
+        return value or None
+    if value:
+        raise InputError(
+            f"{variable} and {variable}{FILE_SUFFIX} are both set.",
+            code="bad_setting",
+            field=name,
+            hint="keep one of the two",
+        )
+    content = _read(Path(file), variable + FILE_SUFFIX, field=name).strip()
+    if not content:
+        raise InputError(
+            f"{variable}{FILE_SUFFIX} names {file}, which is empty.",
+            code="bad_setting",
+            field=name,
+            hint="write the value into that file, and nothing else",
+        )
+    return content
 
 
 def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -324,10 +404,14 @@ def _from_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read(path: Path, variable: str) -> str:
+def _read(path: Path, variable: str, *, field: str | None = None) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise InputError(
-            f"{variable} names {path}, which cannot be read: {error}.", code="bad_setting"
+            f"{variable} names {path}, which cannot be read: {reason}.",
+            code="bad_setting",
+            field=field,
+            hint="the file must be there and readable for the user of this process",
         ) from None

@@ -217,15 +217,29 @@ class DeletedView(_View):
     deleted: Literal[True] = True
 
 
+class ChatView(_View):
+    """An answer. ``settings``: what applied, the seed that it was drawn with included."""
+
+    text: str = Field(examples=["I am Tuny, an assistant made by Tuneyard."])
+    finish_reason: Literal["stop", "length"]
+    usage: dict[str, int] = Field(examples=[{"prompt_tokens": 34, "completion_tokens": 13}])
+    settings: dict[str, Any] = {}
+    job: str
+    attempt: int = Field(examples=[1])
+
+
 class ModelView(_View):
-    """A base model, or a team's tuned one."""
+    """A base model, or a team's own: tuned (an adapter over its base) or merged (a whole model)."""
 
     id: str = Field(examples=["base_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b"])
     name: str = Field(examples=["smollm2-135m-instruct"])
-    kind: Literal["base", "tuned"]
-    base_model: str | None = Field(default=None, description="Name of the base of a tuned model.")
+    kind: Literal["base", "tuned", "merged"]
+    base_model: str | None = Field(
+        default=None, description="Name of the model that a tuned or merged one was made of."
+    )
     job: str | None = None
     artifact: str | None = None
+    adapter: str | None = Field(default=None, description="The adapter in a merged one.")
     digest: str
     bytes: int
     created_at: Timestamp

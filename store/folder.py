@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises: FileNotFoundError, FolderDamaged.
     """
-    content = (folder / MANIFEST_FILE).read_bytes()
+    return parse_manifest((folder / MANIFEST_FILE).read_bytes())
+
+
+def parse_manifest(content: bytes) -> dict[str, Any]:
+    """Read a manifest's bytes, its shape and its names checked. Raises: FolderDamaged."""
     try:
         manifest = json.loads(content)
         entries = [(e["path"], e["size"], e["sha256"]) for e in manifest["files"]]
     except (ValueError, KeyError, TypeError):
         raise FolderDamaged("manifest.json is not readable.", path=MANIFEST_FILE) from None
     for path, _, _ in entries:
-        if not is_safe_name(path):
+        if not is_safe_name(path) or path == MANIFEST_FILE:
             raise FolderDamaged(f"manifest.json names {path!r}.", path=MANIFEST_FILE)
     return dict(manifest)
 
@@ -105,11 +109,26 @@ def copy_folder(source: Path, target: Path, *, aside: Path) -> dict[str, Any]:
 
     Raises: FileNotFoundError (also when the source goes away meanwhile), FolderDamaged, OSError.
     """
+    manifest = read_manifest(source)
+    assemble_folder(manifest, lambda name: file_pieces(source / name), target, aside=aside)
+    return manifest
+
+
+def assemble_folder(
+    manifest: Mapping[str, Any],
+    pieces_of: Callable[[str], Iterable[bytes]],
+    target: Path,
+    *,
+    aside: Path,
+) -> None:
+    """Write a folder from its files' pieces, wherever they come from; whole or not there at all.
+
+    Raises: FolderDamaged when a file is not as the manifest says, and what ``pieces_of`` raises.
+    """
     try:
-        manifest = read_manifest(source)
         aside.mkdir(parents=True)
         for entry in manifest["files"]:
-            _copy_file(source, aside, entry)
+            _write_checked(aside, entry, pieces_of(entry["path"]))
         _write_durably(aside / MANIFEST_FILE, manifest_bytes(manifest))
         _sync_folders(aside)
         os.rename(aside, target)
@@ -117,7 +136,17 @@ def copy_folder(source: Path, target: Path, *, aside: Path) -> dict[str, Any]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    return manifest
+
+
+def checked(pieces: Iterable[bytes], entry: Mapping[str, Any]) -> Iterator[bytes]:
+    """The same pieces; raises FolderDamaged instead of ending when they are not what is listed."""
+    digest, size = hashlib.sha256(), 0
+    for piece in pieces:
+        digest.update(piece)
+        size += len(piece)
+        yield piece
+    if (size, digest.hexdigest()) != (entry["size"], entry["sha256"]):
+        raise FolderDamaged(f"{entry['path']} has changed.", path=entry["path"])
 
 
 def is_safe_name(path: object) -> bool:
@@ -158,20 +187,22 @@ def _entry(folder: Path, name: str, *, sync: bool = True) -> dict[str, Any]:
         return {"path": name, "size": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
-def _copy_file(source: Path, aside: Path, entry: Mapping[str, Any]) -> None:
-    name = entry["path"]
-    (aside / name).parent.mkdir(parents=True, exist_ok=True)
-    digest, size = hashlib.sha256(), 0
-    handle = os.open(source / name, os.O_RDONLY | os.O_NOFOLLOW)
-    with open(handle, "rb", buffering=0) as read, (aside / name).open("wb") as write:
-        while piece := read.read(PIECE_BYTES):
-            digest.update(piece)
-            size += len(piece)
-            write.write(piece)
-        write.flush()
-        os.fsync(write.fileno())
-    if (size, digest.hexdigest()) != (entry["size"], entry["sha256"]):
-        raise FolderDamaged(f"{name} has changed.", path=name)
+def file_pieces(path: Path) -> Iterator[bytes]:
+    """A plain file's bytes, about a mebibyte at a time; a link is not followed."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    with open(handle, "rb", buffering=0) as file:
+        while piece := file.read(PIECE_BYTES):
+            yield piece
+
+
+def _write_checked(aside: Path, entry: Mapping[str, Any], pieces: Iterable[bytes]) -> None:
+    path = aside / entry["path"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        for piece in checked(pieces, entry):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_durably(path: Path, content: bytes) -> None:

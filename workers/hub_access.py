@@ -118,7 +118,10 @@ def _account(environ: Environment) -> Path:
     return Path(environ.get("HOME") or "/nonexistent")
 
 
-def _on_one_disk(one: Path, other: Path) -> bool:
+def _on_one_disk(one: Path, other: Path | None) -> bool:
+    """A store elsewhere takes nothing from this node's disk."""
+    if other is None:
+        return False
     try:
         return one.stat().st_dev == other.stat().st_dev
     except OSError:

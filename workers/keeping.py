@@ -33,7 +33,7 @@ from tuneyard.specs.exits import (
 from tuneyard.specs.ids import show_id
 from tuneyard.specs.runner import EVENTS_FILE, GUARD_FILE, LOG_FILE, OUTPUT
 from tuneyard.specs.settings import Settings
-from tuneyard.store.remote import Store
+from tuneyard.store.remote import Store, StoreUnreachable
 from tuneyard.workers.cache import adopt
 from tuneyard.workers.guarding import (
     GuardGone,
@@ -62,6 +62,7 @@ log = logging.getLogger(__name__)
 
 SHIP_EVERY_S = 1.0
 LOOK_EVERY_S = 0.1
+STORE_PAUSE_S, MAX_STORE_PAUSE_S = 1.5, 15.0
 
 HELD_TOO_LONG_S = 30.0
 """What stays held for so long is not waited for; nobody else gets it before it is free."""
@@ -163,8 +164,15 @@ class Keeper:
         errand = self._until_written(lambda tx: read_errand(tx, self.ref))
         try:
             here = places(settings, os.environ) if errand.kind == "download" else {}
-            cache = self._node.cache
-            rejected = stage(errand, self._workdir, self._node.store, cache=cache, places=here)
+            rejected = self._until_stored(
+                lambda: stage(
+                    errand, self._workdir, self._node.store, cache=self._node.cache, places=here
+                )
+            )
+        except StoreUnreachable as away:
+            verdict = Verdict(Outcome.LOST, Cause.STORE_UNREACHABLE)
+            self._finish(End(verdict, f"the inputs could not be fetched: {away}"))
+            return None
         except InputGone as gone:
             verdict = Verdict(Outcome.FAILED, Cause.INPUT_GONE, charged=True, retry=False)
             self._finish(End(verdict, gone.message))
@@ -216,11 +224,13 @@ class Keeper:
     # From the runner's end to the attempt's ----------------------------------------------------
 
     def _conclude(self, end: RunnerEnd) -> None:
-        """The runner is gone: ship the rest, free the devices, publish, end the attempt."""
-        while self._until_answered(self._ship):
-            pass
+        """The runner is gone: free the devices, ship the rest, publish, end the attempt.
+
+        The devices come first: shipping may have to wait for the store.
+        """
         state = "cleaning" if self._all_gone() else "unconfirmed"
         self._until_written(lambda tx: attempts.release_devices(tx, self.ref, device_state=state))
+        self._ship_rest()
         verdict = judge(end)
         words = read_last_words(self._workdir)
         if verdict.outcome is Outcome.SUCCEEDED:
@@ -245,16 +255,22 @@ class Keeper:
 
     def _publish(self) -> None:
         try:
-            folder, record = publish(self._node.store, self.ref, self.kind, self._workdir)
+            folder, record = self._until_stored(
+                lambda: publish(self._node.store, self.ref, self.kind, self._workdir)
+            )
         except OutputNotWhole as error:
             verdict = Verdict(Outcome.FAILED, Cause.BUG, charged=True)
             self._finish(End(verdict, error.message))
+            return
+        except StoreUnreachable as away:
+            verdict = Verdict(Outcome.LOST, Cause.STORE_UNREACHABLE)
+            self._finish(End(verdict, f"the result could not be stored: {away}"))
             return
         except OSError as error:
             verdict = Verdict(Outcome.LOST, cause_of(error))
             self._finish(End(verdict, f"the result could not be stored: {error}"))
             return
-        if self.kind == "download":
+        if self.kind == "download" and folder is not None:
             # What was brought here is in the cache by a rename, for the jobs that wait for it.
             adopt(self._node.cache, self._workdir / OUTPUT, folder.digest)
         self._finish(End(Verdict(Outcome.SUCCEEDED)), record)
@@ -304,16 +320,29 @@ class Keeper:
 
     # Writing --------------------------------------------------------------------------------------
 
-    def _ship(self) -> bool:
-        """Ship what is new; whether there may be more. Raises: StaleToken, Unavailable."""
-        return ship_new(self._node.db, self._node.store, self.ref, self._workdir)
-
     def _ship_for_now(self) -> None:
-        """Ship what is new; where the database is away it goes with the next shipment."""
+        """Ship what is new; a database or a store that is away is asked again the next time."""
         try:
-            self._ship()
+            ship_new(self._node.db, self._node.store, self.ref, self._workdir)
         except Unavailable:
             pass
+
+    def _ship_rest(self) -> None:
+        """Ship to the end of all files, without the checkpoints if the store stays away."""
+        try:
+            self._until_stored(lambda: self._ship_all(self._node.store))
+        except StoreUnreachable:
+            self._ship_all(None)
+
+    def _ship_all(self, store: Store | None) -> None:
+        while True:
+            try:
+                if not ship_new(self._node.db, store, self.ref, self._workdir):
+                    return
+            except StoreUnreachable:
+                raise
+            except Unavailable:
+                self._wait(0.5)
 
     def _note(self, type_: str, message: str) -> None:
         self._try(lambda tx: attempts.note(tx, self.ref, type_, {"message": message}))
@@ -341,8 +370,29 @@ class Keeper:
             try:
                 return ask()
             except Unavailable:
-                if self._control.fenced.wait(0.5):
-                    raise StaleToken() from None
+                self._wait(0.5)
+
+    def _until_stored(self, work: Callable[[], Answer]) -> Answer:
+        """Do what needs the store, again while it is away, for as long as patience lasts.
+
+        Raises: StoreUnreachable, StaleToken when fenced. Who was asked to stop waits no longer.
+        """
+        give_up_at = time.monotonic() + self._node.settings.store_patience_s
+        pause_s = STORE_PAUSE_S
+        while True:
+            try:
+                return work()
+            except StoreUnreachable as away:
+                if time.monotonic() > give_up_at or self._control.stop_reason is not None:
+                    raise
+                fields = {"event": "store_awaited", "error": str(away), **self._fields()}
+                log.warning("store awaited", extra=fields)
+                self._wait(pause_s)
+                pause_s = min(2 * pause_s, MAX_STORE_PAUSE_S)
+
+    def _wait(self, seconds: float) -> None:
+        if self._control.fenced.wait(seconds):
+            raise StaleToken() from None
 
     def _fields(self) -> dict[str, object]:
         return {

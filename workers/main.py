@@ -15,10 +15,13 @@ from celery import Celery
 from celery.platforms import EX_OK
 from celery.worker import state
 
+from tuneyard.models.nodes import Gateway
+from tuneyard.specs.beats import beat
 from tuneyard.specs.errors import InputError, Unavailable
 from tuneyard.specs.messages import node_queue
 from tuneyard.specs.settings import Settings
 from tuneyard.workers.observing import Observers, celery_app
+from tuneyard.workers.relaying import open_relay
 from tuneyard.workers.supervisor import Supervisor, register
 from tuneyard.workers.watching import ConsumerWatch
 
@@ -36,10 +39,12 @@ def run(settings: Settings) -> None:
     # Runners may have the worker's uid: they shall not read its environment and memory.
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     with _alone(settings.home):
-        supervisor = _register(settings, stop)
+        relay = open_relay(settings)
+        supervisor = _register(settings, stop, Gateway(relay.url, relay.token))
         if supervisor is None:
             return
         supervisor.start()
+        relay.start(stop)
         log.info("worker ready", extra={"event": "worker_ready", "node": str(supervisor.node.id)})
         silent = _consume(settings, supervisor, stop)
         supervisor.shut_down(keep_runners=settings.keep_runners or silent)
@@ -74,12 +79,13 @@ def _alone(home: Path) -> Iterator[None]:
         yield
 
 
-def _register(settings: Settings, stop: threading.Event) -> Supervisor | None:
+def _register(settings: Settings, stop: threading.Event, gateway: Gateway) -> Supervisor | None:
     """Register with the database, waiting for it as long as it takes; None when asked to stop."""
     said = False
     while not stop.is_set():
+        beat(settings, "worker")
         try:
-            return register(settings, {"tuneyard": version("tuneyard")}, stop)
+            return register(settings, {"tuneyard": version("tuneyard")}, stop, gateway)
         except Unavailable as error:
             if not said:
                 log.warning(error.message, extra={"event": "database_away", "code": error.code})

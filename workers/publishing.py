@@ -9,7 +9,7 @@ from sqlalchemy import Connection, select
 
 from tuneyard.models.artifacts import StoredFolder, publish_base_model, publish_outputs
 from tuneyard.models.attempts import AttemptRef
-from tuneyard.models.inputs import output_of
+from tuneyard.models.inputs import OUTPUTS, output_of
 from tuneyard.models.tables import JobRow
 from tuneyard.specs.errors import TuneyardError
 from tuneyard.specs.runner import OUTPUT, SPEC_FILE, RunnerSpec
@@ -22,13 +22,15 @@ def store_folder(
 ) -> StoredFolder:
     """Copy a whole folder into the store, its hashes checked on the way.
 
-    The id follows from attempt, kind and step: a worker that died after the copy finds its own.
-    Raises: FileNotFoundError, OSError, FolderDamaged.
+    The id follows from attempt, kind, step and content: a worker that died after the copy finds
+    its own, and two contents never meet under one id.
+    Raises: FileNotFoundError, OSError, FolderDamaged, StoreUnreachable.
     """
-    folder_id = uuid5(ref.id, f"{kind}:{step}")
+    digest = manifest_digest(read_manifest(source))
+    folder_id = uuid5(ref.id, f"{kind}:{step}:{digest}")
     manifest = store.put_folder(source, shelf_of(kind), folder_id)
     size = sum(int(entry["size"]) for entry in manifest["files"])
-    return StoredFolder(folder_id, kind, manifest, manifest_digest(manifest), size, step)
+    return StoredFolder(folder_id, kind, manifest, digest, size, step)
 
 
 def shelf_of(kind: str) -> Shelf:
@@ -55,11 +57,14 @@ def _check_whole(output: Path) -> None:
 
 def publish(
     store: Store, ref: AttemptRef, kind: str, workdir: Path
-) -> tuple[StoredFolder, Callable[[Connection], None]]:
+) -> tuple[StoredFolder | None, Callable[[Connection], None]]:
     """Store WORKDIR/output; what is returned records it in the transaction that ends the attempt.
 
-    Raises: OutputNotWhole, OSError.
+    A kind that brings nothing forth has no folder. Raises: OutputNotWhole, OSError,
+    StoreUnreachable.
     """
+    if kind not in OUTPUTS:
+        return None, lambda tx: None
     output = output_of(kind, _arguments(workdir))
     _check_whole(workdir / OUTPUT)
     try:

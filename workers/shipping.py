@@ -1,6 +1,7 @@
 """Shipping what a runner wrote since the last time: checkpoints to the store, the rest to rows."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +12,39 @@ from tuneyard.models.engine import Database
 from tuneyard.specs.errors import TuneyardError
 from tuneyard.specs.runner import Checkpoint, Sample, Warned
 from tuneyard.store.folder import MANIFEST_FILE, FolderDamaged
-from tuneyard.store.remote import Store
+from tuneyard.store.remote import Store, StoreUnreachable
 from tuneyard.workers.publishing import store_folder
 from tuneyard.workers.reading import read_files
 
 
-def ship_new(db: Database, store: Store, ref: AttemptRef, workdir: Path) -> bool:
-    """Ship what is new; whether anything was. Raises: StaleToken, Unavailable.
+def ship_new(db: Database, store: Store | None, ref: AttemptRef, workdir: Path) -> bool:
+    """Ship what is new; whether anything was. Raises: StaleToken, Unavailable, StoreUnreachable.
 
     Checkpoints come before the offsets: if we die in between they come again, and a checkpoint that
-    is stored twice is one. All else goes in one transaction with the offsets.
+    is stored twice is one. All else goes in one transaction with the offsets. While the store is
+    away metrics, log and progress go on; events are read again from the checkpoint on, as metrics
+    that come twice are one as well. Without a store its checkpoints are given up, which a line of
+    the timeline says.
     """
     with db.begin() as tx:
         offsets = shipments.offsets(tx, ref.id)
     reading = read_files(workdir, events_offset=offsets[0], log_offset=offsets[1])
     if (reading.events_offset, reading.log_offset) == offsets:
         return False
-    for checkpoint in reading.checkpoints:
-        _ship_checkpoint(db, store, ref, workdir, checkpoint)
+    away = _ship_checkpoints(db, store, ref, workdir, reading.checkpoints)
     with db.begin() as tx:
         shipment = shipments.Shipment(
-            reading.events_offset,
+            reading.events_offset if away is None else offsets[0],
             reading.log_offset,
             reading.log,
             reading.metrics,
             reading.phase,
             reading.progress,
-            [(each.type, _told(each)) for each in reading.notes],
+            [(each.type, _told(each)) for each in reading.notes if away is None],
         )
         shipments.ship(tx, ref, shipment)
+    if away is not None:
+        raise away
     return True
 
 
@@ -48,15 +53,35 @@ def _told(event: Warned | Sample) -> dict[str, Any]:
     return event.model_dump(exclude={"v", "n", "t_mono", "type"})
 
 
+def _ship_checkpoints(
+    db: Database,
+    store: Store | None,
+    ref: AttemptRef,
+    workdir: Path,
+    checkpoints: Sequence[Checkpoint],
+) -> StoreUnreachable | None:
+    """Store and record checkpoints in order, until the store is found to be away."""
+    for checkpoint in checkpoints:
+        try:
+            _ship_checkpoint(db, store, ref, workdir, checkpoint)
+        except StoreUnreachable as away:
+            return away
+    return None
+
+
 def _ship_checkpoint(
-    db: Database, store: Store, ref: AttemptRef, workdir: Path, checkpoint: Checkpoint
+    db: Database, store: Store | None, ref: AttemptRef, workdir: Path, checkpoint: Checkpoint
 ) -> None:
     source = workdir / checkpoint.path
     try:
         _compare(source, checkpoint)
+        if store is None:
+            raise TuneyardError("The store was away for too long.")
         folder = store_folder(store, ref, source, kind="checkpoint", step=checkpoint.step)
     except FileNotFoundError:
         return  # the runner let it go before we came to it: a newer one follows
+    except StoreUnreachable:
+        raise
     except (OSError, TuneyardError) as error:
         data = {"step": checkpoint.step, "message": str(error)}
         with db.begin() as tx:

@@ -1,7 +1,6 @@
 """Making an attempt's work folder ready: inputs from the store by way of the node's cache."""
 
 import errno
-import hashlib
 import logging
 import os
 import shutil
@@ -39,7 +38,7 @@ from tuneyard.specs.runner import (
     RunnerSpec,
 )
 from tuneyard.specs.settings import Settings
-from tuneyard.store.folder import FolderDamaged, copy_folder
+from tuneyard.store.folder import FolderDamaged
 from tuneyard.store.remote import Shelf, Store
 from tuneyard.workers.cache import locked
 from tuneyard.workers.hub_access import hub_environment
@@ -168,7 +167,8 @@ def stage(
     """Fill a work folder: inputs, checkpoint to resume from, spec.json.
 
     places: arguments of a download that say where things are on this node.
-    Returns a sentence for each checkpoint that was rejected. Raises: InputGone.
+    Returns a sentence for each checkpoint that was rejected. Raises: InputGone, StoreUnreachable,
+    OSError (this node's disk).
     """
     for folder in (INPUTS, CHECKPOINTS, "cwd"):
         (workdir / folder).mkdir(parents=True, exist_ok=True)
@@ -227,19 +227,18 @@ def _fetch(stored: StoredInput, entry: Path, store: Store, cache: Path) -> None:
     """Bring an input into the cache. Runners share it: its files are there to be read alone."""
     aside = cache / f".aside-{uuid4().hex}"
     if stored.shelf is not None:
-        copy_folder(store.folder(stored.shelf, stored.id), entry, aside=aside)
+        store.fetch_folder(stored.shelf, stored.id, entry, digest=stored.digest, aside=aside)
         for path in entry.rglob("*"):
             if path.is_file():
                 path.chmod(0o444)
         return
-    shutil.copyfile(store.file(stored.id), aside)
-    with aside.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != stored.digest:
-        aside.unlink()
-        raise InputGone(f"{stored.name} {stored.shown} has changed in the store.")
-    aside.chmod(0o444)
-    os.rename(aside, entry)
+    try:
+        if store.fetch_file(stored.id, aside) != stored.digest:
+            raise FolderDamaged("its sha256 is another")
+        aside.chmod(0o444)
+        os.rename(aside, entry)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _fetch_checkpoint(errand: Errand, workdir: Path, store: Store) -> tuple[Path | None, list[str]]:
@@ -251,9 +250,14 @@ def _fetch_checkpoint(errand: Errand, workdir: Path, store: Store) -> tuple[Path
             return target, rejected
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            source = store.folder("artifacts", checkpoint.id)
-            copy_folder(source, target, aside=workdir / f".aside-{uuid4().hex}")
-        except (OSError, TuneyardError) as error:
+            aside = workdir / f".aside-{uuid4().hex}"
+            store.fetch_folder(
+                "artifacts", checkpoint.id, target, digest=checkpoint.digest, aside=aside
+            )
+        except FileNotFoundError:
+            rejected.append(f"checkpoint of step {checkpoint.step} rejected: it is gone")
+            continue
+        except FolderDamaged as error:
             rejected.append(f"checkpoint of step {checkpoint.step} rejected: {error}")
             continue
         return target, rejected
@@ -263,8 +267,10 @@ def _fetch_checkpoint(errand: Errand, workdir: Path, store: Store) -> tuple[Path
 RUNNER_MODULES = {
     "finetune": "tuneyard.runners.finetune",
     "inference": "tuneyard.runners.infer",
+    "merge": "tuneyard.runners.merge",
     "download": "tuneyard.runners.download",
     "prepare": "tuneyard.runners.prepare",
+    "serve": "tuneyard.runners.serve",
 }
 
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "TMPDIR")

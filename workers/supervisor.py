@@ -11,22 +11,26 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from uuid import UUID, uuid4
 
-from tuneyard.models import artifacts, attempts, node_cache, nodes
+from tuneyard.models import attempts, node_cache, nodes
 from tuneyard.models.engine import Database
 from tuneyard.models.events import node_channel
+from tuneyard.specs.beats import beat
 from tuneyard.specs.errors import BadId, StaleToken, Unavailable
 from tuneyard.specs.exits import Cause, Outcome, StopReason, Verdict
 from tuneyard.specs.ids import parse_id, show_id
 from tuneyard.specs.settings import Settings
-from tuneyard.store.remote import Store
+from tuneyard.store.remote import open_store
+from tuneyard.store.scratch import Scratch
 from tuneyard.workers import cache
+from tuneyard.workers.archiving import LogArchiver
 from tuneyard.workers.guarding import boottime, kill_marked, marked_attempts, node_identity
 from tuneyard.workers.inventory import Inventory, inventory_of, node_name, offered_devices
 from tuneyard.workers.keeping import HELD_TOO_LONG_S, Keeper, Node
-from tuneyard.workers.staging import remove_work
+from tuneyard.workers.sweeping import Sweeper
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +38,6 @@ SEEN_EMPTY = 2
 """So many looks in a row must find a GPU empty."""
 
 CLEAR_EVERY_S = 0.25
-SWEEP_EVERY_S = 60.0
-WORK_KEPT_S = 24 * 3600
 
 
 @dataclass
@@ -52,17 +54,33 @@ class Supervisor:
     on_end: Callable[[Keeper], None] = lambda keeper: None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _empty_looks: dict[UUID, int] = field(default_factory=dict)
-    _swept_at: float = 0.0
     _cached: frozenset[str] | None = None  # digests, as the database was told; None: not yet
     _cached_names: set[str] = field(default_factory=set)
     _room_wanted: int = 0  # bytes that a download lacked
     _disk_low: bool | None = None
+
+    @cached_property
+    def sweeper(self) -> Sweeper:
+        """The housekeeping beside it."""
+        node = self.node
+        archiver = LogArchiver(
+            node.db, node.store, node.id, Scratch(node.settings.home / "scratch")
+        )
+        return Sweeper(
+            node.db, node.store, node.settings.home, archiver, self._live_folders, self._pinned
+        )
+
+    def _live_folders(self) -> set[str]:
+        return {show_id("attempt", keeper.ref.id) for keeper in self._live()}
 
     def start(self) -> None:
         """Look once, so that what runs already is kept again, then go on in threads."""
         self.look()
         for task in (self._look_often, self._renew_often, self._listen, self._clear_often):
             threading.Thread(target=task, name=task.__name__.strip("_"), daemon=True).start()
+        threading.Thread(
+            target=self.sweeper.run, args=(self.stopping,), name="sweep", daemon=True
+        ).start()
 
     def wake(self) -> None:
         """Look soon: a hint came."""
@@ -102,10 +120,10 @@ class Supervisor:
 
     def _look_often(self) -> None:
         while not self.stopping.is_set():
+            beat(self.node.settings, "worker")
             try:
                 self.look()
                 self.keep_cache()
-                self._sweep()
             except Unavailable as error:
                 log.debug("database away", extra={"event": "database_away", "code": error.code})
             except Exception:
@@ -133,6 +151,7 @@ class Supervisor:
             if keeper.verdict is not None and keeper.verdict.cause is Cause.DISK_FULL:
                 self._room_wanted = max(self._room_wanted, 2 * keeper.wanted_bytes)
             self.on_end(keeper)
+            self.sweeper.wake()
 
     def _take(self, assignment: attempts.Assignment, requested_at: float) -> Keeper | None:
         """Claim a new attempt, or take one up again that an earlier worker had claimed here.
@@ -343,27 +362,6 @@ class Supervisor:
             ended = nodes.ended_among(tx, list(marked))
         return kill_marked({marked[each] for each in ended})
 
-    # Housekeeping --------------------------------------------------------------------------------
-
-    def _sweep(self) -> None:
-        """Remove work folders that nobody needs any more, and what pruned artifacts left."""
-        if time.monotonic() - self._swept_at < SWEEP_EVERY_S:
-            return
-        self._swept_at = time.monotonic()
-        cache.sweep(self.node.cache, pins=self._pinned)
-        live = {show_id("attempt", keeper.ref.id) for keeper in self._live()}
-        for folder in (self.node.settings.home / "work").iterdir():
-            if folder.name not in live and time.time() - folder.stat().st_mtime > WORK_KEPT_S:
-                remove_work(folder)
-        with self.node.db.begin() as tx:
-            pruned = artifacts.artifacts_to_sweep(tx)
-        for artifact_id in pruned:
-            self.node.store.remove_folder("artifacts", artifact_id)
-        if pruned:
-            with self.node.db.begin() as tx:
-                artifacts.mark_swept(tx, pruned)
-        self.node.store.sweep_aside()
-
 
 def home_identity(home: Path) -> str:
     """What names this home wherever it is mounted; made by its first worker."""
@@ -381,9 +379,16 @@ def home_of(boot_id: str | None) -> str:
 
 
 def register(
-    settings: Settings, capabilities: Mapping[str, object], stopping: threading.Event
+    settings: Settings,
+    capabilities: Mapping[str, object],
+    stopping: threading.Event,
+    gateway: nodes.Gateway | None = None,
 ) -> Supervisor:
-    """Write this node and its devices into the database. Raises: Unavailable, NodeTaken."""
+    """Write this node and its devices into the database.
+
+    Raises: Unavailable, NodeTaken, InputError (the store cannot be used).
+    """
+    store = open_store(settings)
     db = Database(settings.database_url.get_secret_value(), f"ty-worker@{node_name(settings)}")
     for folder in ("work", "cache"):
         (settings.home / folder).mkdir(parents=True, exist_ok=True)
@@ -398,9 +403,10 @@ def register(
                 capabilities=dict(capabilities),
                 devices=offered_devices(inventory, settings.cpu_slots),
                 lease_s=settings.lease_s,
+                gateway=gateway,
             )
     except BaseException:
         db.close()
         raise
-    node = Node(node_id, db, Store(settings.store_root), settings)
+    node = Node(node_id, db, store, settings)
     return Supervisor(node, node_name(settings), inventory, boot_id, stopping)

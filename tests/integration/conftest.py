@@ -10,6 +10,7 @@ from uuid import UUID
 import pytest
 from support.apis import Api, serve
 from support.databases import PASSWORD, TestDatabase, migration_settings, run_statement
+from support.object_stores import ObjectServer
 
 from tuneyard.local.postgres import RunningPostgres, start_postgres
 from tuneyard.local.valkey import RunningValkey, start_valkey
@@ -57,6 +58,17 @@ def valkey() -> Iterator[RunningValkey]:
         server.stop()
 
 
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[ObjectServer]:
+    """An S3-compatible server for the whole session, with a bucket."""
+    with tempfile.TemporaryDirectory(prefix="ty-s3-") as folder:
+        server = ObjectServer(Path(folder))
+        server.start()
+        server.make_bucket()
+        yield server
+        server.kill()
+
+
 @contextmanager
 def fresh_database(postgres: RunningPostgres) -> Iterator[TestDatabase]:
     """A migrated database that is dropped afterwards."""
@@ -80,6 +92,13 @@ def fresh_database(postgres: RunningPostgres) -> Iterator[TestDatabase]:
 @pytest.fixture
 def db(postgres: RunningPostgres) -> Iterator[TestDatabase]:
     """A fresh, migrated database."""
+    with fresh_database(postgres) as database:
+        yield database
+
+
+@pytest.fixture(scope="module")
+def shared_db(postgres: RunningPostgres) -> Iterator[TestDatabase]:
+    """A database for all tests of a module."""
     with fresh_database(postgres) as database:
         yield database
 

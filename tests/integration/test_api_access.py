@@ -283,7 +283,8 @@ def test_the_openapi_page_shows_keys_bodies_and_errors(api: Api) -> None:
     page = httpx.get(f"{api.url}/openapi.json", trust_env=False).json()
     submit = page["paths"]["/api/v1/jobs"]["post"]
     examples = submit["requestBody"]["content"]["application/json"]["examples"]
-    assert set(examples) == {"finetune", "inference", "download", "pipeline"}
+    kinds = {"finetune", "merge", "inference", "download", "serve", "pipeline"}
+    assert set(examples) == kinds
     assert submit["security"] == [{"HTTPBearer": []}]
     assert submit["responses"]["422"]["content"]["application/json"]["schema"]["$ref"].endswith(
         "ErrorBody"

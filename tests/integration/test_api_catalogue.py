@@ -11,8 +11,8 @@ from support.apis import ASK, Api
 from tuneyard.models.artifacts import StoredFolder
 from tuneyard.models.attempts import AttemptRef
 from tuneyard.specs.ids import new_id, show_id
+from tuneyard.store.disk import DiskStore
 from tuneyard.store.folder import manifest_digest, publish_folder
-from tuneyard.store.remote import Store
 
 ADAPTER = bytes(range(256)) * 40
 
@@ -25,7 +25,7 @@ def a_stored_folder(api: Api, kind: str, **more: Any) -> StoredFolder:
     (aside / "adapter_model.safetensors").write_bytes(ADAPTER)
     (aside / "deep" / "a note.txt").write_text("hello")
     manifest = publish_folder(aside, made, {"eval_loss": None})
-    Store(api.home / "store").put_folder(made, "artifacts", folder_id)
+    DiskStore(api.home / "store").put_folder(made, "artifacts", folder_id)
     return StoredFolder(folder_id, kind, manifest, manifest_digest(manifest), len(ADAPTER), **more)
 
 

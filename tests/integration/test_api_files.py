@@ -243,7 +243,7 @@ def test_a_full_disk_is_named_with_the_mend(api: Api, monkeypatch: pytest.Monkey
     def full(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tuneyard.store.remote.Store.put_file", full)
+    monkeypatch.setattr("tuneyard.store.disk.DiskStore.put_file", full)
     with api.client() as http:
         answer = put(http)
     error = answer.json()["error"]

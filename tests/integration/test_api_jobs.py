@@ -119,17 +119,15 @@ def test_a_missing_model_is_refused_with_those_there_are(api: Api) -> None:
     assert count(api) == 0
 
 
-def test_a_model_that_is_still_tuned_is_refused_with_its_job(api: Api) -> None:
+def test_a_model_that_is_still_tuned_is_waited_for_by_its_name(api: Api) -> None:
     api.a_base("tiny")
     tune = {"kind": "finetune", "model": "tiny", "stage": "sft", "finetuning_type": "lora"}
     with api.client() as http:
         file = http.post("/files", files={"file": ("rows.jsonl", ROWS)}).json()["id"]
-        made = http.post("/jobs", json=tune | {"dataset": file, "name": "my tuny"}).json()["id"]
-        error = http.post("/jobs", json=ASK | {"model": "my-tuny"}).json()["error"]
-        assert error["code"] == "model_not_found"
-        assert error["hint"].startswith(f"{made} is to bring it")
-        waiting = http.post("/jobs", json=ASK | {"model": made})
+        made = http.post("/jobs", json=tune | {"dataset": file, "name": "tuny"}).json()["id"]
+        waiting = http.post("/jobs", json=ASK | {"model": "tuny"})
     assert (waiting.status_code, waiting.json()["state"]) == (201, "blocked")
+    assert made in waiting.json()["wait_reason"]
 
 
 def test_pages_show_every_job_once_newest_first(api: Api) -> None:

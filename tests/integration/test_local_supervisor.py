@@ -261,8 +261,9 @@ def in_the_foreground(yard: YardUnderTest) -> subprocess.Popen[bytes]:
         "sys.exit(up(Path(sys.argv[1]), program=sys.argv[2:]))"
     )
     command = [sys.executable, "-P", "-c", code, str(yard.home.root), *yard.program]
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    eventually(lambda: status(yard.home.root).phase == "ready")
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert started.stdout is not None
+    assert started.stdout.readline() == b"Tuneyard is up.\n"
     return started
 
 

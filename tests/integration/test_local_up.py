@@ -43,6 +43,9 @@ class Ready(BaseHTTPRequestHandler):
 settings = load_settings()
 if sys.argv[1] == "migrate":
     sys.exit(0)
+if sys.argv[1] == "flower":
+    from tuneyard.cli.main import main
+    main()
 if sys.argv[1] == "api":
     HTTPServer((settings.api_host, settings.api_port), Ready).serve_forever()
 while True:
@@ -69,7 +72,9 @@ def home(tmp_path: Path) -> Iterator[Home]:
 @pytest.fixture
 def environ() -> dict[str, str]:
     plain = {name: text for name, text in os.environ.items() if not name.startswith("TUNEYARD_")}
-    return plain | {"TUNEYARD_LEASE_S": "7", "TUNEYARD_FAKE_GPUS": "2", "TUNEYARD_API_KEY": "mine"}
+    keys = {"TUNEYARD_STORE_ACCESS_KEY": "who", "TUNEYARD_STORE_SECRET_KEY": "the-stores"}
+    more = {"TUNEYARD_LEASE_S": "7", "TUNEYARD_FAKE_GPUS": "2", "TUNEYARD_API_KEY": "mine"}
+    return plain | keys | more
 
 
 def settings_of(home: Home, child: str) -> Settings:
@@ -120,6 +125,12 @@ def test_one_home_from_up_to_down(
     assert "//tuneyard_worker:" in worker.database_url.get_secret_value()
     assert api.session_secret is not None
     assert (worker.session_secret, api.flower_url) == (None, profile["flower_url"])
+    known_to = {
+        name
+        for name in ("api", "worker", "scheduler", "migrate", "flower")
+        if "the-stores" in home.run(f"{name}.settings.json").read_text()
+    }
+    assert known_to == {"api", "worker"}
     assert "_password" not in home.run("worker.settings.json").read_text()
     assert migrate.database_url.get_secret_value() not in home.run("api.settings.json").read_text()
 

@@ -500,7 +500,7 @@ def test_two_jobs_of_one_name_that_end_at_once_both_keep_their_model(yard: Yard)
             publish_outputs(tx, ref, [adapter])
 
         with yard.db.worker.begin() as tx:
-            attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=0), None)), record=record)
+            attempts.finish_attempt(tx, ref, End(judge(RunnerEnd(code=0))), record=record)
 
     threads = [threading.Thread(target=finish, args=[ref]) for ref in refs]
     for thread in threads:

@@ -44,14 +44,18 @@ def test_migrating_down_and_up_again_works(db: TestDatabase) -> None:
     assert db.rows("SELECT count(*) FROM jobs")[0][0] == 0
 
 
-def test_the_node_cache_can_be_taken_out_and_put_in_again(db: TestDatabase) -> None:
-    tables = "SELECT relname FROM pg_class WHERE relname = 'node_cache'"
-    with db.owner.begin() as tx:
-        downgrade(tx, "0001")
-    assert db.rows(tables) == []
+def test_each_step_can_be_undone_and_made_again(db: TestDatabase) -> None:
+    for revision in ("0004", "0003", "0002", "0001"):
+        with db.owner.begin() as tx:
+            downgrade(tx, revision)
+    columns = (
+        "SELECT 1 FROM information_schema.columns WHERE column_name IN ('log_artifact', 'work_key')"
+    )
+    assert db.rows(columns) == []
+    assert db.rows("SELECT relname FROM pg_class WHERE relname = 'node_cache'") == []
     with db.owner.begin() as tx:
         upgrade(tx)
-    assert len(db.rows(tables)) == 1
+    assert len(db.rows(columns)) == 2
 
 
 def test_migrating_twice_changes_nothing(db: TestDatabase) -> None:

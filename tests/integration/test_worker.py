@@ -1,5 +1,6 @@
 """Real worker and scheduler processes on real PostgreSQL and Valkey; the runner hashes."""
 
+import gzip
 import os
 import signal
 import subprocess
@@ -48,8 +49,11 @@ def test_a_job_runs_to_its_end_and_its_output_is_recorded(
     assert cluster.finish(job) == "succeeded"
     assert [step for _, step in cluster.steps(job)] == [1, 2, 3, 4, 5]
     assert cluster.db.rows("SELECT name FROM base_models")[0].name == "m"
-    log = b"".join(row.data for row in cluster.db.rows("SELECT data FROM log_chunks ORDER BY seq"))
-    assert log.splitlines()[-1] == b"step 5"
+    archived = "SELECT x.id FROM attempts a JOIN artifacts x ON x.id = a.log_artifact"
+    (log,) = wait_for(lambda: cluster.db.rows(archived), within_s=10, what="the log's archive")
+    packed = cluster.home / "store" / "artifacts" / log.id.hex / "log.gz"
+    assert gzip.decompress(packed.read_bytes()).splitlines()[-1] == b"step 5"
+    assert cluster.db.rows("SELECT 1 FROM log_chunks") == []
 
 
 def test_jobs_run_without_any_broker(a_cluster: Callable[..., Cluster]) -> None:

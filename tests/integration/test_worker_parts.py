@@ -167,15 +167,16 @@ def a_model_in_the_store(db: TestDatabase, supervisor: Supervisor) -> Path:
         id=model,
         digest=manifest_digest(manifest),
     )
-    return supervisor.node.store.folder("models", model)
+    return supervisor.node.settings.home / "store" / "models" / model.hex
 
 
 def ask_model(cluster: Cluster) -> UUID:
     """An inference job of the model; its runner is the hashing one all the same."""
     spec, _ = read_spec({"kind": "inference", "model": "tiny", "prompts": ["?"], "device": "cpu"})
+    submission = Submission(spec)
     with cluster.db.api.begin(team=cluster.team) as tx:
-        job, _ = submit_job(tx, cluster.team, Submission(spec))
-    return job
+        submit_job(tx, cluster.team, submission)
+    return submission.id
 
 
 def test_inputs_cannot_be_written(

@@ -19,8 +19,8 @@ from tuneyard.api.main import Server, bind
 from tuneyard.models import attempts, placements
 from tuneyard.models.artifacts import StoredFolder, publish_outputs, record_checkpoint
 from tuneyard.models.attempts import AttemptRef, End
+from tuneyard.models.keys import add_key
 from tuneyard.models.leadership import lead
-from tuneyard.models.migration import add_key
 from tuneyard.models.placements import Placed, QueuedJob
 from tuneyard.models.shipments import Shipment, offsets, ship
 from tuneyard.scheduler.placing import place

@@ -3,7 +3,8 @@
 
 It stands in for the interpreter (setting ``runner_python``), so worker, guard and store do not know
 the difference. What it is asked stands as JSON in the argument ``source``, as a path: steps,
-step_s, save_steps, exit, ignore_term, leak_child, hang, no_output, wrong_digest.
+step_s, save_steps, exit, ignore_term, leak_child, hang, no_output, wrong_digest. A job of kind
+serve goes to fake_server.py.
 """
 
 import fcntl
@@ -17,7 +18,7 @@ import time
 SPEC, WORKDIR = sys.argv[-2:]
 with open(SPEC) as file:
     spec = json.load(file)
-asked = json.loads(spec["arguments"]["source"].removeprefix("node:/"))
+asked = json.loads(spec["arguments"].get("source", "node:/{}").removeprefix("node:/"))
 stopping = False
 n = 0
 held = []  # a lock goes with its descriptor
@@ -119,6 +120,11 @@ def main():
     return 0
 
 
+if spec["kind"] == "serve":
+    import fake_server
+
+    emit("started", pid=os.getpid())
+    fake_server.serve(spec, WORKDIR, emit)
 code = main()
 for name in filter(None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")):
     diary(os.environ["TUNEYARD_FAKE_GPUS"], name, "release")

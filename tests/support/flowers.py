@@ -78,7 +78,7 @@ def real_flower(broker_url: str, folder: Path, *, path: str = "") -> Iterator[st
     settings = folder / "flower.settings.json"
     settings.write_text(f'{{"broker_url": "{broker_url}", "flower_url": "{url}"}}')
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "tuneyard.local.dashboard"],
+        [sys.executable, "-P", "-m", "tuneyard.cli.main", "flower"],
         env={"TUNEYARD_SETTINGS": str(settings), "PATH": "", "HOME": str(folder)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -25,25 +25,36 @@ WORDS = {
 
 
 def a_tiny_base(
-    folder: Path, *, template: str | None = CHATML, hidden: int = 32, dtype: str = "float32"
+    folder: Path,
+    *,
+    template: str | None = CHATML,
+    hidden: int = 32,
+    dtype: str = "float32",
+    **shape: Any,
 ) -> Path:
-    """Write a base of random weights: with CHATML pad is eos, with LLAMA the tokenizer adds bos."""
+    """Write a base of random weights: with CHATML pad is eos, with LLAMA the tokenizer adds bos.
+
+    shape: more of LlamaConfig, such as tie_word_embeddings.
+    """
     words = WORDS[template or CHATML]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     size = len(words) + len(alphabet)
     torch.manual_seed(7)
     config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=size,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=2 if words is WORDS[CHATML] else 1,
+        **{
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": size,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.15,
+            "tie_word_embeddings": False,
+            "bos_token_id": 0,
+            "eos_token_id": 2 if words is WORDS[CHATML] else 1,
+        }
+        | shape
     )
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(folder)

@@ -103,9 +103,9 @@ def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[st
             yield (*path, name)
 
 
-WORDS = """up down status api scheduler worker migrate submit list show watch logs cancel retry
-infer nodes artifacts fetch download files.put files.list files.show files.rm
-models.list models.show fixtures.tiny-llama"""
+WORDS = """up down status api scheduler worker flower migrate health submit list show watch logs
+cancel retry merge infer chat nodes artifacts fetch download keys.create keys.list keys.revoke
+files.put files.list files.show files.rm models.list models.show fixtures.tiny-llama"""
 
 
 def test_the_commands_are_those_that_other_programs_rely_on() -> None:
@@ -721,3 +721,126 @@ def test_prompts_come_by_stdin_too(
         done = tuneyard("infer", "tuny", "--prompts", "-", "--json")
     assert done.code == 0, done.err
     assert api.requests("POST", "/jobs")[0].json["prompts"] == prompts
+
+
+# Merging
+
+
+ADAPTER_FILES = {
+    "adapter_config.json": b"the adapter's configuration",
+    "adapter_model.safetensors": b"the adapter's weights",
+}
+MODEL_FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"merged weights",
+    **{f"adapter/{name}": content for name, content in ADAPTER_FILES.items()},
+}
+
+
+def with_a_model(api: RecordedApi) -> None:
+    """The job has a merged model."""
+    folder = f"/jobs/{JOB}/artifacts"
+    known = {"id": ARTIFACT, "kind": "model", "bytes": 9, "digest": "d" * 64, "step": None}
+    entries = [
+        {"path": path, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for path, content in MODEL_FILES.items()
+    ]
+    api.on("GET", folder, page(known))
+    api.on("GET", f"{folder}/{ARTIFACT}/files", page(*entries))
+    for path, content in MODEL_FILES.items():
+        api.on("GET", f"{folder}/{ARTIFACT}/files/{path}", Answer(content))
+
+
+def merging(api: RecordedApi) -> None:
+    """A merge is taken, and succeeds."""
+    accepting(api)
+    ending(api, "succeeded")
+    with_a_model(api)
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Path -> content."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def test_a_merge_names_the_adapter_and_is_called_after_it(
+    tuneyard: Command, api: RecordedApi
+) -> None:
+    accepting(api)
+    api.on("GET", f"/jobs/{OTHER}", a_job(OTHER, name="tone"))
+    for adapter, called in (("tuny", "tuny-merged"), (OTHER, "tone-merged")):
+        done = tuneyard("merge", adapter)
+        assert done.code == 0, done.err
+        assert f"next: tuneyard watch {JOB}" in done.out
+        sent = api.requests("POST", "/jobs")[-1].json
+        assert sent == {"kind": "merge", "adapter": adapter, "name": called}
+    tuneyard("merge", "tuny", "--name", "mine", "--set", "dtype=float16")
+    assert api.requests("POST", "/jobs")[-1].json == {
+        "kind": "merge", "adapter": "tuny", "name": "mine", "dtype": "float16",
+    }  # fmt: skip
+
+
+def test_an_export_into_the_adapters_own_folder_moves_the_adapter_below(
+    tuneyard: Command, api: RecordedApi, tmp_path: Path
+) -> None:
+    merging(api)
+    folder = tmp_path / "saves"
+    folder.mkdir()
+    for name, content in ADAPTER_FILES.items():
+        (folder / name).write_bytes(content)
+    (folder / "notes.txt").write_bytes(b"mine")
+    done = tuneyard("merge", "tuny", "--wait", "--export-dir", "saves")
+    assert done.code == 0, done.err
+    assert "written to saves" in done.out
+    assert files_below(folder) == MODEL_FILES | {"notes.txt": b"mine"}
+    again = tuneyard("merge", "tuny", "--wait", "--export-dir", "saves", "--json")
+    assert json.loads(again.out)["export_dir"] == "saves"
+    assert files_below(folder) == MODEL_FILES | {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("adapter_config.json", "another adapter"),
+        ("adapter_model.bin", "another adapter"),
+        ("model-00001-of-00002.safetensors", "weights of another model"),
+        ("model.safetensors.index.json", "weights of another model"),
+        ("pytorch_model.bin", "weights of another model"),
+    ],
+)
+def test_an_export_beside_others_weights_is_refused_and_nothing_is_written(
+    tuneyard: Command, api: RecordedApi, tmp_path: Path, name: str, said: str
+) -> None:
+    merging(api)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"of something else")
+    done = tuneyard("merge", "tuny", "--wait", "--export-dir", "out")
+    assert done.code == 2
+    assert said in done.err
+    assert f"tuneyard download {JOB} --out DIR" in done.err
+    assert files_below(tmp_path / "out") == {name: b"of something else"}
+
+
+def test_a_yaml_of_llama_factorys_export_is_submitted_unchanged_and_written_where_it_says(
+    tuneyard: Command, api: RecordedApi, tmp_path: Path
+) -> None:
+    merging(api)
+    (tmp_path / "export.yaml").write_text(
+        "model_name_or_path: llama3\nadapter_name_or_path: saves/llama3/lora/sft\n"
+        "template: llama3\nfinetuning_type: lora\nexport_dir: megred\nexport_size: 2\n"
+        "export_device: cpu\nexport_legacy_format: false\n"
+    )
+    assert tuneyard("submit", "export.yaml", "--wait").code == 0
+    assert files_below(tmp_path / "megred") == MODEL_FILES
+    assert api.requests("POST", "/jobs")[-1].json["name"] == "export"
+
+
+def test_an_export_that_cannot_be_written_is_said_before_anything_travels(
+    tuneyard: Command, api: RecordedApi, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    done = tuneyard("merge", "tuny", "--wait", "--export-dir", "file")
+    assert done.code == 2
+    assert "file cannot be written to" in done.err
+    assert api.requests("POST", "/jobs") == []

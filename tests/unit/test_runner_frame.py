@@ -121,6 +121,7 @@ def test_one_row_at_a_time_is_made_lighter_otherwise():
     assert lighter(alone) == {"gradient_checkpointing": True}
     assert lighter(alone | {"gradient_checkpointing": True}) == {"cutoff_len": 256}
     assert lighter({"batch_size": 8}) == {"batch_size": 4}
+    assert lighter({"export_size": 5.0}) == {}
 
 
 def test_work_that_ends_is_done_and_events_say_who_ran(tmp_path):

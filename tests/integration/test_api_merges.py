@@ -1,0 +1,256 @@
+"""Merges at submission: what an adapter, a base and a merged model are to each kind of job."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import UUID
+
+import httpx
+import pytest
+from support.apis import Api
+
+from tuneyard.models.artifacts import StoredFolder
+from tuneyard.models.migration import downgrade, upgrade
+from tuneyard.specs.ids import new_id, show_id
+from tuneyard.store.folder import manifest_digest
+
+ADAPTER, MODEL = "adapter", "model"
+
+
+def a_folder(kind: str) -> StoredFolder:
+    """What a worker records of a result; its files are another matter."""
+    folder_id = new_id()
+    files = [{"path": "x.safetensors", "size": 1, "sha256": folder_id.hex * 2}]
+    manifest = {"files": files}
+    return StoredFolder(folder_id, kind, manifest, manifest_digest(manifest), 1)
+
+
+class Bench:
+    """A team at work: jobs are submitted by HTTP and run by hand."""
+
+    def __init__(self, api: Api, http: httpx.Client, node: UUID) -> None:
+        self.api, self.http, self.node = api, http, node
+        self.base = api.a_base("tiny")
+        self.file = self.a_file()
+
+    def a_file(self) -> str:
+        """A data set whose check is over."""
+        file, team = new_id(), self.http.get("/me").json()["team"]
+        self.api.db.run(
+            "INSERT INTO files (id, team_id, name, purpose, bytes, sha256, state, report)"
+            " VALUES (:id, :team, 'rows.jsonl', 'dataset', 1, :sha256, 'processed', :report)",
+            id=file,
+            team=self.api.team_id(team),
+            sha256=file.hex * 2,
+            report='{"rows": 9, "rows_kind": "alpaca", "kinds": {"alpaca": {"line": 1}}}',
+        )
+        return show_id("file", file)
+
+    def submit(self, **document: Any) -> dict[str, Any]:
+        """A job that is taken."""
+        answer = self.http.post("/jobs", json=document)
+        assert answer.status_code == 201, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def refused(self, **document: Any) -> dict[str, Any]:
+        """A job that is not."""
+        answer = self.http.post("/jobs", json=document)
+        assert answer.status_code in (404, 422), answer.text
+        error: dict[str, Any] = answer.json()["error"]
+        return error
+
+    def tune(self, name: str = "tuny", *, model: Any = "tiny", **more: Any) -> str:
+        """A submitted fine-tune."""
+        asked = {"kind": "finetune", "name": name, "model": model, "dataset": self.file}
+        job = self.submit(**asked, **more)
+        tokens = job["inputs"]["tokens"]
+        waits = tokens.startswith("job_")
+        if waits and self.http.get(f"/jobs/{tokens}").json()["state"] == "queued":
+            self.finish(tokens, "tokens")
+        return str(job["id"])
+
+    def finish(self, job: str, kind: str, *, code: int = 0) -> str:
+        """Run a job to its end; the id of what it brought forth."""
+        folder = a_folder(kind)
+        ref = self.api.start(job, self.node)
+        self.api.finish(ref, code, () if code else (folder,))
+        return show_id("artifact", folder.id)
+
+    def tuned(self, name: str = "tuny", **more: Any) -> tuple[str, str]:
+        """A finished fine-tune and its adapter."""
+        job = self.tune(name, **more)
+        return job, self.finish(job, ADAPTER)
+
+    def merged(self, adapter: Any = "tuny", name: str = "whole", **more: Any) -> tuple[str, str]:
+        """A finished merge and its model."""
+        job = str(self.submit(kind="merge", adapter=adapter, name=name, **more)["id"])
+        return job, self.finish(job, MODEL)
+
+    def model(self, name: str) -> dict[str, Any]:
+        """A model as it is shown."""
+        found: dict[str, Any] = self.http.get(f"/models/{name}").json()
+        return found
+
+
+@pytest.fixture
+def bench(api: Api, a_node: Callable[..., UUID]) -> Iterator[Bench]:
+    with api.client() as http:
+        yield Bench(api, http, a_node(gpus=0))
+
+
+def base_id(bench: Bench) -> str:
+    return show_id("base_model", bench.base)
+
+
+def test_an_adapter_is_named_by_job_model_or_name_and_its_own_base_is_found(bench: Bench) -> None:
+    job, adapter = bench.tuned("tuny", output_dir="saves/tiny/lora/sft/")
+    model = bench.model("tuny")["id"]
+    names: list[Any] = [job, {"from": job}, {"from": f"{job}.adapter"}, model, "tuny"]
+    for named in [*names, "saves/tiny/lora/sft"]:
+        merge = bench.submit(kind="merge", adapter=named)
+        assert (merge["state"], merge["device"]) == ("queued", "cpu")
+        assert merge["inputs"] == {"adapter": adapter, "model": base_id(bench)}
+
+
+def test_a_merge_of_a_fine_tune_that_still_runs_waits_for_it(bench: Bench) -> None:
+    job = bench.tune("tuny")
+    for named in ({"from": job}, job, "tuny"):
+        merge = bench.submit(kind="merge", adapter=named, model="tiny")
+        assert merge["state"] == "blocked"
+        assert merge["wait_reason"] == f"waits for {job} (adapter)"
+    adapter = bench.finish(job, ADAPTER)
+    shown = bench.http.get(f"/jobs/{merge['id']}").json()
+    assert shown["state"] == "queued"
+    assert shown["inputs"] == {"adapter": adapter, "model": base_id(bench)}
+
+
+def test_a_merge_of_a_failed_fine_tune_is_refused(bench: Bench) -> None:
+    job = bench.tune("tuny")
+    bench.finish(job, ADAPTER, code=64)
+    error = bench.refused(kind="merge", adapter=job)
+    assert (error["code"], error["field"]) == ("dependency_failed", "adapter")
+    assert bench.refused(kind="merge", adapter="tuny")["code"] == "model_not_found"
+
+
+def test_a_merge_that_waits_fails_with_its_fine_tune(bench: Bench) -> None:
+    job = bench.tune("tuny")
+    merge = bench.submit(kind="merge", adapter=job)["id"]
+    bench.finish(job, ADAPTER, code=64)
+    shown = bench.http.get(f"/jobs/{merge}").json()
+    assert (shown["state"], shown["error"]["code"]) == ("failed", "dependency_failed")
+
+
+def test_another_base_is_refused_at_submission_unless_forced(bench: Bench) -> None:
+    bench.tuned("tuny")
+    other = show_id("base_model", bench.api.a_base("other"))
+    error = bench.refused(kind="merge", adapter="tuny", model="other")
+    assert (error["code"], error["field"]) == ("base_mismatch", "model")
+    assert "force: true" in error["hint"]
+    forced = bench.submit(kind="merge", adapter="tuny", model="other", force=True)
+    assert forced["inputs"]["model"] == other
+
+
+def test_a_newer_revision_of_the_base_is_another_base(bench: Bench) -> None:
+    bench.tuned("tuny")
+    bench.api.a_base("tiny")
+    error = bench.refused(kind="merge", adapter="tuny", model="tiny")
+    assert error["code"] == "base_mismatch"
+    assert error["message"].count("tiny 1 (") == 2
+    assert bench.submit(kind="merge", adapter="tuny")["inputs"]["model"] == base_id(bench)
+    again = bench.submit(kind="merge", adapter="tuny", model=base_id(bench))
+    assert again["inputs"]["model"] == base_id(bench)
+
+
+def test_another_base_is_refused_while_the_adapter_is_still_being_tuned(bench: Bench) -> None:
+    bench.api.a_base("other")
+    error = bench.refused(kind="merge", adapter=bench.tune("tuny"), model="other")
+    assert error["code"] == "base_mismatch"
+
+
+def test_what_is_no_adapter_is_refused_with_what_to_do(bench: Bench) -> None:
+    bench.tuned("tuny")
+    merge, _ = bench.merged("tuny", "whole")
+    asked = bench.submit(kind="inference", model="tiny", prompts=["Who?"])["id"]
+    refusals = {
+        "whole": ("not_an_adapter", "This is a whole model, no adapter."),
+        merge: ("wrong_output", "The model of a merge job cannot be an adapter."),
+        asked: ("wrong_output", "The results of an inference job cannot be an adapter."),
+        "tiny": ("not_an_adapter", "'tiny' is a base model, no adapter."),
+        "nothing": ("model_not_found", "There is no adapter 'nothing'."),
+    }
+    for named, said in refusals.items():
+        error = bench.refused(kind="merge", adapter=named)
+        assert (error["code"], error["message"]) == said
+        assert error["field"] == "adapter"
+        assert error["hint"]
+
+
+def test_tuning_over_an_adapter_is_refused_until_it_is_merged(bench: Bench) -> None:
+    job, _ = bench.tuned("tuny")
+    asked = {"kind": "finetune", "dataset": bench.file}
+    for named in ("tuny", job, {"from": job}):
+        error = bench.refused(**asked, model=named)
+        assert error["code"] in ("not_a_whole_model", "wrong_output")
+        assert "tuneyard merge" in error["hint"]
+    assert bench.refused(kind="merge", adapter="no")["hint"].startswith("known here: tuny;")
+    # An inference asks it all the same.
+    assert bench.submit(kind="inference", model="tuny", prompts=["Who?"])["state"] == "queued"
+
+
+def test_a_merged_model_is_asked_and_tuned_like_any_model(bench: Bench) -> None:
+    bench.tuned("tuny")
+    merge, model = bench.merged("tuny", "whole")
+    for named in ("whole", merge, {"from": merge}, bench.model("whole")["id"]):
+        job = bench.submit(kind="inference", model=named, prompts=["Who?"])
+        assert job["inputs"] == {"model": model}
+    _, adapter = bench.tuned("second", model="whole")
+    asked = bench.submit(kind="inference", model="second", prompts=["Who?"])
+    assert asked["inputs"] == {"model": model, "adapter": adapter}
+    (row,) = bench.api.db.rows("SELECT * FROM models WHERE name = 'second'")
+    (parent,) = bench.api.db.rows("SELECT * FROM models WHERE name = 'whole'")
+    assert (row.parent_model_id, row.base_model_id) == (parent.id, None)
+    _, deeper = bench.merged("second", "deeper")
+    assert bench.submit(kind="merge", adapter="second")["inputs"]["model"] == model
+    assert bench.model("deeper")["base_model"] == "whole"
+    assert bench.model("deeper")["artifact"] == deeper
+
+
+def test_a_job_waits_for_a_merge_by_its_id_or_its_models_name(bench: Bench) -> None:
+    bench.tuned("tuny")
+    merge = bench.submit(kind="merge", adapter="tuny", model_name="mine")["id"]
+    waiting = [
+        bench.submit(kind="inference", model=named, prompts=["Who?"])
+        for named in ({"from": merge}, "mine")
+    ]
+    assert [each["wait_reason"] for each in waiting] == [f"waits for {merge} (model)"] * 2
+    model = bench.finish(merge, MODEL)
+    for each in waiting:
+        assert bench.http.get(f"/jobs/{each['id']}").json()["inputs"] == {"model": model}
+
+
+def test_the_catalogue_shows_what_a_merged_model_was_made_of(bench: Bench) -> None:
+    _, adapter = bench.tuned("tuny")
+    merge, model = bench.merged("tuny", "job's name", model_name="org/mine")
+    found = bench.model("org/mine")
+    assert (found["kind"], found["base_model"], found["job"]) == ("merged", "tiny", merge)
+    assert (found["artifact"], found["adapter"]) == (model, adapter)
+    assert bench.http.get(f"/jobs/{merge}").json()["model"] == "org/mine"
+    kinds = {each["name"]: each["kind"] for each in bench.http.get("/models").json()["data"]}
+    assert kinds == {"tiny": "base", "tuny": "tuned", "org/mine": "merged"}
+    (artifact,) = bench.http.get(f"/jobs/{merge}/artifacts").json()["data"]
+    assert (artifact["kind"], artifact["id"]) == ("model", model)
+
+
+def test_rows_of_the_release_before_are_adapters_and_merged_ones_go_with_their_schema(
+    bench: Bench,
+) -> None:
+    bench.tuned("tuny")
+    bench.merged("tuny", "whole")
+    bench.tuned("second", model="whole")
+    with bench.api.db.owner.begin() as tx:
+        downgrade(tx, "0001")
+    assert [r.name for r in bench.api.db.rows("SELECT name FROM models")] == ["tuny"]
+    with bench.api.db.owner.begin() as tx:
+        upgrade(tx)
+    (row,) = bench.api.db.rows("SELECT kind, adapter_artifact_id FROM models")
+    assert tuple(row) == ("adapter", None)
