@@ -37,8 +37,9 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
         problems = check_place(spec, yard.settings.roots)
     elif isinstance(spec, InferenceSpec):
         report = _report(tx, inputs, "prompts")
+        facts = _facts(yard, inputs) if spec.max_new_tokens else None
         problems = [
-            *check_inference(spec, _facts(yard, inputs)),
+            *check_inference(spec, facts),
             *(check_prompts(report) if report else []),
         ]
     if problems:
