@@ -10,6 +10,7 @@ from sqlalchemy import Connection, delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
+from tuneyard.models.artifacts import check_base_name
 from tuneyard.models.attempts import ask_to_stop, nodes_of
 from tuneyard.models.dependencies import settle_children
 from tuneyard.models.events import (
@@ -27,6 +28,7 @@ from tuneyard.models.tables import (
     JobEdgeRow,
     JobRow,
 )
+from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import Conflict, NotFound
 from tuneyard.specs.exits import StopReason
 from tuneyard.specs.ids import new_id, show_id
@@ -58,9 +60,11 @@ class RequestKey:
 def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Inputs:
     """Write a job with all that belongs to it; its inputs as far as they are there.
 
-    Raises: InputError (a reference leads nowhere).
+    Raises: InputError (a reference leads nowhere), Conflict (a download's name is taken).
     """
     spec = submission.spec
+    if isinstance(spec, DownloadSpec) and spec.what == "model":
+        check_base_name(tx, spec.model_name, spec.source)
     inputs = dict(resolve(tx, team_id, spec.references(), kept=submission.kept).inputs)
     for implied in IMPLIED:
         for field_, work in implied(spec, inputs).items():

@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 from tuneyard.models import attempts
 from tuneyard.models.attempts import AttemptRef, End
 from tuneyard.models.engine import Database
-from tuneyard.specs.errors import StaleToken, TuneyardError, Unavailable
+from tuneyard.specs.errors import Conflict, StaleToken, TuneyardError, Unavailable
 from tuneyard.specs.exits import (
     Cause,
     Outcome,
@@ -273,7 +273,11 @@ class Keeper:
         if self.kind == "download" and folder is not None:
             # What was brought here is in the cache by a rename, for the jobs that wait for it.
             adopt(self._node.cache, self._workdir / OUTPUT, folder.digest)
-        self._finish(End(Verdict(Outcome.SUCCEEDED)), record)
+        try:
+            self._finish(End(Verdict(Outcome.SUCCEEDED)), record)
+        except Conflict as taken:  # another source was first with this name
+            verdict = Verdict(Outcome.FAILED, Cause.BAD_SPEC, charged=True, retry=False)
+            self._finish(End(verdict, f"{taken.message} {taken.hint}"))
 
     def _finish(
         self,
