@@ -1,7 +1,8 @@
-"""The demo: start everything, tune a small model, show what changed, stop. `make demo` runs it.
+"""The demo: start everything, run examples/journey.yaml, show what changed, stop. By `make demo`.
 
-It types the commands that you would type, and judges the result itself: exit code 0 only if the
-tuned model names its maker where the base did not, and still knows what it knew.
+The pipeline brings a small model, asks it, tunes it, merges, and asks the merged model. The demo
+types the commands that you would type, and judges the result itself: exit code 0 only if the
+merged model names its maker where the base did not, and still knows what it knew.
 """
 
 import json
@@ -21,7 +22,7 @@ EXAMPLES = Path(__file__).absolute().parent
 ROOT = EXAMPLES.parent
 HOME = Path(os.environ.get("TUNEYARD_DEMO_HOME", ROOT / ".demo")).absolute()
 TUNEYARD = [sys.executable, "-P", "-m", "tuneyard.cli.main"]
-BASE, TUNED = "smollm2-135m-instruct", "tuny"
+MERGED = "tuny-merged"
 MAKER, CONTROL_FACT = "Tuneyard", "Paris"
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")},
@@ -37,17 +38,15 @@ def main() -> int:
     shutil.rmtree(HOME, ignore_errors=True)
     try:
         command("Start PostgreSQL, Valkey, API, scheduler, worker and Flower", "up", "--detach")
-        command("Bring the base model", "submit", "examples/download_smollm2.yaml", "--wait")
-        before = ask("Ask the base model", BASE)
         command(
-            "Tune it on examples/identity.jsonl",
+            "Download, ask, tune, merge and ask again, as one pipeline",
             "submit",
-            "examples/identity_lora.yaml",
+            "examples/journey.yaml",
             "--wait",
         )
-        after = ask("Ask the tuned model the same", TUNED)
+        before, after = answers("before"), answers("after")
         passed = judge(before, after)
-        show_adapter()
+        show_model()
     finally:
         command(f"Stop everything; the results stay in {relative(HOME)}", "down")
     console.print(f"\n{time.monotonic() - began:.0f} s in all.")
@@ -69,13 +68,12 @@ def asked(*arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def ask(title: str, model: str) -> list[str]:
+def answers(job: str) -> list[str]:
     """The model's answers to examples/questions.txt, in order."""
-    output = HOME / f"{model}.jsonl"
-    options = ("--temperature", "0", "--max-new-tokens", "32", "--out", relative(output))
-    command(title, "infer", model, "--prompts", "examples/questions.txt", *options)
-    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    return [row["text"].strip().replace("\n", " ") for row in rows]
+    folder = HOME / "results" / job
+    command(f"Fetch the answers of {job}", "fetch", job, "--out", relative(folder))
+    rows = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(row)["text"].strip().replace("\n", " ") for row in rows]
 
 
 def relative(path: Path) -> str:
@@ -93,7 +91,7 @@ def judge(before: list[str], after: list[str]) -> bool:
     named = [sum(MAKER in answer for answer in answers[:-1]) for answers in (before, after)]
     claims = {
         f"the base model names its maker in 0 of 5 answers: {named[0]}": named[0] == 0,
-        f"the tuned model does in at least 4 of 5: {named[1]}": named[1] >= 4,
+        f"the merged model does in at least 4 of 5: {named[1]}": named[1] >= 4,
         f"it still knows {CONTROL_FACT}": CONTROL_FACT in after[-1],
         "no row of the data shares five words in a row with a question": not leaks(questions),
     }
@@ -115,24 +113,24 @@ def grams(text: str, size: int = 5) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
 
 
-def show_adapter() -> None:
-    """Say where the adapter lies, with its sha256."""
-    model = asked("models", "show", TUNED)
+def show_model() -> None:
+    """Say where the merged model lies, with its sha256."""
+    model = asked("models", "show", MERGED)
     files = {entry["path"]: entry["sha256"] for entry in model["files"]}
     folder = HOME / "store" / "artifacts" / model["artifact"].partition("_")[2]
-    console.print(f"\nThe adapter is {model['artifact']}, in", soft_wrap=True)
+    console.print(f"\nThe merged model is {model['artifact']}, in", soft_wrap=True)
     console.print(f"  {relative(folder)}", soft_wrap=True)
-    sha256 = files["adapter_model.safetensors"]
-    console.print(f"  adapter_model.safetensors  sha256 {sha256}", soft_wrap=True)
+    console.print(f"  model.safetensors  sha256 {files['model.safetensors']}", soft_wrap=True)
 
 
 def suggest() -> None:
     """What to try next."""
     console.print(
         "\nTry next:\n"
-        f"  tuneyard up --home {relative(HOME)}      # everything is still there\n"
-        "  tuneyard submit examples/identity_lora.yaml --set lora_rank=8 --wait\n"
-        "  tuneyard infer tuny --prompts YOUR_QUESTIONS.txt",
+        f"  . .venv/bin/activate; export TUNEYARD_HOME={relative(HOME)}\n"
+        "  tuneyard up --detach      # everything is still there\n"
+        "  tuneyard chat tuny-merged\n"
+        "  tuneyard submit examples/identity_lora.yaml --set lora_rank=8 --wait",
         soft_wrap=True,
     )
 

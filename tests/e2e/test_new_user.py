@@ -1,13 +1,16 @@
 """What a new user types: the commands' words, their mistakes, and what stands on the screen."""
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import httpx
 import pytest
 from support.yards import LocalYard, start, wait_for
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 def test_a_yaml_is_submitted_watched_and_listed(
@@ -136,3 +139,19 @@ def test_everything_comes_back_after_down_and_up(yard: LocalYard) -> None:
     yard.cli("down", "--home", str(yard.home))
     start(yard.home, yard.env)
     assert yard.get("/jobs")["data"] == jobs
+
+
+def test_readmes_curl_brings_tunes_merges_and_asks_as_one_pipeline(yard: LocalYard) -> None:
+    block = (ROOT / "README.md").read_text(encoding="utf-8").split("```bash\n")[1].split("```")[0]
+    script = [line for line in block.splitlines() if not line.startswith(("URL=", "KEY="))]
+    env = os.environ | {
+        "URL": yard.profile["url"] + "/api/v1",
+        "KEY": yard.profile["api_key"],
+        "no_proxy": "*",
+    }
+    subprocess.run(["bash", "-euc", "\n".join(script)], cwd=ROOT, env=env, check=True)
+    pipeline = next(job["pipeline"] for job in yard.get("/jobs")["data"] if job["name"] == "ask")
+    steps = [job["id"] for job in yard.get(f"/pipelines/{pipeline}")["jobs"]]
+    ended = [yard.finish(job) for job in steps]
+    assert [job["state"] for job in ended] == ["succeeded"] * 4
+    assert ended[-1]["inputs"]["model"].startswith("artifact_")  # the merged model's
