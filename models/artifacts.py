@@ -177,6 +177,13 @@ def check_base_name(tx: Connection, name: str, source: str) -> None:
     )
 
 
+def recorded_base_model(tx: Connection, job_id: UUID, digest: str) -> UUID | None:
+    """Under which id these bytes are recorded by the name that a download gives them, if any."""
+    name = select(JobRow.spec["model_name"].astext).where(JobRow.id == job_id).scalar_subquery()
+    by = select(BaseModelRow.id).where(BaseModelRow.name == name, BaseModelRow.digest == digest)
+    return tx.execute(by).scalar_one_or_none()
+
+
 def publish_base_model(tx: Connection, name: str, folder: StoredFolder) -> None:
     """Record a downloaded model; the same bytes under the same name are recorded once.
 

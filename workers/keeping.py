@@ -18,6 +18,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from tuneyard.models import attempts
+from tuneyard.models.artifacts import recorded_base_model
 from tuneyard.models.attempts import AttemptRef, End
 from tuneyard.models.engine import Database
 from tuneyard.specs.errors import Conflict, StaleToken, TuneyardError, Unavailable
@@ -256,7 +257,9 @@ class Keeper:
     def _publish(self) -> None:
         try:
             folder, record = self._until_stored(
-                lambda: publish(self._node.store, self.ref, self.kind, self._workdir)
+                lambda: publish(
+                    self._node.store, self.ref, self.kind, self._workdir, recorded=self._recorded
+                )
             )
         except OutputNotWhole as error:
             verdict = Verdict(Outcome.FAILED, Cause.BUG, charged=True)
@@ -278,6 +281,10 @@ class Keeper:
         except Conflict as taken:  # another source was first with this name
             verdict = Verdict(Outcome.FAILED, Cause.BAD_SPEC, charged=True, retry=False)
             self._finish(End(verdict, f"{taken.message} {taken.hint}"))
+
+    def _recorded(self, digest: str) -> UUID | None:
+        job = self.ref.job_id
+        return self._until_written(lambda tx: recorded_base_model(tx, job, digest))
 
     def _finish(
         self,

@@ -155,6 +155,10 @@ def test_a_base_models_name_is_not_taken_over_from_another_source(
     with place.api.client() as client:
         assert place.download(client, source=mine, model_name="shared")["state"] == "succeeded"
         assert place.download(client, source=mine, model_name="shared")["state"] == "succeeded"
+        # The same bytes under the same name stand in the store once.
+        (base,) = place.cluster.db.rows("SELECT id FROM base_models")
+        stored = place.cluster.home / "store" / "models"
+        assert [each.name for each in stored.iterdir()] == [base.id.hex]
         theirs = {"kind": "download", "source": f"hf:{REPO}", "model_name": "shared"}
         for body in (theirs, {"pipeline": [theirs | {"name": "bring"}]}):
             refused = client.post("/jobs", json=body)
