@@ -1,7 +1,8 @@
-"""The demo: start everything, tune a small model, show what changed, stop. `make demo` runs it.
+"""The demo: start everything, run the whole journey, show what changed, stop. `make demo` runs it.
 
-It types the commands that you would type, and judges the result itself: exit code 0 only if the
-tuned model names its maker where the base did not, and still knows what it knew.
+The journey is one submission, examples/journey.yaml: download, tune, merge, ask before and after.
+The demo types the commands that you would type, and judges the result itself: exit code 0 only if
+the merged model names its maker where the base did not, and still knows what it knew.
 """
 
 import json
@@ -21,7 +22,8 @@ EXAMPLES = Path(__file__).absolute().parent
 ROOT = EXAMPLES.parent
 HOME = Path(os.environ.get("TUNEYARD_DEMO_HOME", ROOT / ".demo")).absolute()
 TUNEYARD = [sys.executable, "-P", "-m", "tuneyard.cli.main"]
-BASE, TUNED = "smollm2-135m-instruct", "tuny"
+JOURNEY = "examples/journey.yaml"
+BEFORE, TUNE, MERGE, AFTER = "before", "tuny", "tuny-merged", "after"  # steps of the journey
 MAKER, CONTROL_FACT = "Tuneyard", "Paris"
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")},
@@ -37,17 +39,9 @@ def main() -> int:
     shutil.rmtree(HOME, ignore_errors=True)
     try:
         command("Start PostgreSQL, Valkey, API, scheduler, worker and Flower", "up", "--detach")
-        command("Bring the base model", "submit", "examples/download_smollm2.yaml", "--wait")
-        before = ask("Ask the base model", BASE)
-        command(
-            "Tune it on examples/identity.jsonl",
-            "submit",
-            "examples/identity_lora.yaml",
-            "--wait",
-        )
-        after = ask("Ask the tuned model the same", TUNED)
-        passed = judge(before, after)
-        show_adapter()
+        command("Download, tune, merge and ask, as one pipeline", "submit", JOURNEY, "--wait")
+        passed = judge(answers(BEFORE), answers(AFTER))
+        show_models()
     finally:
         command(f"Stop everything; the results stay in {relative(HOME)}", "down")
     console.print(f"\n{time.monotonic() - began:.0f} s in all.")
@@ -69,13 +63,12 @@ def asked(*arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def ask(title: str, model: str) -> list[str]:
-    """The model's answers to examples/questions.txt, in order."""
-    output = HOME / f"{model}.jsonl"
-    options = ("--temperature", "0", "--max-new-tokens", "32", "--out", relative(output))
-    command(title, "infer", model, "--prompts", "examples/questions.txt", *options)
-    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    return [row["text"].strip().replace("\n", " ") for row in rows]
+def answers(step: str) -> list[str]:
+    """What an inference step answered to examples/questions.txt, in order."""
+    folder = HOME / "answers" / step
+    asked("fetch", step, "--out", str(folder))
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"].strip().replace("\n", " ") for line in lines]
 
 
 def relative(path: Path) -> str:
@@ -90,10 +83,10 @@ def judge(before: list[str], after: list[str]) -> bool:
     for row in zip(questions, before, after, strict=True):
         table.add_row(*row)
     console.print(table)
-    named = [sum(MAKER in answer for answer in answers[:-1]) for answers in (before, after)]
+    named = [sum(MAKER in text for text in texts[:-1]) for texts in (before, after)]
     claims = {
         f"the base model names its maker in 0 of 5 answers: {named[0]}": named[0] == 0,
-        f"the tuned model does in at least 4 of 5: {named[1]}": named[1] >= 4,
+        f"the merged model does in at least 4 of 5: {named[1]}": named[1] >= 4,
         f"it still knows {CONTROL_FACT}": CONTROL_FACT in after[-1],
         "no row of the data shares five words in a row with a question": not leaks(questions),
     }
@@ -115,25 +108,29 @@ def grams(text: str, size: int = 5) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
 
 
-def show_adapter() -> None:
-    """Say where the adapter lies, with its sha256."""
-    model = asked("models", "show", TUNED)
-    files = {entry["path"]: entry["sha256"] for entry in model["files"]}
-    folder = HOME / "store" / "artifacts" / model["artifact"].partition("_")[2]
-    console.print(f"\nThe adapter is {model['artifact']}, in", soft_wrap=True)
-    console.print(f"  {relative(folder)}", soft_wrap=True)
-    sha256 = files["adapter_model.safetensors"]
-    console.print(f"  adapter_model.safetensors  sha256 {sha256}", soft_wrap=True)
+def show_models() -> None:
+    """Say where adapter and merged model lie, with the sha256 of their weights."""
+    for what, name in (("adapter", TUNE), ("merged model", MERGE)):
+        model = asked("models", "show", name)
+        folder = HOME / "store" / "artifacts" / model["artifact"].partition("_")[2]
+        console.print(f"\nThe {what} {name} is in {relative(folder)}", soft_wrap=True)
+        for entry in model["files"]:
+            if entry["path"].endswith(".safetensors"):
+                line = f"  {entry['path']}  sha256 {entry['sha256']}"
+                console.print(line, soft_wrap=True, highlight=False)
 
 
 def suggest() -> None:
-    """What to try next."""
+    """What to try next, and what would work here as it stands."""
     console.print(
         "\nTry next:\n"
-        f"  tuneyard up --home {relative(HOME)}      # everything is still there\n"
-        "  tuneyard submit examples/identity_lora.yaml --set lora_rank=8 --wait\n"
-        "  tuneyard infer tuny --prompts YOUR_QUESTIONS.txt",
+        f"  export TUNEYARD_HOME={relative(HOME)}; . .venv/bin/activate\n"
+        "  tuneyard up --detach                       # everything is still there\n"
+        f"  tuneyard chat {MERGE}\n"
+        f"  tuneyard merge {TUNE} --wait --export-dir ./tuny   # a folder for any program\n"
+        f"  tuneyard submit {JOURNEY} --set {TUNE}.lora_rank=8 --wait",
         soft_wrap=True,
+        highlight=False,
     )
 
 

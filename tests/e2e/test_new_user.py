@@ -1,13 +1,16 @@
 """What a new user types: the commands' words, their mistakes, and what stands on the screen."""
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import httpx
 import pytest
 from support.yards import LocalYard, start, wait_for
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 def test_a_yaml_is_submitted_watched_and_listed(
@@ -29,6 +32,30 @@ def test_a_yaml_is_submitted_watched_and_listed(
     shown = json.loads(yard.cli("show", job, "--json").stdout)
     assert (shown["state"], shown["progress"]["done"]) == ("succeeded", 2)
     assert "step 2/2" in yard.cli("logs", job).stdout
+
+
+def test_the_readmes_curl_runs_the_whole_pipeline(yard: LocalYard, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```bash\n(URL=.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    # Only what differs here: the port, and fewer steps. What is learned in 32 the demo judges.
+    block, ports = re.subn(r"http://127\.0\.0\.1:8800\b", yard.profile["url"], block)
+    block, steps = re.subn(r'"max_steps": \d+', '"max_steps": 2', block)
+    assert (ports, steps) == (1, 1)
+    (tmp_path / ".tuneyard").symlink_to(yard.home)
+    done = subprocess.run(
+        ["bash", "-euc", block],
+        cwd=ROOT,
+        env={**yard.env, "HOME": str(tmp_path), "no_proxy": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers = done.stdout.replace("}{", "}\n{").splitlines()
+    pipeline = json.loads(answers[-1])
+    ended = {job["name"]: yard.finish(job["id"]) for job in pipeline["jobs"]}
+    assert list(ended) == ["base", "tuny", "tuny-merged", "answers"]
+    assert {job["state"] for job in ended.values()} == {"succeeded"}
+    assert yard.get(f"/pipelines/{pipeline['id']}")["jobs"][-1]["state"] == "succeeded"
+    assert len(json.loads(yard.cli("artifacts", ended["answers"]["id"], "--json").stdout)) >= 1
 
 
 @pytest.mark.parametrize(
