@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -55,7 +56,32 @@ def test_the_readmes_curl_runs_the_whole_pipeline(yard: LocalYard, tmp_path: Pat
     assert list(ended) == ["base", "tuny", "tuny-merged", "answers"]
     assert {job["state"] for job in ended.values()} == {"succeeded"}
     assert yard.get(f"/pipelines/{pipeline['id']}")["jobs"][-1]["state"] == "succeeded"
-    assert len(json.loads(yard.cli("artifacts", ended["answers"]["id"], "--json").stdout)) >= 1
+    yard.cli("fetch", ended["answers"]["id"], "--out", str(tmp_path / "answers"))
+    (answer,) = (tmp_path / "answers" / "results.jsonl").read_text().splitlines()
+    assert json.loads(answer)["text"]
+
+
+def test_the_how_to_on_own_data_runs_as_it_is_written(
+    yard: LocalYard, base_model: str, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs/howto/own-data.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    assert f"model_name_or_path: {base_model}" in page
+    path = f"{Path(sys.executable).parent}:{yard.env['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", "".join(blocks)],
+        cwd=tmp_path,
+        env={**yard.env, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mine.jsonl  processed  6 rows" in done.stdout
+    assert done.stdout.count("mine succeeded") == 2
+    assert "eval_loss" in done.stdout
+    assert "faq.jsonl  processed  2 rows" in done.stdout
 
 
 @pytest.mark.parametrize(
