@@ -125,9 +125,9 @@ def suggest() -> None:
     console.print(
         "\nTry next:\n"
         f"  export TUNEYARD_HOME={relative(HOME)}; . .venv/bin/activate\n"
-        "  tuneyard up --detach                      # everything is still there\n"
+        "  tuneyard up --detach                     # everything is still there\n"
         f"  tuneyard chat {MERGE}\n"
-        f"  tuneyard fetch {MERGE} --out ./tuny      # a folder that plain transformers opens\n"
+        f"  tuneyard fetch {MERGE} --out ./tuny  # a folder that plain transformers opens\n"
         f"  tuneyard submit {JOURNEY} --set {TUNE}.lora_rank=8 --wait",
         soft_wrap=True,
         highlight=False,
