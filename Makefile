@@ -1,6 +1,8 @@
 # PYTHONSAFEPATH keeps the folders here (alembic/ above all) from shadowing installed packages.
 export PYTHONSAFEPATH := 1
 export PYTHONNOUSERSITE := 1
+# Most tests wait more than they compute; a file's tests stay in one process.
+PARALLEL := -n 3 --dist loadfile
 
 PYTHON ?= python3
 VENV := .venv
@@ -38,16 +40,16 @@ format: setup ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 unit: setup ## tests with nothing up
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest $(PARALLEL) tests/unit
 
 integration: setup ## tests on real PostgreSQL and Valkey
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest $(PARALLEL) tests/integration
 
 e2e: setup ## tests with real processes, kill -9 and real training steps
 	$(BIN)/pytest tests/e2e
 
 hubs: setup ## tests of downloads by the hubs' real clients, from a stub that misbehaves
-	$(BIN)/pytest tests/hubs
+	$(BIN)/pytest $(PARALLEL) tests/hubs
 
 test: check unit integration hubs e2e ## everything that CI runs
 
@@ -78,7 +80,7 @@ wheel-check: setup ## install the wheel as the images do, compare it with git, r
 docs: setup ## write the pages that are derived from code
 	$(BIN)/python docs/generate.py
 
-demo: setup ## install, start everything, download, tune, merge and ask a small model, show it, stop
+demo: setup ## install, start everything, download, tune, merge and ask a small model, stop
 	$(BIN)/python examples/demo.py
 
 clean: ## remove what the targets made

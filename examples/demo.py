@@ -1,8 +1,8 @@
-"""The demo: start everything, run the whole journey, show what changed, stop. `make demo` runs it.
+"""The demo: start everything, run examples/journey.yaml, show what changed, stop. By `make demo`.
 
-The journey is one submission, examples/journey.yaml: download, tune, merge, ask before and after.
-The demo types the commands that you would type, and judges the result itself: exit code 0 only if
-the merged model names its maker where the base did not, and still knows what it knew.
+The pipeline brings a small model, asks it, tunes it, merges, and asks the merged model. The demo
+types the commands that you would type, and judges the result itself: exit code 0 only if the
+merged model names its maker where the base did not, and still knows what it knew.
 """
 
 import json
@@ -22,8 +22,7 @@ EXAMPLES = Path(__file__).absolute().parent
 ROOT = EXAMPLES.parent
 HOME = Path(os.environ.get("TUNEYARD_DEMO_HOME", ROOT / ".demo")).absolute()
 TUNEYARD = [sys.executable, "-P", "-m", "tuneyard.cli.main"]
-JOURNEY = "examples/journey.yaml"
-BEFORE, TUNE, MERGE, AFTER = "before", "tuny", "tuny-merged", "after"  # steps of the journey
+MERGED = "tuny-merged"
 MAKER, CONTROL_FACT = "Tuneyard", "Paris"
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if not k.startswith("TUNEYARD_")},
@@ -39,9 +38,15 @@ def main() -> int:
     shutil.rmtree(HOME, ignore_errors=True)
     try:
         command("Start PostgreSQL, Valkey, API, scheduler, worker and Flower", "up", "--detach")
-        command("Download, tune, merge and ask, as one pipeline", "submit", JOURNEY, "--wait")
-        passed = judge(answers(BEFORE), answers(AFTER))
-        show_models()
+        command(
+            "Download, ask, tune, merge and ask again, as one pipeline",
+            "submit",
+            "examples/journey.yaml",
+            "--wait",
+        )
+        before, after = answers("before"), answers("after")
+        passed = judge(before, after)
+        show_model()
     finally:
         command(f"Stop everything; the results stay in {relative(HOME)}", "down")
     console.print(f"\n{time.monotonic() - began:.0f} s in all.")
@@ -63,12 +68,12 @@ def asked(*arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def answers(step: str) -> list[str]:
-    """What an inference step answered to examples/questions.txt, in order."""
-    folder = HOME / "answers" / step
-    asked("fetch", step, "--out", str(folder))
-    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"].strip().replace("\n", " ") for line in lines]
+def answers(job: str) -> list[str]:
+    """The model's answers to examples/questions.txt, in order."""
+    folder = HOME / "results" / job
+    command(f"Fetch the answers of {job}", "fetch", job, "--out", relative(folder))
+    rows = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(row)["text"].strip().replace("\n", " ") for row in rows]
 
 
 def relative(path: Path) -> str:
@@ -83,7 +88,7 @@ def judge(before: list[str], after: list[str]) -> bool:
     for row in zip(questions, before, after, strict=True):
         table.add_row(*row)
     console.print(table)
-    named = [sum(MAKER in text for text in texts[:-1]) for texts in (before, after)]
+    named = [sum(MAKER in answer for answer in answers[:-1]) for answers in (before, after)]
     claims = {
         f"the base model names its maker in 0 of 5 answers: {named[0]}": named[0] == 0,
         f"the merged model does in at least 4 of 5: {named[1]}": named[1] >= 4,
@@ -108,29 +113,25 @@ def grams(text: str, size: int = 5) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
 
 
-def show_models() -> None:
-    """Say where adapter and merged model lie, with the sha256 of their weights."""
-    for what, name in (("adapter", TUNE), ("merged model", MERGE)):
-        model = asked("models", "show", name)
-        folder = HOME / "store" / "artifacts" / model["artifact"].partition("_")[2]
-        console.print(f"\nThe {what} {name} is in {relative(folder)}", soft_wrap=True)
-        for entry in model["files"]:
-            if entry["path"].endswith(".safetensors"):
-                line = f"  {entry['path']}  sha256 {entry['sha256']}"
-                console.print(line, soft_wrap=True, highlight=False)
+def show_model() -> None:
+    """Say where the merged model lies, with its sha256."""
+    model = asked("models", "show", MERGED)
+    files = {entry["path"]: entry["sha256"] for entry in model["files"]}
+    folder = HOME / "store" / "artifacts" / model["artifact"].partition("_")[2]
+    console.print(f"\nThe merged model is {model['artifact']}, in", soft_wrap=True)
+    console.print(f"  {relative(folder)}", soft_wrap=True)
+    console.print(f"  model.safetensors  sha256 {files['model.safetensors']}", soft_wrap=True)
 
 
 def suggest() -> None:
-    """What to try next, and what would work here as it stands."""
+    """What to try next."""
     console.print(
         "\nTry next:\n"
-        f"  export TUNEYARD_HOME={relative(HOME)}; . .venv/bin/activate\n"
-        "  tuneyard up --detach                     # everything is still there\n"
-        f"  tuneyard chat {MERGE}\n"
-        f"  tuneyard fetch {MERGE} --out ./tuny  # a folder that plain transformers opens\n"
-        f"  tuneyard submit {JOURNEY} --set {TUNE}.lora_rank=8 --wait",
+        f"  . .venv/bin/activate; export TUNEYARD_HOME={relative(HOME)}\n"
+        "  tuneyard up --detach      # everything is still there\n"
+        "  tuneyard chat tuny-merged\n"
+        "  tuneyard submit examples/identity_lora.yaml --set lora_rank=8 --wait",
         soft_wrap=True,
-        highlight=False,
     )
 
 

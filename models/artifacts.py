@@ -18,9 +18,11 @@ from tuneyard.models.tables import (
     JobRow,
     ModelRow,
 )
+from tuneyard.specs.errors import Conflict
 from tuneyard.specs.fields import model_name_of
 from tuneyard.specs.ids import new_id, show_id
 from tuneyard.specs.runner import KEPT_CHECKPOINTS
+from tuneyard.specs.sources import same_origin
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,41 @@ def _parent(tx: Connection, model: Mapping[str, str]) -> dict[str, UUID]:
     return {"parent_model_id": tx.execute(select(ModelRow.id).where(by)).scalar_one()}
 
 
+def check_base_name(tx: Connection, name: str, source: str) -> None:
+    """Refuse a name that all teams know as a base model from another source.
+
+    Raises: Conflict name_taken.
+    """
+    by = select(BaseModelRow.source).where(BaseModelRow.name == name)
+    sources = tx.execute(by).scalars().all()
+    if not sources or any(same_origin(source, each) for each in sources):
+        return
+    raise Conflict(
+        f"{name[:80]!r} is a base model from another source.",
+        code="name_taken",
+        field="model_name",
+        hint="choose another model_name",
+    )
+
+
+def recorded_base_model(tx: Connection, job_id: UUID, digest: str) -> UUID | None:
+    """Under which id these bytes are recorded by the name that a download gives them, if any."""
+    name = select(JobRow.spec["model_name"].astext).where(JobRow.id == job_id).scalar_subquery()
+    by = select(BaseModelRow.id).where(BaseModelRow.name == name, BaseModelRow.digest == digest)
+    return tx.execute(by).scalar_one_or_none()
+
+
 def publish_base_model(tx: Connection, name: str, folder: StoredFolder) -> None:
-    """Record a downloaded model; the same bytes under the same name are recorded once."""
+    """Record a downloaded model; the same bytes under the same name are recorded once.
+
+    Of two sources that bring one name at once the second waits here, and is refused.
+    Raises: Conflict name_taken.
+    """
     manifest = dict(folder.manifest)
+    tx.execute(
+        select(func.pg_advisory_xact_lock(func.hashtext("base_models"), func.hashtext(name)))
+    )
+    check_base_name(tx, name, str(manifest.get("source", "")))
     row = insert(BaseModelRow).values(
         id=folder.id,
         name=name,

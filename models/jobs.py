@@ -10,6 +10,7 @@ from sqlalchemy import Connection, delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
+from tuneyard.models.artifacts import check_base_name
 from tuneyard.models.attempts import ask_to_stop, nodes_of
 from tuneyard.models.dependencies import settle_children
 from tuneyard.models.events import (
@@ -27,8 +28,10 @@ from tuneyard.models.tables import (
     JobEdgeRow,
     JobRow,
 )
+from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import Conflict, NotFound
 from tuneyard.specs.exits import StopReason
+from tuneyard.specs.finetune import shapers_changed
 from tuneyard.specs.ids import new_id, show_id
 from tuneyard.specs.jobs import JobSpec, Note, read_spec
 from tuneyard.specs.states import TERMINAL, JobEvent, JobState, next_state
@@ -58,9 +61,11 @@ class RequestKey:
 def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Inputs:
     """Write a job with all that belongs to it; its inputs as far as they are there.
 
-    Raises: InputError (a reference leads nowhere).
+    Raises: InputError (a reference leads nowhere), Conflict (a download's name is taken).
     """
     spec = submission.spec
+    if isinstance(spec, DownloadSpec) and spec.what == "model":
+        check_base_name(tx, spec.model_name, spec.source)
     inputs = dict(resolve(tx, team_id, spec.references(), kept=submission.kept).inputs)
     for implied in IMPLIED:
         for field_, work in implied(spec, inputs).items():
@@ -246,7 +251,10 @@ def cancel_pipeline(tx: Connection, pipeline_id: UUID) -> None:
 
 
 def retry_job(tx: Connection, job_id: UUID, patch: Mapping[str, Any]) -> Submission:
-    """The submission that tries an ended job again. Raises: NotFound, Conflict, SpecRejected."""
+    """The submission that tries an ended job again; from scratch where no checkpoint fits it.
+
+    Raises: NotFound, Conflict, SpecRejected.
+    """
     job = lock_job(tx, job_id)
     if job.state not in TERMINAL:
         raise Conflict(
@@ -256,6 +264,11 @@ def retry_job(tx: Connection, job_id: UUID, patch: Mapping[str, Any]) -> Submiss
         )
     old = tx.execute(select(JobRow.spec, JobRow.inputs).where(JobRow.id == job_id)).one()
     spec, notes = read_spec(old.spec | dict(patch))
+    changed = shapers_changed(read_spec(old.spec)[0], spec)
+    if changed and not spec.from_scratch:
+        spec = spec.model_copy(update={"from_scratch": True})
+        said = f"no checkpoint of the origin fits another {', '.join(changed)}: it begins anew"
+        notes = [*notes, Note(field="from_scratch", message=said)]
     kept = _kept_inputs(old.inputs, patch)
     return Submission(spec, tuple(notes), retry_of=job_id, kept=kept)
 

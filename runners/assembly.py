@@ -15,7 +15,14 @@ from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import load_weights
 from tuneyard.runners.batches import Order, split, steps_of
 from tuneyard.runners.chat import Chat
-from tuneyard.runners.checkpoint import Position, Running, differences, read_checkpoint
+from tuneyard.runners.checkpoint import (
+    Position,
+    Running,
+    differences,
+    job_of,
+    read_checkpoint,
+)
+from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.losses import SFT
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.precision import Precision, choose_precision
@@ -46,7 +53,7 @@ def build_trainer(
     parameters = trained_parameters(model).values()
     running = Running(model, adamw(parameters, arguments, device), scaler_of(precision), device)
     torch.manual_seed(stream_seed(asked.seed, "dropout"))
-    run = description(asked, tokenised.digest, len(examples), device)
+    run = description(asked, tokenised.digest, len(examples), device, job=attempt.spec.job)
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
     return Trainer(
         running=running,
@@ -162,7 +169,7 @@ def every(strategy: Strategy, steps: float, *, epoch: int, total: int) -> int | 
     return math.ceil(total * steps) if steps < 1 else int(steps)
 
 
-def description(asked: Asked, data: str, examples: int, device: str) -> dict[str, Any]:
+def description(asked: Asked, data: str, examples: int, device: str, *, job: str) -> dict[str, Any]:
     """What a resumed run must agree with, and what it runs on."""
     name = (
         torch.cuda.get_device_name()
@@ -175,16 +182,27 @@ def description(asked: Asked, data: str, examples: int, device: str) -> dict[str
         "examples": examples,
         "data": data,
         "seed": asked.seed,
+        "job": job,
         "platform": platform,
     }
 
 
 def resume(attempt: Attempt, running: Running, run: Mapping[str, Any]) -> Position:
-    """Start at the checkpoint that the spec names, or at the beginning."""
+    """Start at the checkpoint that the spec names, or at the beginning.
+
+    Another job's that does not fit is left aside. Raises: FolderDamaged, BadSpec (this job's own).
+    """
     if attempt.spec.resume is None:
         return Position()
     folder = Path(attempt.spec.resume)
-    position = read_checkpoint(folder, running, run=run)
+    try:
+        position = read_checkpoint(folder, running, run=run)
+    except BadSpec as unfit:
+        if job_of(folder) in (None, attempt.spec.job):
+            raise
+        said = f"{unfit.message} Training begins at step 0."
+        attempt.events.warn("resume_ignored", said)
+        return Position()
     if other := differences(folder, run):
         attempt.events.warn("not_bit_for_bit", f"The checkpoint ran elsewhere: {'; '.join(other)}.")
     log.info("resumed at step %d", position.step)

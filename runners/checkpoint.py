@@ -138,6 +138,13 @@ def differences(folder: Path, run: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def job_of(folder: Path) -> str | None:
+    """Which job wrote a checkpoint; None where that was not written down yet."""
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    job: str | None = state["run"].get("job")
+    return job
+
+
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for key in ("examples", "data", "seed"):
         if before[key] != now[key]:

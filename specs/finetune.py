@@ -155,3 +155,21 @@ class FinetuneSpec(RowsSpec):
     def wants_gpu(self) -> bool:
         """Tuning goes to a GPU where there is one."""
         return True
+
+
+SHAPE_A_CHECKPOINT = (
+    {"kind"}
+    | (RowsSpec.model_fields.keys() - Spec.model_fields.keys() - {"eval_dataset", "eval_data_file"})
+    | {"val_size", "seed", "finetuning_type"}
+    | {"lora_rank", "lora_alpha", "lora_target", "layers_to_transform", "additional_target"}
+    | {"use_rslora", "use_dora"}
+)
+"""Fields that a checkpoint's rows, adapter and its scale follow from; with others none fits."""
+
+
+def shapers_changed(before: Spec, after: Spec) -> list[str]:
+    """Which fields of a fine-tune changed so that its checkpoints fit no more."""
+    if not isinstance(before, FinetuneSpec):
+        return []
+    names = sorted(SHAPE_A_CHECKPOINT)
+    return [name for name in names if getattr(before, name) != getattr(after, name, None)]

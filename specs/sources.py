@@ -87,6 +87,22 @@ def read_source(text: str) -> Origin:
     return Origin("hub", name, hub_of)
 
 
+def same_origin(one: str, other: str) -> bool:
+    """Whether two sources in normal form may be one; an id without its hub may be any hub's.
+
+    >>> same_origin("a/b", "modelscope:a/b"), same_origin("huggingface:a/b", "modelscope:a/b")
+    (True, False)
+    """
+    if one == other:
+        return True
+    try:
+        first, second = read_source(one), read_source(other)
+    except InputError:
+        return False  # what a runner by hand wrote
+    any_hub = first.hub is None or second.hub is None
+    return (first.kind, first.name) == (second.kind, second.name) and any_hub
+
+
 def _on_nodes(path: str) -> Origin:
     parts = path.split("/")
     if not path.startswith("/") or ".." in parts or "\\" in path or path.strip("/") == "":

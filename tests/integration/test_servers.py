@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import psycopg
@@ -135,7 +136,8 @@ class Servers:
     def submit(self, **asked: object) -> str:
         """A job of the hashing runner on a GPU; its id."""
         source = f"node:/{json.dumps(asked)}"
-        job = {"kind": "download", "model_name": "m", "source": source, "device": "gpu"}
+        name = f"m-{uuid4().hex}"  # each source a name of its own
+        job = {"kind": "download", "model_name": name, "source": source, "device": "gpu"}
         with self.http as http:
             answer = http.post("/jobs", json=job)
         assert answer.status_code == 201, answer.text

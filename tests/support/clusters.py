@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from support.databases import TestDatabase
 from support.yards import wait_for
@@ -85,7 +85,8 @@ class Cluster:
 
     def submit(self, *, device: str = "cpu", **asked: object) -> UUID:
         """A job of the hashing runner; what it is asked travels as the path of its source."""
-        document = {"kind": "download", "model_name": "m", "source": f"node:/{json.dumps(asked)}"}
+        name = f"m-{uuid4().hex}"  # each source a name of its own
+        document = {"kind": "download", "model_name": name, "source": f"node:/{json.dumps(asked)}"}
         spec, _ = read_spec(document | {"device": device})
         submission = Submission(spec)
         with self.db.api.begin(team=self.team) as tx:

@@ -50,7 +50,9 @@ def dataset(tmp_path_factory) -> Path:
 def tune(tmp_path, base, dataset):
     """Fine-tune the tiny base on the eight rows, with these arguments."""
 
-    def run(*, seed: int = 42, resume: Path | None = None, **arguments) -> Ran:
+    def run(
+        *, seed: int = 42, resume: Path | None = None, job: str = "job_by_hand", **arguments
+    ) -> Ran:
         inputs = {"model": base, "dataset": dataset}
         inputs |= {
             k: arguments.pop(k) for k in ("model", "dataset", "eval_dataset") if k in arguments
@@ -60,6 +62,7 @@ def tune(tmp_path, base, dataset):
             finetune,
             inputs=inputs,
             input_ids={"model": "tiny"},
+            job=job,
             seed=seed,
             resume=resume and str(resume),
             arguments=SHORT | arguments,
@@ -379,6 +382,17 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tune, tmp_path, dataset):
     damaged = tune(resume=folder)
     assert damaged.code == ExitCode.INPUT_GONE
     assert "optimizer.safetensors has changed" in damaged.failure["evidence"]
+
+
+def test_a_checkpoint_of_another_job_that_does_not_fit_is_left_aside(tune, tmp_path):
+    folder = tune(job="job_origin", save_steps=1).workdir / "checkpoints" / "step-2"
+    other = a_dataset(tmp_path / "other", ROWS[:5])
+    for changed, why in (({"lora_rank": 4}, "another adapter"), ({"dataset": other}, "other data")):
+        begun = tune(job="job_retry", resume=folder, **changed)
+        (warning,) = [e for e in begun.events if e.get("code") == "resume_ignored"]
+        assert why in warning["message"]
+        assert begun.adapter_sha256 == tune(**changed).adapter_sha256
+        assert why in tune(job="job_origin", resume=folder, **changed).failure["evidence"]
 
 
 def test_dropout_noise_and_dora_train(tune):

