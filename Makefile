@@ -80,7 +80,7 @@ wheel-check: setup ## install the wheel as the images do, compare it with git, r
 docs: setup ## write the pages that are derived from code
 	$(BIN)/python docs/generate.py
 
-demo: setup ## install, start everything, tune a small model, print the result, stop
+demo: setup ## install, start everything, download, tune, merge and ask a small model, stop
 	$(BIN)/python examples/demo.py
 
 clean: ## remove what the targets made

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -155,3 +157,26 @@ def test_readmes_curl_brings_tunes_merges_and_asks_as_one_pipeline(yard: LocalYa
     ended = [yard.finish(job) for job in steps]
     assert [job["state"] for job in ended] == ["succeeded"] * 4
     assert ended[-1]["inputs"]["model"].startswith("artifact_")  # the merged model's
+
+
+def test_the_how_to_on_own_data_runs_as_it_is_written(
+    yard: LocalYard, base_model: str, tmp_path: Path
+) -> None:
+    page = (ROOT / "docs/howto/own-data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    assert f"model_name_or_path: {base_model}" in page
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", "".join(blocks)],
+        cwd=tmp_path,
+        env={**yard.env, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mine.jsonl  processed  6 rows" in done.stdout
+    assert done.stdout.count("mine succeeded") == 2
+    assert "eval_loss" in done.stdout
+    assert "faq.jsonl  processed  2 rows" in done.stdout
