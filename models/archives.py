@@ -8,10 +8,9 @@ of a log is read without the rest of it; and log.gz is an ordinary file for gunz
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqlalchemy import Connection, delete, select, text, update
-from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy import Connection, delete, insert, select, text, update
 
-from tuneyard.models.artifacts import StoredFolder
+from tuneyard.models.artifacts import StoredFolder, artifact_values
 from tuneyard.models.attempts import AttemptRef
 from tuneyard.models.events import lock_job
 from tuneyard.models.tables import ArtifactRow, AttemptRow, LogChunkRow
@@ -63,20 +62,9 @@ def record_log(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> bool:
     ).scalar_one_or_none()
     if ended_at is None:
         return False
-    row = upsert(ArtifactRow).values(
-        id=folder.id,
-        team_id=ref.team_id,
-        job_id=ref.job_id,
-        attempt_id=ref.id,
-        token=ref.token,
-        kind=folder.kind,
-        bytes=folder.bytes,
-        digest=folder.digest,
-        manifest=dict(folder.manifest),
-        # It holds what was written till then, and nothing of an attempt is younger than its end.
-        published_at=ended_at,
-    )
-    tx.execute(row)
+    # It holds what was written till then, and nothing of an attempt is younger than its end.
+    values = artifact_values(ref, folder) | {"published_at": ended_at}
+    tx.execute(insert(ArtifactRow).values(**values))
     kept = update(AttemptRow).where(AttemptRow.id == ref.id).values(log_artifact=folder.id)
     tx.execute(kept)
     tx.execute(delete(LogChunkRow).where(LogChunkRow.attempt_id == ref.id))

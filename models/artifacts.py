@@ -48,20 +48,25 @@ def record_checkpoint(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> 
     _prune_checkpoints(tx, ref.job_id)
 
 
+def artifact_values(ref: AttemptRef, folder: StoredFolder) -> dict[str, Any]:
+    """The columns of a folder that an attempt stored."""
+    return {
+        "id": folder.id,
+        "team_id": ref.team_id,
+        "job_id": ref.job_id,
+        "attempt_id": ref.id,
+        "token": ref.token,
+        "kind": folder.kind,
+        "step": folder.step,
+        "bytes": folder.bytes,
+        "digest": folder.digest,
+        "manifest": dict(folder.manifest),
+    }
+
+
 def _insert(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> bool:
     """Record a folder; False when it is recorded already."""
-    row = insert(ArtifactRow).values(
-        id=folder.id,
-        team_id=ref.team_id,
-        job_id=ref.job_id,
-        attempt_id=ref.id,
-        token=ref.token,
-        kind=folder.kind,
-        step=folder.step,
-        bytes=folder.bytes,
-        digest=folder.digest,
-        manifest=dict(folder.manifest),
-    )
+    row = insert(ArtifactRow).values(**artifact_values(ref, folder))
     new = row.on_conflict_do_nothing(index_elements=["id"]).returning(ArtifactRow.id)
     return tx.execute(new).one_or_none() is not None
 

@@ -12,6 +12,7 @@ import pytest
 from support.forked_runners import DownloadRunners, download_runners
 from support.hub_files import ALPACA, CONFIG, REPO, WANTED, WEIGHTS, a_model, weights
 from support.stub_hubs import StubHubs, git_sha1, running_hubs
+from support.yards import wait_for
 
 from tuneyard.specs.exits import ExitCode
 from tuneyard.store.folder import verify_folder
@@ -100,7 +101,11 @@ def test_a_killed_download_goes_on_where_it_was(tmp_path, hubs, runners, hub):
     hubs.misbehave(WEIGHTS, "slow")
     hubs.piece_s = 0.004
     runner = runners.start(tmp_path, asked(tmp_path, hub))
-    wait_until(lambda: partial_bytes(tmp_path / "cache") > 10_000_000)
+    wait_for(
+        lambda: partial_bytes(tmp_path / "cache") > 10_000_000,
+        within_s=20,
+        what="10 MB of the model",
+    )
     assert runner.kill() < 0
     assert not (runner.workdir / "output").exists()
     ran = runners.run(tmp_path, asked(tmp_path, hub))
@@ -117,7 +122,7 @@ def test_a_stop_ends_a_download_at_once(tmp_path, hubs, runners):
     hubs.misbehave(WEIGHTS, "slow")
     hubs.piece_s = 2.0
     runner = runners.start(tmp_path, asked(tmp_path, "modelscope"))
-    wait_until(lambda: hubs.gets(WEIGHTS) != [])
+    wait_for(lambda: hubs.gets(WEIGHTS), within_s=20, what="a request for the weights")
     began = time.monotonic()
     os.kill(runner.pid, signal.SIGTERM)
     assert runner.end().code == ExitCode.STOPPED_WITHOUT
@@ -136,13 +141,6 @@ def test_a_stall_that_the_client_does_not_see_is_given_up(tmp_path, hubs, runner
 def partial_bytes(cache: Path) -> int:
     found = [each for each in (cache / "downloads").rglob("*") if each.is_file()]
     return max((each.stat().st_size for each in found), default=0)
-
-
-def wait_until(holds, within_s: float = 20.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("hub", HUBS)
@@ -201,7 +199,7 @@ def test_two_at_once_are_one_download(tmp_path, hubs, both):
     hubs.piece_s = 0.1
     with download_runners(hubs.environment()) as others:
         running = both[1].start(tmp_path / "one", asked(tmp_path, "huggingface"))
-        wait_until(lambda: hubs.gets(WEIGHTS) != [])
+        wait_for(lambda: hubs.gets(WEIGHTS), within_s=20, what="a request for the weights")
         second = others.start(tmp_path / "two", asked(tmp_path, "huggingface"))
         assert (running.end().code, second.end().code) == (0, 0)
     assert len(hubs.gets(WEIGHTS)) == 1

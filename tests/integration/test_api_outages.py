@@ -93,20 +93,21 @@ def test_without_postgres_all_is_503_with_a_time_and_then_all_is_well(
             again.stop()
 
 
+def read_ids(http: httpx.Client, job: str, ids: list[int]) -> None:
+    """Add the id of each event of a job's stream, till its end."""
+    headers = {"Accept": "text/event-stream"}
+    with http.stream("GET", f"/jobs/{job}/events", headers=headers, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("id: "):
+                ids.append(int(line[4:]))
+
+
 def test_a_stream_waits_for_a_database_that_is_away(own_db: TestDatabase, tmp_path: Path) -> None:
     ids: list[int] = []
-
-    def read() -> None:
-        headers = {"Accept": "text/event-stream"}
-        with http.stream("GET", f"/jobs/{job}/events", headers=headers, timeout=30) as answer:
-            for line in answer.iter_lines():
-                if line.startswith("id: "):
-                    ids.append(int(line[4:]))
-
     with serve(own_db, tmp_path / "home") as api, api.client() as http:
         api.a_base()
         job = http.post("/jobs", json=ASK).json()["id"]
-        reader = threading.Thread(target=read, daemon=True)
+        reader = threading.Thread(target=read_ids, args=[http, job, ids], daemon=True)
         reader.start()
         wait_for(lambda: ids, within_s=10, what="the first event")
         own_db.server.stop()
@@ -125,13 +126,6 @@ def test_a_frozen_postgres_is_503_within_5_s_and_all_heals_by_itself(
 ) -> None:
     ids: list[int] = []
 
-    def read() -> None:
-        headers = {"Accept": "text/event-stream"}
-        with http.stream("GET", f"/jobs/{job}/events", headers=headers, timeout=60) as answer:
-            for line in answer.iter_lines():
-                if line.startswith("id: "):
-                    ids.append(int(line[4:]))
-
     def timed(path: str) -> tuple[httpx.Response, float]:
         began = time.monotonic()
         answer = http.get(f"{api.url}{path}", timeout=30)
@@ -140,7 +134,7 @@ def test_a_frozen_postgres_is_503_within_5_s_and_all_heals_by_itself(
     with serve(own_db, tmp_path / "home") as api, api.client() as http:
         api.a_base()
         job = http.post("/jobs", json=ASK).json()["id"]
-        reader = threading.Thread(target=read, daemon=True)
+        reader = threading.Thread(target=read_ids, args=[http, job, ids], daemon=True)
         reader.start()
         wait_for(lambda: ids, within_s=10, what="the first event")
         asked = ["/readyz", *["/api/v1/jobs", f"/api/v1/jobs/{job}"] * 25]  # more than threads
