@@ -40,17 +40,34 @@ def submit(
     and body it answers the same job, with the header `Idempotency-Replayed: true`.
     """
     request = _request_key(key, body)
+    # Hubs are not asked again of what was accepted: their answer may be another by now.
+    replayed = _is_replayed(yard, caller, request)
     if "pipeline" in body:
-        steps = [
-            replace(step, notes=(*step.notes, *_hubs_notes(yard, caller, step.spec)))
-            for step in read_pipeline(body)
-        ]
+        steps = read_pipeline(body)
+        if not replayed:
+            steps = [_asked_of_hubs(yard, caller, step) for step in steps]
         with yard.begin(caller.team_id) as tx:
             return _submit_pipeline(tx, yard, caller, steps, request, response)
     spec, notes = read_spec(body)
-    submission = jobs.Submission(spec, (*notes, *_hubs_notes(yard, caller, spec)))
+    if not replayed:
+        notes = [*notes, *_hubs_notes(yard, caller, spec)]
+    submission = jobs.Submission(spec, tuple(notes))
     with yard.begin(caller.team_id) as tx:
         return _submit(tx, yard, caller, submission, request, response)
+
+
+def _is_replayed(yard: Yard, caller: Caller, request: jobs.RequestKey | None) -> bool:
+    if request is None:
+        return False
+    with yard.snapshot(caller.team_id) as tx:
+        return jobs.knows_key(tx, caller.team_id, request)
+
+
+def _asked_of_hubs(yard: Yard, caller: Caller, step: Step) -> Step:
+    try:
+        return replace(step, notes=(*step.notes, *_hubs_notes(yard, caller, step.spec)))
+    except InputError as error:
+        raise in_step(step.position, error) from None
 
 
 def _hubs_notes(yard: Yard, caller: Caller, spec: JobSpec) -> list[Note]:

@@ -41,15 +41,18 @@ def ask_hubs(spec: DownloadSpec, hubs: Sequence[str], environ: Mapping[str, str]
         return []
     asked = [origin.hub] if origin.hub else list(hubs)
     deadline = time.monotonic() + WITHIN_S
-    answers = {hub: _ask(hub, origin.name, spec, environ, deadline) for hub in asked}
+    answers: set[Answer] = set()
+    for hub in asked:
+        answer = _ask(hub, origin.name, spec, environ, deadline)
+        if answer == "there":
+            return []
+        answers.add(answer)
     names = " and ".join(HUB_NAMES[hub] for hub in asked)
-    if "there" in answers.values():
-        return []
-    if "no_revision" in answers.values():
+    if "no_revision" in answers and "unclear" not in answers:
         message = f"{origin.name} has no revision {spec.revision!r}."
         hint = "leave it out for the main branch"
         raise SpecRejected([problem("revision_not_found", message, "revision", hint)])
-    if set(answers.values()) == {"absent"}:
+    if answers == {"absent"}:
         noun = "data set" if spec.what == "dataset" else "model"
         message = f"There is no {noun} {origin.name} on {names}."
         hint = "look the id up on the hub's page; what: dataset is for data sets"

@@ -46,12 +46,12 @@ def chat(
     """
     document: dict[str, Any] = {"kind": "serve", "model": model, "name": f"chat-{model}"[:200]}
     document = apply_overrides(document, set_ or [])
-    read_spec(document)
+    spec, _ = read_spec(document)
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     settings = {name: value for name, value in settings.items() if value is not None}
     shown = screen(home_folder() / "chat_history", as_json=json)
     with connect() as client:
-        served = ServedModel(client, document, tell=shown.tell)
+        served = ServedModel(client, spec.document(), tell=shown.tell)
         try:
             return Chat(served, shown, settings, system).run()
         except JobOver:

@@ -6,13 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from tuneyard.cli import results
-from tuneyard.cli.output import print_json, say
+from tuneyard.cli.jobs import follow_submission
 from tuneyard.cli.profile import Json, connect
-from tuneyard.cli.watching import await_end, watch_job
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.ids import is_id
 from tuneyard.specs.jobs import read_spec
-from tuneyard.specs.states import JobState
 
 
 def register(app: typer.Typer) -> None:
@@ -52,15 +50,4 @@ def download(
     document |= {field: value for field, value in given.items() if value is not None}
     spec, _ = read_spec(document)
     with connect() as client:
-        job = client.submit(spec.document())
-        if json:
-            job = await_end(client, job["id"]) if wait else job
-            print_json(job)
-            return 1 if wait and job["state"] != JobState.SUCCEEDED else 0
-        say(f"{job['id']}  {job['name']}  {job['state']}")
-        for note in job.get("notes") or []:
-            say(f"  note: {note['message']}")
-        if wait:
-            return watch_job(client, job["id"])
-        say(f"  next: tuneyard watch {job['id']}")
-        return 0
+        return follow_submission(client, spec.document(), Path.cwd(), wait=wait, as_json=json)

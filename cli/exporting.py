@@ -42,7 +42,7 @@ def write_export(client: Client, job: str, folder: Path) -> None:
     """Fetch a merge's model, each file checked. Raises: InputError for a folder in other use."""
     artifact = next(a["id"] for a in client.artifacts(job) if a["kind"] == "model")
     entries = client.artifact_files(job, artifact)
-    elsewhere = f"the model is made: `tuneyard download {job} --out DIR` fetches it elsewhere"
+    elsewhere = f"the model is made: `tuneyard fetch {job} --out DIR` fetches it elsewhere"
     _refuse_other_weights(folder, entries, hint=elsewhere)
     try:
         _put_adapter_below(folder, entries, hint=elsewhere)

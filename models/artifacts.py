@@ -216,6 +216,12 @@ def publish_base_model(tx: Connection, name: str, folder: StoredFolder) -> None:
     )
 
 
+def forget_work(tx: Connection, artifact_id: UUID | None) -> None:
+    """What a system job made cannot be had any more: whoever wants it next has it made anew."""
+    maker = select(ArtifactRow.job_id).where(ArtifactRow.id == artifact_id).scalar_subquery()
+    tx.execute(update(JobRow).where(JobRow.system, JobRow.id == maker).values(work_key=None))
+
+
 def artifacts_to_sweep(tx: Connection, *, limit: int = 50) -> list[UUID]:
     """Artifacts that are marked and whose files are still there, but none that is being read.
 

@@ -218,26 +218,27 @@ def _model(tx: Connection, team_id: UUID, reference: Reference) -> Inputs:
     name = str(reference.value)
     if reference.what in ("model", "base") and (base := _base_named(tx, name)) is not None:
         return {reference.field: {"base_model": str(base)}}
-    parent = aliased(ModelRow)
     by = ModelRow.id == parse_id("model", name) if is_id("model", name) else ModelRow.name == name
-    row = tx.execute(
-        select(
-            ModelRow.kind,
-            ModelRow.artifact_id,
-            ModelRow.base_model_id,
-            parent.artifact_id.label("parent_artifact_id"),
-        )
-        .outerjoin(parent, parent.id == ModelRow.parent_model_id)
-        .where(by, ModelRow.team_id == team_id)
-    ).one_or_none()
+    row = tx.execute(MODEL.where(by, ModelRow.team_id == team_id)).one_or_none()
     if row is None:
         return _on_its_way(tx, team_id, reference, name)
-    base_input = (
-        {"base_model": str(row.base_model_id)}
-        if row.base_model_id is not None
-        else {"artifact": str(row.parent_artifact_id)}
-    )
-    return _tuned(reference.field, reference.what, row.kind, row.artifact_id, base_input)
+    return _tuned(reference.field, reference.what, row.kind, row.artifact_id, _over(row))
+
+
+_PARENT = aliased(ModelRow)
+MODEL = select(
+    ModelRow.kind,
+    ModelRow.artifact_id,
+    ModelRow.base_model_id,
+    _PARENT.artifact_id.label("parent_artifact_id"),
+).outerjoin(_PARENT, _PARENT.id == ModelRow.parent_model_id)
+
+
+def _over(row: Row[str, UUID, UUID | None, UUID]) -> Input:
+    """What a row of MODEL was made of."""
+    if row.base_model_id is not None:
+        return {"base_model": str(row.base_model_id)}
+    return {"artifact": str(row.parent_artifact_id)}
 
 
 def _base_named(tx: Connection, name: str) -> UUID | None:
@@ -432,9 +433,7 @@ def check_bases(
     for reference in references:
         if reference.fits is None:
             continue
-        adapter = Reference(field=reference.field, what="base_of", value=reference.fits)
-        own = _resolve_one(tx, team_id, adapter)[reference.field]
-        asked = inputs[reference.field]
+        own, asked = _base_of(tx, team_id, inputs[reference.fits]), inputs[reference.field]
         unknown = _digest(tx, own) is None or _digest(tx, asked) is None
         if unknown or _digest(tx, own) == _digest(tx, asked):
             continue
@@ -445,6 +444,16 @@ def check_bases(
             hint=f"leave {reference.field} out to merge onto its own base; force: true merges"
             " anyway",
         )
+
+
+def _base_of(tx: Connection, team_id: UUID, adapter: Input) -> Input:
+    """What an adapter is tuned over: one that is there, or that a job is to bring forth."""
+    if "job" in adapter:
+        tuning = select(JobRow.inputs).where(JobRow.id == UUID(adapter["job"]))
+        own: Input = tx.execute(tuning).scalar_one()["model"]
+        return own
+    by = ModelRow.artifact_id == UUID(adapter["artifact"])
+    return _over(tx.execute(MODEL.where(by, ModelRow.team_id == team_id)).one())
 
 
 def _digest(tx: Connection, value: Input) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Connection, delete, func, select, text
+from sqlalchemy import Connection, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
@@ -118,7 +118,8 @@ def _share(tx: Connection, team_id: UUID, work: Work) -> UUID:
 def _doing(tx: Connection, team_id: UUID, work_key: str) -> UUID | None:
     same = select(JobRow.id).where(JobRow.team_id == team_id, JobRow.work_key == work_key)
     going = same.where(JobRow.state.not_in([JobState.FAILED.value, JobState.CANCELLED.value]))
-    return tx.execute(going).scalar_one_or_none()
+    # Held, so that nobody cancels it before this submission is seen to need it.
+    return tx.execute(going.with_for_update(read=True)).scalar_one_or_none()
 
 
 def body_hash(body: bytes) -> str:
@@ -158,6 +159,16 @@ def take_key(
     return found
 
 
+def knows_key(tx: Connection, team_id: UUID, request: RequestKey) -> bool:
+    """Whether a request with this key was accepted before; ``take_key`` judges its body."""
+    row = select(IdempotencyKeyRow.key).where(
+        IdempotencyKeyRow.team_id == team_id,
+        IdempotencyKeyRow.key == request.key,
+        IdempotencyKeyRow.expires >= func.clock_timestamp(),
+    )
+    return tx.execute(row).one_or_none() is not None
+
+
 def _demand(tx: Connection, spec: JobSpec) -> dict[str, Any]:
     """What the job needs; ``auto`` is a GPU where the cluster has any, else a CPU."""
     kind = spec.device
@@ -188,14 +199,21 @@ def _write_edges(
         tx.execute(insert(JobEdgeRow), edges)
 
 
-SERVES_IT_ALONE = text("""
-    SELECT p.id FROM job_edges e JOIN jobs p ON p.id = e.parent
-    WHERE e.child = :job AND p.system AND p.finished_at IS NULL
+SERVES_THEM_ALONE = text("""
+    SELECT DISTINCT p.id FROM job_edges e JOIN jobs p ON p.id = e.parent
+    WHERE e.child = ANY (:jobs) AND p.id <> ALL (:jobs) AND p.system AND p.finished_at IS NULL
       AND NOT EXISTS (
           SELECT 1 FROM job_edges other JOIN jobs c ON c.id = other.child
-          WHERE other.parent = p.id AND c.id <> :job AND c.finished_at IS NULL)
-    ORDER BY p.id
+          WHERE other.parent = p.id AND c.id <> ALL (:jobs) AND c.finished_at IS NULL)
 """)
+
+
+def _for_it_alone(tx: Connection, job_id: UUID) -> list[UUID]:
+    """The open jobs that were made for this one, or for such a job, and for no other."""
+    going = [job_id]
+    while more := tx.execute(SERVES_THEM_ALONE, {"jobs": going}).scalars().all():
+        going += more
+    return sorted(going[1:])
 
 
 def cancel_job(tx: Connection, job_id: UUID) -> JobState:
@@ -203,7 +221,7 @@ def cancel_job(tx: Connection, job_id: UUID) -> JobState:
 
     Raises: NotFound, Conflict.
     """
-    for parent in tx.execute(SERVES_IT_ALONE, {"job": job_id}).scalars().all():
+    for parent in _for_it_alone(tx, job_id):
         if next_state(lock_job(tx, parent).state, JobEvent.CANCEL) is not None:
             _cancel(tx, parent)
     job = lock_job(tx, job_id)
@@ -220,6 +238,8 @@ def cancel_job(tx: Connection, job_id: UUID) -> JobState:
 
 def _cancel(tx: Connection, job_id: UUID) -> JobState:
     state = apply_event(tx, job_id, JobEvent.CANCEL)
+    # Whoever wants the same work from now on gets a job of its own.
+    tx.execute(update(JobRow).where(JobRow.id == job_id).values(work_key=None))
     attempt = ask_to_stop(tx, job_id, StopReason.CANCEL)
     if attempt is not None:
         for node in nodes_of(tx, attempt):

@@ -20,9 +20,7 @@ from tuneyard.store.folder import manifest_digest, publish_folder, read_manifest
 def publish_adapter(asked: Asked, attempt: Attempt, chat: Chat, trainer: Trainer) -> None:
     """Write output/: the adapter, what it needs to speak, and how it came about."""
     position = trainer.at
-    aside = attempt.workdir / ".aside-output"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside = attempt.fresh_aside()
     save_adapter(trainer.running.model, aside, base_id=asked.base_id)
     copy_tokenizer(asked.model, aside, chat)
     write_log(aside / LOG_FILE, position.log)

@@ -9,10 +9,13 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.failures import BadSpec
+from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.fields import OF_THE_JOB, WHAT
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
+from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import problems_of
 from tuneyard.specs.sources import Hub
@@ -65,18 +68,11 @@ class InferArguments(InferenceSpec):
     precision: Precision = "auto"
 
 
-class MergeArguments(BaseModel):
-    """What `kind: merge` may say; export_size is in gigabytes."""
+class MergeArguments(MergeSpec):
+    """What `kind: merge` may say; the worker has chosen by export_device."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    force: bool = False
-    template: str | None = None
-    finetuning_type: Literal["lora"] = "lora"
-    export_size: float = Field(5.0, gt=0)
-    export_device: Literal["cpu", "auto"] = "cpu"  # the worker has chosen by it
-    export_legacy_format: bool = False
+    model_config = _BY_HAND
+    adapter: Any = None
 
 
 class ServeArguments(InferArguments):
@@ -86,23 +82,27 @@ class ServeArguments(InferArguments):
     idle_s: float = Field(600.0, gt=0)
 
 
-class DownloadArguments(BaseModel):
-    """What `kind: download` may say."""
+class DownloadArguments(DownloadSpec):
+    """What `kind: download` may say, and where things are on this node."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
-
-    source: str
-    revision: str | None = None
-    what: Literal["model", "dataset"] = "model"
-    data_file: str | None = None
-
-    hubs: list[Hub] = ["modelscope", "huggingface"]
+    model_config = _BY_HAND
+    source: str  # by hand also a folder
+    model_name: Any = None
+    hubs: Sequence[Hub] = ("modelscope", "huggingface")
     cache: str | None = None  # None: within WORKDIR
-    caches: list[str] = []  # of the hubs' own clients on this node
-    node_roots: list[str] = []
+    caches: Sequence[str] = ()  # of the hubs' own clients on this node
+    node_roots: Sequence[str] = ()
     disk_floor_bytes: int = Field(0, ge=0)
     copied: bool = False  # the store is on the cache's disk
     stall_s: float = Field(300.0, gt=0)
+
+
+def arguments_of(attempt: Attempt, model: type[Arguments]) -> Arguments:
+    """The attempt's arguments; a warning names those that nothing here knows. Raises: BadSpec."""
+    arguments, unknown = read_arguments(model, attempt.spec.arguments)
+    if unknown:
+        attempt.events.warn("arguments_ignored", f"Not used here: {', '.join(unknown)}.")
+    return arguments
 
 
 def read_arguments(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneyard.runners.arguments import FinetuneArguments, read_arguments
+from tuneyard.runners.arguments import FinetuneArguments, arguments_of
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import read_config
 from tuneyard.runners.failures import BadSpec
@@ -24,9 +24,7 @@ class Asked:
 
 def read_asked(attempt: Attempt) -> Asked:
     """Read arguments and the base's configuration. Raises: BadSpec, InputGone."""
-    arguments, unknown = read_arguments(FinetuneArguments, attempt.spec.arguments)
-    if unknown:
-        attempt.events.warn("arguments_ignored", f"Not used here: {', '.join(unknown)}.")
+    arguments = arguments_of(attempt, FinetuneArguments)
     if arguments.val_size and "eval_dataset" in attempt.spec.inputs:
         raise BadSpec("val_size and eval_dataset exclude each other.", field="val_size")
     if arguments.mask_history and arguments.train_on_prompt:

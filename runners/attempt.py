@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import shutil
 import sys
 import traceback
 import warnings
@@ -48,6 +49,13 @@ class Attempt:
     def output(self) -> Path:
         """Where the result becomes visible, whole."""
         return self.workdir / OUTPUT
+
+    def fresh_aside(self) -> Path:
+        """An empty folder where the result is made, whatever an earlier process left in it."""
+        aside = self.workdir / ".aside-output"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        return aside
 
     def input(self, name: str) -> Path:
         """The path of an input. Raises: BadSpec (not named), InputGone (not there)."""

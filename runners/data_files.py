@@ -1,13 +1,12 @@
 """A downloaded data set: its files of rows, which of them can be trained on, and picking one."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tuneyard.runners.failures import BadData, BadSpec
 from tuneyard.runners.rows import count_conversations
-from tuneyard.store.folder import MANIFEST_FILE
+from tuneyard.store.folder import read_manifest
 
 
 def describe(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -33,7 +32,7 @@ def data_file(path: Path, picked: str | None, *, field: str = "data_file") -> Pa
     """
     if not path.is_dir():
         return path
-    names = [str(each["path"]) for each in _manifest(path).get("data_files", [])]
+    names = [str(each["path"]) for each in read_manifest(path).get("data_files", [])]
     if picked is None and len(names) == 1:
         return path / names[0]
     if picked in names:
@@ -41,8 +40,3 @@ def data_file(path: Path, picked: str | None, *, field: str = "data_file") -> Pa
     what = "has several files" if picked is None else f"has no file {picked[:80]!r}"
     hint = f"set {field} to one of: {', '.join(names[:10])}"
     raise BadSpec(f"The data set {what}.", field=field, hint=hint)
-
-
-def _manifest(folder: Path) -> Mapping[str, Any]:
-    found = json.loads((folder / MANIFEST_FILE).read_bytes())
-    return found if isinstance(found, dict) else {}

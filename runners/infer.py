@@ -5,14 +5,13 @@ InferArguments. output: results.jsonl, a line per prompt in the order they were 
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuneyard.runners.arguments import InferArguments, read_arguments
+from tuneyard.runners.arguments import InferArguments, arguments_of
 from tuneyard.runners.attempt import Attempt, main
 from tuneyard.runners.base_model import (
     end_ids,
@@ -70,9 +69,7 @@ def infer(attempt: Attempt) -> None:
 
 def read_asked(attempt: Attempt) -> Asked:
     """Read arguments, configuration and prompts. Raises: BadSpec, BadData, InputGone."""
-    arguments, unknown = read_arguments(InferArguments, attempt.spec.arguments)
-    if unknown:
-        attempt.events.warn("arguments_ignored", f"Not used here: {', '.join(unknown)}.")
+    arguments = arguments_of(attempt, InferArguments)
     if "prompts" in attempt.spec.inputs:
         prompts = read_prompts(attempt.input("prompts"), system=arguments.system)
     else:
@@ -224,9 +221,7 @@ class Pace:
 
 def publish(asked: Asked, attempt: Attempt, settings: "Settings", results: Results) -> None:
     """Write output/results.jsonl, and say what applied."""
-    aside = attempt.workdir / ".aside-output"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside = attempt.fresh_aside()
     write_results(aside / RESULTS_FILE, results)
     applied = {**asdict(settings), "batch_size": asked.arguments.batch_size}
     ids = attempt.spec.input_ids

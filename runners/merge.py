@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneyard.runners.arguments import MergeArguments, read_arguments
+from tuneyard.runners.arguments import MergeArguments, arguments_of
 from tuneyard.runners.attempt import Attempt, library_versions, main
 from tuneyard.runners.base_model import read_config
 from tuneyard.runners.devices import make_ready
@@ -63,9 +63,7 @@ def merge(attempt: Attempt) -> None:
     attempt.events.emit("phase", phase="loading")
     make_ready(attempt.device)
     attempt.events.emit("phase", phase="running")
-    aside = attempt.workdir / ".aside-output"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside = attempt.fresh_aside()
     change, pairs = write_merged(asked, attempt, aside)
     write_surroundings(asked.model, asked.adapter, aside, change)
     publish(asked, attempt, aside, pairs=pairs)
@@ -73,9 +71,7 @@ def merge(attempt: Attempt) -> None:
 
 def read_asked(attempt: Attempt) -> Asked:
     """Read arguments, configurations and headers. Raises: BadSpec, BadData, InputGone."""
-    arguments, unknown = read_arguments(MergeArguments, attempt.spec.arguments)
-    if unknown:
-        attempt.events.warn("arguments_ignored", f"Not used here: {', '.join(unknown)}.")
+    arguments = arguments_of(attempt, MergeArguments)
     model, adapter = attempt.input("model"), attempt.input("adapter")
     config = read_config(model)
     if config.get("quantization_config"):
@@ -125,7 +121,7 @@ def check_base(asked: Asked, attempt: Attempt) -> None:
     digest = digest_of(asked.model)
     if tuned_over is None or digest is None or tuned_over == digest:
         return
-    message = f"The adapter was tuned over {tuned_over[:12]}, and this base is {digest[:12]}."
+    message = f"The adapter was tuned over {tuned_over[:12]}; this is {digest[:12]}."
     if not asked.arguments.force:
         hint = "merge onto the adapter's own base, or set force: true"
         raise BadSpec(message, field="model", hint=hint)

@@ -63,8 +63,8 @@ def allowed_path(path: Path, roots: Sequence[str]) -> Path:
 
 def plain_files(folder: Path) -> Iterator[str]:
     """Names of all files below; what a wanted one really is ``source_file`` looks at."""
-    for depth, (parent, folders, names) in enumerate(os.walk(folder)):
-        if depth > MAX_FOLDERS:
+    for seen, (parent, folders, names) in enumerate(os.walk(folder)):
+        if seen > MAX_FOLDERS:
             raise BadSpec(f"{folder} holds more than {MAX_FOLDERS} folders.", field="source")
         folders.sort()
         for name in sorted(names):

@@ -1,13 +1,12 @@
 """Turn rows into tokens:  python -P -m tuneyard.runners.prepare SPEC.json WORKDIR
 
 inputs: model (a folder), dataset (a file), eval_dataset (a file, optional). arguments: those of
-RowArguments. output: a folder of tokens as runners/tokens.py describes it. No torch.
+PrepareArguments. output: a folder of tokens as runners/tokens.py describes it. No torch.
 """
 
 import json
-import shutil
 
-from tuneyard.runners.arguments import PrepareArguments, read_arguments
+from tuneyard.runners.arguments import PrepareArguments, arguments_of
 from tuneyard.runners.attempt import Attempt, main
 from tuneyard.runners.base_model import read_config
 from tuneyard.runners.tokenising import (
@@ -23,17 +22,13 @@ from tuneyard.store.folder import publish_folder
 
 def prepare(attempt: Attempt) -> None:
     """Read, tokenise, publish."""
-    arguments, unknown = read_arguments(PrepareArguments, attempt.spec.arguments)
-    if unknown:
-        attempt.events.warn("arguments_ignored", f"Not used here: {', '.join(unknown)}.")
+    arguments = arguments_of(attempt, PrepareArguments)
     model = attempt.input("model")
     read_config(model)
     rows = read_rows_of(attempt, arguments)
     attempt.events.emit("phase", phase="running")
     chat = load_chat(model, arguments, attempt)
-    aside = attempt.workdir / ".aside-output"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside = attempt.fresh_aside()
     about: dict[str, object] = {"made_from": made_from(arguments, model, chat)}
     notes: list[tuple[str, str]] = []
     values: dict[str, int] = {}

@@ -8,10 +8,9 @@ from typing import Any
 
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.rows import Message
-from tuneyard.specs.conversations import ROLES
+from tuneyard.specs.conversations import A_PROMPT, check_prompt
+from tuneyard.specs.errors import InputError
 from tuneyard.specs.rows import each_once
-
-FORMS = 'a text, {"prompt": text} or {"messages": [{"role", "content"}, …]}'
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def read_prompts(path: Path, *, system: str | None = None) -> list[Prompt]:
 def prompts_of(values: Sequence[tuple[int, Any]], *, system: str | None = None) -> list[Prompt]:
     """Prompts from values and the lines they stand on. Raises: BadData."""
     if not values:
-        raise BadData("There are no prompts.", hint=f"each is {FORMS}")
+        raise BadData("There are no prompts.", hint=f"each is {A_PROMPT}")
     return [_prompt(value, line, system) for line, value in values]
 
 
@@ -42,7 +41,7 @@ def _values(text: str) -> list[tuple[int, Any]]:
     """The file's values; whatever is no JSON object, string or list is taken as plain lines."""
     if text.lstrip()[:1] == "[":
         try:
-            return list(enumerate(json.loads(text), start=1))
+            return list(enumerate(json.loads(text, object_pairs_hook=each_once), start=1))
         except ValueError:
             pass  # "[INST] …" is a prompt, too
     lines = [(i, line.strip("\r")) for i, line in enumerate(text.split("\n"), start=1)]
@@ -67,27 +66,14 @@ def _parse(line: str, number: int) -> Any:
 
 
 def _prompt(value: Any, line: int, system: str | None) -> Prompt:
-    if isinstance(value, str):
-        value = {"prompt": value}
-    if isinstance(value, Mapping) and isinstance(value.get("prompt"), str):
-        shown = {"prompt": value["prompt"]}
-        return Prompt(shown, _led([{"role": "user", "content": value["prompt"]}], system))
-    if not isinstance(value, Mapping) or not isinstance(value.get("messages"), list):
-        raise BadData("This is not a prompt.", line=line, hint=f"each is {FORMS}")
-    messages = value["messages"]
-    if not messages or not all(map(_is_message, messages)):
-        raise BadData("messages need a role and a text each.", line=line, field="messages")
-    if messages[-1]["role"] == "assistant":
-        raise BadData("The last message is the assistant's already.", line=line, field="messages")
-    return Prompt({"messages": messages}, _led(messages, system))
-
-
-def _is_message(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and value.get("role") in ROLES
-        and isinstance(value.get("content"), str)
-    )
+    try:
+        check_prompt(value)
+    except InputError as error:
+        raise BadData(error.message, line=line, field=error.field, hint=error.hint) from None
+    if isinstance(value, Mapping) and "messages" in value:
+        return Prompt({"messages": value["messages"]}, _led(value["messages"], system))
+    text = value["prompt"] if isinstance(value, Mapping) else value
+    return Prompt({"prompt": text}, _led([{"role": "user", "content": text}], system))
 
 
 def _led(messages: Sequence[Message], system: str | None) -> list[Message]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from tuneyard.runners.arguments import InferArguments, ServeArguments, read_arguments
+from tuneyard.runners.arguments import InferArguments, ServeArguments, arguments_of, read_arguments
 from tuneyard.runners.attempt import Attempt, main
 from tuneyard.runners.base_model import read_generation_config
 from tuneyard.runners.deltas import Deltas
@@ -46,7 +46,7 @@ OF_A_QUESTION = frozenset(ChatRequest.model_fields) - {"messages", "stream"}
 
 def serve(attempt: Attempt) -> None:
     """Check, load, listen, answer until nobody asks any more. Raises: Stopped."""
-    arguments = read_serve_arguments(attempt)
+    arguments = arguments_of(attempt, ServeArguments)
     asked = ask_of(attempt, arguments, ())
     attempt.events.emit("phase", phase="loading")
     make_ready(attempt.device)
@@ -60,14 +60,6 @@ def serve(attempt: Attempt) -> None:
     finally:
         door.finish(within_s=LEAVE_WITHIN_S)
     attempt.events.emit("result", values=asdict(host.tally) | {"ended_by": ended_by})
-
-
-def read_serve_arguments(attempt: Attempt) -> ServeArguments:
-    """Read what the job asks for. Raises: BadSpec."""
-    arguments, unknown = read_arguments(ServeArguments, attempt.spec.arguments)
-    if unknown:
-        attempt.events.warn("arguments_ignored", f"Not used here: {', '.join(unknown)}.")
-    return arguments
 
 
 def load_host(asked: Asked, arguments: ServeArguments, attempt: Attempt) -> "Host":

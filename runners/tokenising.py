@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import load_tokenizer, tokenizer_files
@@ -21,30 +21,10 @@ from tuneyard.runners.tokens import (
     split_file,
 )
 from tuneyard.specs.fields import DATA_FILES
+from tuneyard.specs.finetune import RowsSpec
 
 SPLITS = {TRAINING: "dataset", HELD_OUT: "eval_dataset"}
 """Split -> the input whose rows it holds."""
-
-
-class RowArguments(Protocol):
-    """The arguments that decide about tokens."""
-
-    @property
-    def template(self) -> str | None: ...
-    @property
-    def default_system(self) -> str | None: ...
-    @property
-    def cutoff_len(self) -> int: ...
-    @property
-    def train_on_prompt(self) -> bool: ...
-    @property
-    def mask_history(self) -> bool: ...
-    @property
-    def max_samples(self) -> int | None: ...
-    @property
-    def data_file(self) -> str | None: ...
-    @property
-    def eval_data_file(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +36,7 @@ class Tokenised:
     digest: str
 
 
-def load_chat(model: Path, arguments: RowArguments, attempt: Attempt) -> Chat:
+def load_chat(model: Path, arguments: RowsSpec, attempt: Attempt) -> Chat:
     """The base's tokenizer, speaking through the template that was asked for."""
     wanted = arguments.template
     chat = chat_of(load_tokenizer(model), template=wanted, default_system=arguments.default_system)
@@ -66,7 +46,7 @@ def load_chat(model: Path, arguments: RowArguments, attempt: Attempt) -> Chat:
     return chat
 
 
-def read_rows_of(attempt: Attempt, arguments: RowArguments) -> Mapping[str, list[Conversation]]:
+def read_rows_of(attempt: Attempt, arguments: RowsSpec) -> Mapping[str, list[Conversation]]:
     """The rows of each split that there is. Raises: BadData, InputGone."""
     picked = {TRAINING: arguments.data_file, HELD_OUT: arguments.eval_data_file}
     files = {
@@ -79,7 +59,7 @@ def read_rows_of(attempt: Attempt, arguments: RowArguments) -> Mapping[str, list
 
 
 def encode_split(
-    rows: Sequence[Conversation], arguments: RowArguments, chat: Chat, attempt: Attempt
+    rows: Sequence[Conversation], arguments: RowsSpec, chat: Chat, attempt: Attempt
 ) -> Encoded:
     """Tokenise the rows of a split, with progress where it takes a while."""
     cutting = Cutting(arguments.cutoff_len, arguments.train_on_prompt, arguments.mask_history)
@@ -111,7 +91,7 @@ def notes_on(encoded: Encoded, total: int) -> list[tuple[str, str]]:
 
 def tokenise(
     rows: Mapping[str, Sequence[Conversation]],
-    arguments: RowArguments,
+    arguments: RowsSpec,
     chat: Chat,
     attempt: Attempt,
 ) -> Tokenised:
@@ -123,7 +103,7 @@ def tokenise(
 
 
 def read_tokens(
-    folder: Path, arguments: RowArguments, model: Path, chat: Chat, attempt: Attempt
+    folder: Path, arguments: RowsSpec, model: Path, chat: Chat, attempt: Attempt
 ) -> Tokenised:
     """What a prepare job left. Raises: BadSpec when it was made for something else."""
     about = read_about(folder, made_from(arguments, model, chat))
@@ -137,7 +117,7 @@ def read_tokens(
     )
 
 
-def made_from(arguments: RowArguments, model: Path, chat: Chat) -> dict[str, Any]:
+def made_from(arguments: RowsSpec, model: Path, chat: Chat) -> dict[str, Any]:
     """All that decides about tokens but the rows themselves."""
     digest = hashlib.sha256()
     for file in tokenizer_files(model):

@@ -16,11 +16,11 @@ from tuneyard.models.placements import Placed
 from tuneyard.specs.ids import show_id
 from tuneyard.specs.messages import (
     HINT_EXPIRES_S,
-    TASK_NAMES,
     TRANSPORT,
     Hint,
     node_queue,
     task_id,
+    task_name,
 )
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class HintPublisher:
         job = show_id("job", placed.ref.job_id)
         hint = Hint(job, show_id("attempt", placed.ref.id), placed.ref.token)
         self._app.send_task(
-            TASK_NAMES[placed.kind],
+            task_name(placed.kind),
             args=list(hint),
             task_id=task_id(job, placed.ref.number),
             queue=node_queue(placed.node_id),

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from tuneyard.specs.settings import Settings
 
-BEATING = ("scheduler", "worker")
-
 
 def beat_file(settings: Settings, process: str) -> Path:
     """The file whose age tells."""

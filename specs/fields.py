@@ -162,15 +162,15 @@ class Reference(BaseModel):
     """A thing that a spec names.
 
     what: a model to ask (an adapter brings its base along), a base that must be whole, the base of
-    the named adapter, an adapter, or a file. fits: an adapter that must have been tuned over it.
-    data_file: which file of a data set that has several.
+    the named adapter, an adapter, or a file. fits: the field of an adapter that must have
+    been tuned over it. data_file: which file of a data set that has several.
     """
 
     model_config = ConfigDict(frozen=True)
     field: str
     what: Literal["model", "base", "base_of", "adapter", "dataset", "prompts"]
     value: str | dict[str, str]
-    fits: str | dict[str, str] | None = None
+    fits: str | None = None
     data_file: str | None = None
 
 

@@ -150,8 +150,6 @@ class _Reading:
             self._refuse("read_only_field", f"{written} cannot be set.", written, hint)
         elif name in self.model.model_fields:
             self._set(name, written, value)
-            if written in WITHOUT_EFFECT:
-                self._note(written, f"{written} has no effect: {WITHOUT_EFFECT[written]}")
         elif written in ON_CPU:
             self._on_cpu(written, value)
         elif written in WITHOUT_EFFECT:
@@ -304,7 +302,7 @@ def _notes_on(spec: Spec) -> list[Note]:
         if spec.export_dir:
             message = (
                 "export_dir is a folder of yours: `--wait` writes the model there, "
-                "`tuneyard download JOB --out DIR` does it later"
+                "`tuneyard fetch JOB --out DIR` does it later"
             )
             found.append(Note(field="export_dir", message=message))
     template = getattr(spec, "template", None)
@@ -313,6 +311,9 @@ def _notes_on(spec: Spec) -> list[Note]:
         found.append(Note(field="template", message=message))
     if not isinstance(spec, FinetuneSpec):
         return found
+    if spec.output_dir:
+        message = "output_dir is a name that a merge may say; `tuneyard fetch` writes folders"
+        found.append(Note(field="output_dir", message=message))
     if 0 < spec.max_steps <= spec.warmup_steps:
         message = f"warmup_steps = {spec.warmup_steps:g} is not over in {spec.max_steps} steps:"
         message += f" learning_rate = {spec.learning_rate:g} is never reached"

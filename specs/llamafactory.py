@@ -126,7 +126,7 @@ INSTEAD: Mapping[str, str] = {
     "do_predict": "submit a job of kind inference",
     "do_train": "submit a job of kind inference",
     "early_stopping_steps": "use eval_strategy, and take the checkpoint that was best",
-    "export_hub_model_id": "leave it out; `tuneyard download JOB` fetches the model to be pushed",
+    "export_hub_model_id": "leave it out; `tuneyard fetch JOB` fetches the model to be pushed",
     "export_quantization_bit": "leave it out: merge first, then quantise the folder",
     "export_quantization_dataset": "leave it out: merge first, then quantise the folder",
     "enable_liger_kernel": "leave it out: it saves memory and changes nothing else",

@@ -59,6 +59,6 @@ class MergeSpec(Spec):
             field="model",
             what="base_of" if own else "base",
             value=named,
-            fits=None if own or self.force else adapter,
+            fits=None if own or self.force else "adapter",
         )
         return [Reference(field="adapter", what="adapter", value=adapter), base]

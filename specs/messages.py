@@ -3,14 +3,6 @@
 from typing import NamedTuple
 from uuid import UUID
 
-TASK_NAMES = {
-    "finetune": "tuneyard.finetune",
-    "inference": "tuneyard.inference",
-    "download": "tuneyard.download",
-    "serve": "tuneyard.serve",
-}
-"""Kind of job -> name of the Celery task that observes an attempt of it."""
-
 PING_TASK = "tuneyard.ping"
 """What a worker sends to itself, to see that its consumer still consumes."""
 
@@ -40,6 +32,11 @@ class Hint(NamedTuple):
 def node_queue(node_id: UUID) -> str:
     """The Celery queue that one node consumes."""
     return f"node.{node_id.hex}"
+
+
+def task_name(kind: str) -> str:
+    """The Celery task that observes an attempt of a job of this kind."""
+    return f"tuneyard.{kind}"
 
 
 def task_id(job: str, number: int) -> str:

@@ -1,5 +1,6 @@
 """The store in a folder: workers and API see one file system. Written aside, then renamed."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -18,11 +19,17 @@ from tuneyard.store.shelves import (
     Place,
     Shelf,
     Store,
+    StoreUnreachable,
     check_digest,
     ids_among,
 )
 
 PIECE_BYTES = 1024**2
+
+AWAY = frozenset(
+    (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+)
+"""What a file system over the network answers when its server is away."""
 
 
 class DiskStore(Store):
@@ -39,19 +46,33 @@ class DiskStore(Store):
     def _aside(self) -> Path:
         return self.root / "aside" / uuid4().hex
 
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Around what touches the root. Raises: StoreUnreachable for one that is not mounted."""
+        try:
+            if not (self.root / "aside").is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root))
+            yield
+        except OSError as error:
+            if error.errno in AWAY or not (self.root / "aside").is_dir():
+                message = f"The store in {self.root} cannot be reached: {error.strerror}."
+                raise StoreUnreachable(message) from error
+            raise
+
     def put_folder(self, source: Path, shelf: Shelf, folder_id: UUID) -> Mapping[str, Any]:
         """Copy the folder aside and rename it; two that put it at once leave one."""
         target = self._path(shelf, folder_id)
         manifest = read_manifest(source)
-        if not target.exists():
-            try:
-                copy_folder(source, target, aside=self._aside())
-            except OSError:
-                # Another process may have renamed its copy to this place meanwhile.
-                if not (target / MANIFEST_FILE).exists():
-                    raise
-        if read_manifest(target) != manifest:
-            raise OtherContent()
+        with self._reached():
+            if not target.exists():
+                try:
+                    copy_folder(source, target, aside=self._aside())
+                except OSError:
+                    # Another process may have renamed its copy to this place meanwhile.
+                    if not (target / MANIFEST_FILE).exists():
+                        raise
+            if read_manifest(target) != manifest:
+                raise OtherContent()
         return manifest
 
     def fetch_folder(
@@ -59,8 +80,9 @@ class DiskStore(Store):
     ) -> None:
         """Copy the folder."""
         source = self._path(shelf, folder_id)
-        check_digest(read_manifest(source), digest)
-        copy_folder(source, target, aside=aside)
+        with self._reached():
+            check_digest(read_manifest(source), digest)
+            copy_folder(source, target, aside=aside)
 
     @contextmanager
     def look_into(self, shelf: Shelf, folder_id: UUID) -> Iterator[Path]:
@@ -110,7 +132,8 @@ class DiskStore(Store):
 
     def fetch_file(self, file_id: UUID, target: Path) -> str:
         """Copy the file, then read what was written."""
-        shutil.copyfile(self._path("files", file_id), target)
+        with self._reached():
+            shutil.copyfile(self._path("files", file_id), target)
         with target.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from tuneyard.specs.runner import INPUTS
+from tuneyard.specs.runner import INPUTS, OUTPUT
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def adopt(cache: Path, folder: Path, digest: str) -> bool:
             os.rename(folder, target)
         except OSError:
             return False
+        folder.symlink_to(target)  # a worker that dies now publishes it once more
         os.utime(target)
         return True
 
@@ -103,11 +104,12 @@ def _bytes_of(path: Path) -> int:
 
 
 def pinned(workdirs: Iterator[Path] | Sequence[Path]) -> set[str]:
-    """Names of the entries that the inputs of these work folders point to."""
+    """Names of the entries that inputs of these work folders, or an adopted output, point to."""
     found = set()
     for workdir in workdirs:
         inputs = workdir / INPUTS
-        for link in inputs.iterdir() if inputs.is_dir() else ():
+        links = [*(inputs.iterdir() if inputs.is_dir() else ()), workdir / OUTPUT]
+        for link in links:
             if link.is_symlink():
                 found.add(os.path.basename(os.readlink(link)))
     return found

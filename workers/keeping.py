@@ -18,7 +18,7 @@ from uuid import UUID
 from sqlalchemy import Connection
 
 from tuneyard.models import attempts
-from tuneyard.models.artifacts import recorded_base_model
+from tuneyard.models.artifacts import forget_work, recorded_base_model
 from tuneyard.models.attempts import AttemptRef, End
 from tuneyard.models.engine import Database
 from tuneyard.specs.errors import Conflict, StaleToken, TuneyardError, Unavailable
@@ -176,7 +176,8 @@ class Keeper:
             return None
         except InputGone as gone:
             verdict = Verdict(Outcome.FAILED, Cause.INPUT_GONE, charged=True, retry=False)
-            self._finish(End(verdict, gone.message))
+            artifact = gone.stored.id if gone.stored else None
+            self._finish(End(verdict, gone.message), lambda tx: forget_work(tx, artifact))
             return None
         except OSError as error:
             self._finish(End(Verdict(Outcome.LOST, cause_of(error)), f"staging failed: {error}"))

@@ -20,7 +20,7 @@ from tuneyard.specs.beats import beat
 from tuneyard.specs.errors import InputError, Unavailable
 from tuneyard.specs.messages import node_queue
 from tuneyard.specs.settings import Settings
-from tuneyard.workers.observing import Observers, celery_app
+from tuneyard.workers.observing import Observers, celery_app, hostname_of
 from tuneyard.workers.relaying import open_relay
 from tuneyard.workers.supervisor import Supervisor, register
 from tuneyard.workers.watching import ConsumerWatch
@@ -122,7 +122,7 @@ def _work(app: Celery, supervisor: Supervisor, settings: Settings) -> None:
     threads = settings.cpu_slots + len(supervisor.inventory.gpus()) + 4
     worker = app.Worker(
         concurrency=threads,
-        hostname=f"worker@{supervisor.name}",
+        hostname=hostname_of(supervisor),
         loglevel=settings.log_level,
         pool="threads",
         without_gossip=True,

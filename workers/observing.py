@@ -18,7 +18,8 @@ from kombu.entity import Queue
 from tuneyard.specs.errors import BadId
 from tuneyard.specs.exits import Outcome
 from tuneyard.specs.ids import parse_id, show_id
-from tuneyard.specs.messages import TASK_NAMES, TRANSPORT, node_queue, task_id
+from tuneyard.specs.jobs import KINDS
+from tuneyard.specs.messages import TRANSPORT, node_queue, task_id, task_name
 from tuneyard.workers.keeping import Keeper
 from tuneyard.workers.supervisor import Supervisor
 
@@ -66,9 +67,9 @@ class Observers:
         self._watched: set[UUID] = set()
         self._observed: set[UUID] = set()
         self._lock = threading.Lock()
-        for name in TASK_NAMES.values():
-            app.task(name=name, throws=(AttemptFailed,))(self.observe)
-        self._app = app
+        for kind in KINDS:
+            app.task(name=task_name(kind), throws=(AttemptFailed,))(self.observe)
+        self._app, self._hostname = app, hostname_of(supervisor)
         supervisor.on_end = self.report_unobserved
         worker_shutting_down.connect(self._on_shutdown, weak=False)
 
@@ -111,7 +112,7 @@ class Observers:
         try:
             with (
                 self._app.connection_for_write() as connection,
-                self._app.events.Dispatcher(connection, hostname="tuneyard") as dispatcher,
+                self._app.events.Dispatcher(connection, hostname=self._hostname) as dispatcher,
             ):
                 if failure is None:
                     dispatcher.send("task-succeeded", uuid=uuid, result="'ended'", runtime=0)
@@ -142,6 +143,11 @@ class Observers:
         if failure is not None:
             raise AttemptFailed(failure)
         return str(keeper.verdict.outcome) if keeper.verdict else ""
+
+
+def hostname_of(supervisor: Supervisor) -> str:
+    """The worker's name in Flower; an event in another's name would show there as a worker."""
+    return f"worker@{supervisor.name}"
 
 
 def failure_of(keeper: Keeper) -> str | None:

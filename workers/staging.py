@@ -47,12 +47,6 @@ from tuneyard.workers.inventory import FAKE_FOLDER
 log = logging.getLogger(__name__)
 
 
-class InputGone(TuneyardError):
-    """An input of the job is not in the store any more."""
-
-    code = "input_gone"
-
-
 def cause_of(error: OSError) -> Cause:
     """Whether the disk is full, or something else keeps the store from us; neither is charged."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -68,6 +62,19 @@ class StoredInput:
     id: UUID
     digest: str
     shown: str  # what manifests and configurations call it
+
+
+class InputGone(TuneyardError):
+    """An input of the job is not in the store any more. stored: which, where it has an id there."""
+
+    code = "input_gone"
+    stored: StoredInput | None = None
+
+
+def _gone(stored: StoredInput, what: str) -> InputGone:
+    gone = InputGone(f"{stored.name} {stored.shown} {what}")
+    gone.stored = stored
+    return gone
 
 
 @dataclass(frozen=True)
@@ -207,10 +214,9 @@ def _link(stored: StoredInput, workdir: Path, store: Store, cache: Path) -> Path
             link.unlink(missing_ok=True)
             link.symlink_to(entry)
     except FileNotFoundError:
-        raise InputGone(f"{stored.name} {stored.shown} is not in the store any more.") from None
+        raise _gone(stored, "is not in the store any more.") from None
     except FolderDamaged as error:
-        said = f"{stored.name} {stored.shown} is damaged in the store: {error.message}"
-        raise InputGone(said) from None
+        raise _gone(stored, f"is damaged in the store: {error.message}") from None
     return link
 
 

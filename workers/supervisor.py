@@ -54,7 +54,8 @@ class Supervisor:
     on_end: Callable[[Keeper], None] = lambda keeper: None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _empty_looks: dict[UUID, int] = field(default_factory=dict)
-    _cached: frozenset[str] | None = None  # digests, as the database was told; None: not yet
+    _cached: Mapping[str, int] | None = None
+    """Digest -> bytes of what is cached, as the database was told; None: not yet."""
     _cached_names: set[str] = field(default_factory=set)
     _room_wanted: int = 0  # bytes that a download lacked
     _disk_low: bool | None = None
@@ -220,36 +221,38 @@ class Supervisor:
 
     def keep_cache(self) -> None:
         """Let go what is too much, and keep the database's view of cache and disk in step."""
-        names = {path.name for path in self.node.cache.iterdir()}
-        grown = self._cached is None or not names <= self._cached_names
-        too_full = grown and self.node.settings.cache_max_bytes is not None
-        if too_full or self._room_wanted or self._disk_is_low():
-            self._make_room()
-        self._record_cache()
+        cached = self._record_cache()
+        most = self.node.settings.cache_max_bytes
+        too_full = most is not None and sum(cached.values()) > most
+        if (too_full or self._room_wanted or self._disk_is_low()) and self._make_room():
+            self._record_cache()
         low = self._disk_is_low()
         if low != self._disk_low:
             with self.node.db.begin() as tx:
                 node_cache.set_disk_low(tx, self.node.id, low)
             self._disk_low = low
 
-    def _make_room(self) -> None:
+    def _make_room(self) -> bool:
+        """Whether anything went."""
         settings = self.node.settings
         wanted, self._room_wanted = settings.disk_floor_bytes + self._room_wanted, 0
-        cache.make_room(
+        gone = cache.make_room(
             self.node.cache,
             wanted_bytes=wanted,
             max_bytes=settings.cache_max_bytes,
             pins=self._pinned,
         )
+        return bool(gone)
 
     def _pinned(self) -> set[str]:
         """What live attempts use."""
         return cache.pinned([self.node.workdir(keeper.ref) for keeper in self._live()])
 
-    def _record_cache(self) -> None:
+    def _record_cache(self) -> Mapping[str, int]:
+        """Tell the database of what came and went; what is there now."""
         names = {path.name for path in self.node.cache.iterdir()}
         if self._cached is not None and names == self._cached_names:
-            return
+            return self._cached
         there = {e.digest: e.bytes for e in cache.entries(self.node.cache) if e.digest}
         known = self._cached
         with self.node.db.begin() as tx:
@@ -258,8 +261,9 @@ class Supervisor:
             else:
                 new = {digest: size for digest, size in there.items() if digest not in known}
                 node_cache.add_cached(tx, self.node.id, new)
-                node_cache.drop_cached(tx, self.node.id, known - there.keys())
-        self._cached, self._cached_names = frozenset(there), names
+                node_cache.drop_cached(tx, self.node.id, known.keys() - there.keys())
+        self._cached, self._cached_names = there, names
+        return there
 
     def _disk_is_low(self) -> bool:
         settings = self.node.settings

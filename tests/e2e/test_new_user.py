@@ -27,7 +27,7 @@ def test_a_yaml_is_submitted_watched_and_listed(
     )
     done = yard.cli("submit", str(spec), "--wait")
     assert "mine succeeded" in done.stdout
-    assert "output_dir has no effect" in done.stdout
+    assert "output_dir is a name that a merge may say" in done.stdout
     listed = json.loads(yard.cli("list", "--json", "--state", "succeeded").stdout)
     rows = listed["data"] if isinstance(listed, dict) else listed
     job = next(row["id"] for row in rows if row["name"] == "mine")

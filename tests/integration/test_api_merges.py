@@ -8,9 +8,9 @@ import httpx
 import pytest
 from support.apis import Api
 
-from tuneyard.models.artifacts import StoredFolder
+from tuneyard.models.artifacts import StoredFolder, forget_work
 from tuneyard.models.migration import downgrade, upgrade
-from tuneyard.specs.ids import new_id, show_id
+from tuneyard.specs.ids import new_id, parse_id, show_id
 from tuneyard.store.folder import manifest_digest
 
 ADAPTER, MODEL = "adapter", "model"
@@ -165,6 +165,44 @@ def test_another_base_is_refused_while_the_adapter_is_still_being_tuned(bench: B
     bench.api.a_base("other")
     error = bench.refused(kind="merge", adapter=bench.tune("tuny"), model="other")
     assert error["code"] == "base_mismatch"
+
+
+def test_a_base_is_held_against_the_adapter_that_was_named_whatever_bears_its_name(
+    bench: Bench,
+) -> None:
+    bench.api.a_base("other")
+    older, newer = bench.tune("tuny"), bench.tune("tuny", model="other")
+    merge = bench.submit(kind="merge", adapter="tuny", model="other")
+    assert merge["inputs"]["adapter"] == newer
+    bench.finish(older, ADAPTER)
+    adapter = bench.finish(newer, ADAPTER)
+    shown = bench.http.get(f"/jobs/{merge['id']}").json()
+    assert (shown["state"], shown["inputs"]["adapter"]) == ("queued", adapter)
+
+
+def test_whoever_asks_for_work_that_is_being_cancelled_gets_its_own(bench: Bench) -> None:
+    asked = {"kind": "finetune", "model": "tiny", "dataset": bench.file}
+    first = bench.submit(name="first", **asked)
+    ref = bench.api.start(first["inputs"]["tokens"], bench.node)
+    bench.http.post(f"/jobs/{first['id']}/cancel").raise_for_status()
+    shown = bench.http.get(f"/jobs/{first['inputs']['tokens']}").json()
+    assert shown["state"] == "cancelling"
+    second = bench.submit(name="second", **asked)
+    assert second["inputs"]["tokens"] != first["inputs"]["tokens"]
+    bench.api.finish(ref, 75, ())
+    assert bench.http.get(f"/jobs/{first['inputs']['tokens']}").json()["state"] == "cancelled"
+    assert bench.http.get(f"/jobs/{second['id']}").json()["state"] == "blocked"
+
+
+def test_work_whose_result_is_gone_is_done_anew_for_the_next(bench: Bench) -> None:
+    asked = {"kind": "finetune", "model": "tiny", "dataset": bench.file}
+    first = bench.submit(name="first", **asked)
+    tokens = bench.finish(first["inputs"]["tokens"], "tokens")
+    assert bench.submit(name="second", **asked)["inputs"]["tokens"] == tokens
+    with bench.api.db.worker.begin() as tx:
+        forget_work(tx, parse_id("artifact", tokens))
+    third = bench.submit(name="third", **asked)
+    assert third["inputs"]["tokens"].startswith("job_")
 
 
 def test_what_is_no_adapter_is_refused_with_what_to_do(bench: Bench) -> None:

@@ -194,3 +194,20 @@ def test_what_was_made_for_one_job_alone_is_cancelled_with_it(fed: Api) -> None:
             (prepare,) = http.get("/jobs", params={"all": "true", "kind": "prepare"}).json()["data"]
             states.append(prepare["state"] == "cancelled")
     assert states == [False, True]
+
+
+def test_a_download_that_was_made_for_a_cancelled_job_and_its_prepare_goes_too(
+    fed: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MODELSCOPE_ENDPOINT", "HF_ENDPOINT"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    tune = TUNE | {"model": "LLM-Research/Meta-Llama-3-8B-Instruct"}
+    with fed.client() as http:
+        job = http.post("/jobs", json=tune).json()["id"]
+        http.post(f"/jobs/{job}/cancel").raise_for_status()
+        jobs = http.get("/jobs", params={"all": "true"}).json()["data"]
+    assert {each["kind"]: each["state"] for each in jobs} == {
+        "finetune": "cancelled",
+        "prepare": "cancelled",
+        "download": "cancelled",
+    }

@@ -108,7 +108,7 @@ def yard(
         cluster = Cluster(shared_db, home, valkey.url, {"cpu_slots": 2})
         cluster.start("scheduler")
         cluster.start("worker")
-        assert cluster.finish(cluster.submit(steps=1)) == "succeeded"
+        assert cluster.finish(cluster.submit(name="m", steps=1)) == "succeeded"
         yield Yard(cluster, api, http)
         cluster.stop()
         assert broken_invariants(shared_db) == {}

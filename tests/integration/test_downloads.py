@@ -129,6 +129,9 @@ def test_mistakes_are_said_before_a_slot_is_taken(place: Place, tmp_path: Path) 
         document = {"kind": "download", "source": f"hf:{REPO}", "revision": "v9"}
         answer = client.post("/jobs", json=document)
         assert answer.json()["error"]["code"] == "revision_not_found"
+        step = {"name": "bring", "kind": "download", "source": f"hf:{REPO}", "revision": "v9"}
+        answer = client.post("/jobs", json={"pipeline": [step]})
+        assert answer.json()["error"]["field"] == "pipeline[0].revision"
         place.hubs.gated.add(REPO)
         # The API has no token: whether the node's opens it the download finds out.
         link = folder / "link"
@@ -140,6 +143,21 @@ def test_mistakes_are_said_before_a_slot_is_taken(place: Place, tmp_path: Path) 
         assert (gated["state"], len(gated["attempts"])) == ("failed", 1)
         assert f"accept it at {place.hubs.url}/models/{REPO}" in gated["error"]["message"]
     assert place.cluster.db.rows("SELECT 1 FROM base_models") == []
+
+
+def test_hubs_are_asked_in_their_order_until_one_has_it_and_not_for_a_replay(place: Place) -> None:
+    place.hubs.repos["model", REPO] = a_model()
+    headers = {"Idempotency-Key": "once"}
+    with place.api.client() as client:
+        place.hubs.asked.clear()
+        document = {"kind": "download", "source": REPO}
+        first = client.post("/jobs", json=document, headers=headers)
+        assert first.status_code == 201, first.text
+        place.cluster.finish(parse_id("job", first.json()["id"]))
+        assert [each for each in place.hubs.asked if f"/api/models/{REPO}" in each.path] == []
+        place.hubs.repos.clear()
+        again = client.post("/jobs", json=document, headers=headers)
+        assert (again.status_code, again.json()["id"]) == (201, first.json()["id"])
 
 
 def test_a_base_models_name_is_not_taken_over_from_another_source(

@@ -1,5 +1,6 @@
 """What the store promises, in a folder and on a real S3-compatible server alike."""
 
+import errno
 import gc
 import hashlib
 import itertools
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from pydantic import SecretStr
@@ -27,6 +28,7 @@ from tuneyard.specs.errors import NotFound
 from tuneyard.specs.ids import new_id
 from tuneyard.specs.settings import Settings
 from tuneyard.store.bucket import Bucket
+from tuneyard.store.disk import DiskStore
 from tuneyard.store.folder import (
     FolderDamaged,
     manifest_digest,
@@ -444,3 +446,31 @@ def test_keys_and_signatures_are_in_no_log(
     assert caplog.records
     for secret in (ACCESS_KEY, SECRET_KEY, "AWS4-HMAC"):
         assert secret not in caplog.text
+
+
+@pytest.mark.parametrize("number", [None, errno.ESTALE, errno.EIO])
+def test_a_folder_whose_mount_is_away_is_unreachable_and_nothing_is_written_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    store, source = DiskStore(tmp_path / "root"), tmp_path / "source"
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "weights").write_bytes(b"weights")
+    publish_folder(tmp_path / "made", source, {})
+    folder = uuid4()
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(number, "away")
+
+    with monkeypatch.context() as away:
+        if number is None:
+            (tmp_path / "root").rename(tmp_path / "elsewhere")
+        else:
+            away.setattr("tuneyard.store.disk.copy_folder", stale)
+        with pytest.raises(StoreUnreachable):
+            store.put_folder(source, "artifacts", folder)
+    if number is None:
+        assert not (tmp_path / "root").exists()
+        (tmp_path / "elsewhere").rename(tmp_path / "root")
+    store.put_folder(source, "artifacts", folder)
+    with store.look_into("artifacts", folder) as there:
+        assert (there / "weights").read_bytes() == b"weights"

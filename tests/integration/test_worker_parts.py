@@ -204,11 +204,35 @@ def test_an_input_that_is_damaged_in_the_store_is_gone_and_says_so(
 ) -> None:
     supervisor = a_supervisor()
     (a_model_in_the_store(db, supervisor) / "weights").write_bytes(b"weightz")
+    maker = cluster.submit()  # as if a system job had made it
+    assert run_to_end(cluster, supervisor, maker).outcome == "succeeded"
+    db.run("UPDATE jobs SET system = true, work_key = 'work' WHERE id = :id", id=maker)
+    db.run(
+        "INSERT INTO artifacts (id, team_id, job_id, attempt_id, token, kind, bytes, digest,"
+        " manifest) SELECT m.id, a.team_id, a.job_id, a.id, a.token, 'tokens', 1, m.digest, '{}'"
+        " FROM base_models m, attempts a WHERE m.name = 'tiny'"
+    )
     job = ask_model(cluster)
     attempt = run_to_end(cluster, supervisor, job)
     assert (attempt.outcome, attempt.cause) == ("failed", "input_gone")
+    assert cluster.job(maker).work_key is None  # whoever wants it next has it made anew
     assert attempt.evidence == ("model tiny is damaged in the store: weights has changed.")
     assert cluster.job(job).state == "failed"
+
+
+def test_a_cache_that_is_too_large_shrinks_once_nothing_pins_it(
+    a_supervisor: Callable[..., Supervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = a_supervisor(cache_max_bytes=1)
+    entry = supervisor.node.cache / ("a" * 64)
+    entry.mkdir()
+    (entry / "weights").write_bytes(b"weights")
+    monkeypatch.setattr(supervisor, "_pinned", lambda: {entry.name})
+    supervisor.keep_cache()
+    assert entry.exists()
+    monkeypatch.setattr(supervisor, "_pinned", set)
+    supervisor.keep_cache()
+    assert not entry.exists()
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from celery import Celery
 from celery.contrib.testing.worker import start_worker
 from support.yards import wait_for
 
 from tuneyard.local.valkey import RunningValkey
+from tuneyard.models.attempts import AttemptRef
+from tuneyard.models.placements import Placed
+from tuneyard.scheduler.hints import HintPublisher
 from tuneyard.specs.ids import new_id
-from tuneyard.specs.messages import node_queue
+from tuneyard.specs.jobs import KINDS
+from tuneyard.specs.messages import node_queue, task_name
 from tuneyard.workers.observing import celery_app
 from tuneyard.workers.watching import ConsumerWatch
 
@@ -61,3 +66,19 @@ def test_pings_come_back_and_do_not_show_among_flowers_tasks(valkey: RunningValk
         app.send_task("shown", queue=node_queue(node))
         wait_for(lambda: heard, within_s=20, what="the event of the other task")
         assert {event["name"] for event in heard} == {"shown"}
+
+
+def test_a_hint_of_every_kind_of_job_reaches_its_node(
+    valkey: RunningValkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    node, publisher = new_id(), HintPublisher(valkey.url)
+    for kind in KINDS:
+        ref = AttemptRef(new_id(), new_id(), new_id(), 1, 1)
+        publisher.send(Placed(ref, kind, "a job", node, ("cpu",)))
+    publisher.close()
+    app = celery_app(valkey.url, node)
+    with app.connection_for_read() as connection:
+        waiting = connection.SimpleQueue(node_queue(node))
+        names = [waiting.get(timeout=5).headers["task"] for _ in KINDS]
+    assert names == [task_name(kind) for kind in KINDS]
+    assert "unreachable" not in caplog.text

@@ -83,9 +83,9 @@ class Cluster:
         process.send_signal(number)
         process.wait(60)
 
-    def submit(self, *, device: str = "cpu", **asked: object) -> UUID:
+    def submit(self, *, device: str = "cpu", name: str = "", **asked: object) -> UUID:
         """A job of the hashing runner; what it is asked travels as the path of its source."""
-        name = f"m-{uuid4().hex}"  # each source a name of its own
+        name = name or f"m-{uuid4().hex}"  # each source a name of its own
         document = {"kind": "download", "model_name": name, "source": f"node:/{json.dumps(asked)}"}
         spec, _ = read_spec(document | {"device": device})
         submission = Submission(spec)

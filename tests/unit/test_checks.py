@@ -14,9 +14,9 @@ from tuneyard.checks.limits import check_file
 from tuneyard.checks.report import report_on
 from tuneyard.checks.submission import check_finetune, check_inference, check_prompts
 from tuneyard.runners.failures import BadData
-from tuneyard.runners.prompts import read_prompts
+from tuneyard.runners.prompts import prompts_of, read_prompts
 from tuneyard.runners.rows import read_conversations
-from tuneyard.specs.conversations import ROLES
+from tuneyard.specs.conversations import ROLES, check_prompt
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
@@ -288,6 +288,35 @@ def test_prompts_are_told_from_json_as_the_runner_tells_them(tmp_path: Path, con
     found = report(tmp_path, content, purpose="prompts")
     assert (found["ok"], found["rows"], found["rows_kind"]) == (True, 2, "prompts"), found
     assert len(read_prompts(tmp_path / "data")) == 2
+
+
+PROMPT_VALUES = {
+    "prompt": JUNK | st.sampled_from(["a?", "  "]),
+    "messages": JUNK
+    | st.lists(
+        st.fixed_dictionaries(
+            {}, optional={"role": st.sampled_from(["user", "assistant", "x"]), "content": JUNK}
+        ),
+        max_size=2,
+    ),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=PROMPT_VALUES) | JUNK)
+def test_a_prompt_is_accepted_exactly_if_the_runner_reads_it(prompt: Any) -> None:
+    try:
+        check_prompt(prompt)
+    except InputError:
+        with pytest.raises(BadData):
+            prompts_of([(1, prompt)])
+        return
+    (read,) = prompts_of([(1, prompt)])
+    given_messages = isinstance(prompt, dict) and "messages" in prompt
+    assert list(read.messages) == (
+        prompt["messages"]
+        if given_messages
+        else [{"role": "user", "content": prompt["prompt"] if isinstance(prompt, dict) else prompt}]
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import select
 import signal
 import stat
 import subprocess
@@ -135,8 +136,13 @@ def test_a_job_that_was_idle_for_too_long_is_begun_anew_with_the_history(
     assert [message["content"] for message in questions(api, NEXT)[0]] == ["a", "One.", "b"]
 
 
-def test_a_job_of_others_is_joined_and_not_ended(api: RecordedApi, env: dict[str, str]) -> None:
-    spec, inputs = {"kind": "serve", "model": "m"}, {"model": "base_1"}
+@pytest.mark.parametrize(
+    ("arguments", "more"), [((), {}), (("--set", "max_tokens=5"), {"max_new_tokens": 5})]
+)
+def test_a_job_of_others_is_joined_and_not_ended(
+    api: RecordedApi, env: dict[str, str], arguments: tuple[str, ...], more: dict[str, Any]
+) -> None:
+    spec, inputs = {"kind": "serve", "model": "m"} | more, {"model": "base_1"}
     stale = a_job(NEXT, state="running", spec=spec, inputs={"model": "base_0"})
     other = a_job(NEXT, state="running", spec=spec | {"device": "cpu"}, inputs=inputs)
     same = a_job(JOB, state="running", spec=spec, inputs=inputs)
@@ -145,7 +151,7 @@ def test_a_job_of_others_is_joined_and_not_ended(api: RecordedApi, env: dict[str
     lines = Answer(page({"seq": 7, "type": "started"}))
     api.on("GET", f"/jobs/{JOB}/events", lines, events(READY))
     api.on("POST", f"/jobs/{JOB}/chat", said({"delta": "Yes."}, DONE))
-    done = piped(env, "Who?\n")
+    done = piped(env, "Who?\n", *arguments)
     assert (done.returncode, done.stdout) == (0, "Yes.\n"), done.stderr
     assert api.requests("POST", "/jobs") == []
     assert api.requests("POST", f"/jobs/{JOB}/drain") == []
@@ -201,7 +207,9 @@ class Person:
         """Wait until this stands on the screen, after what was waited for before."""
         deadline = time.monotonic() + WITHIN_S
         while text not in self.shown:
-            assert time.monotonic() < deadline, self.shown
+            left = deadline - time.monotonic()
+            ready, *_ = select.select([self._leader], [], [], max(0.0, left))
+            assert ready, f"no {text!r} in {self.shown!r}"
             try:
                 self.shown += os.read(self._leader, 4096).decode()
             except OSError:

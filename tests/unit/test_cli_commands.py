@@ -818,7 +818,7 @@ def test_an_export_beside_others_weights_is_refused_and_nothing_is_written(
     done = tuneyard("merge", "tuny", "--wait", "--export-dir", "out")
     assert done.code == 2
     assert said in done.err
-    assert f"tuneyard download {JOB} --out DIR" in done.err
+    assert f"tuneyard fetch {JOB} --out DIR" in done.err
     assert files_below(tmp_path / "out") == {name: b"of something else"}
 
 

@@ -473,7 +473,13 @@ def test_names_that_would_change_the_result_are_refused_with_what_to_do(name: st
     assert hint
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
+def test_output_dir_is_a_name_for_merges_and_no_folder() -> None:
+    said = notes(FINETUNE | {"output_dir": "saves/x"})["output_dir"]
+    assert said.startswith("output_dir is a name")
+    assert "has no effect" in notes(INFERENCE | {"output_dir": "saves/x"})["output_dir"]
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT.keys() - FinetuneSpec.model_fields.keys()))
 def test_names_without_effect_are_noted_with_the_reason(name: str) -> None:
     assert notes(FINETUNE | {name: "anything"}) == {
         name: f"{name} has no effect: {WITHOUT_EFFECT[name]}"

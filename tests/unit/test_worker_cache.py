@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuneyard.specs.runner import INPUTS
+from tuneyard.store.folder import copy_folder, manifest_digest, publish_folder, read_manifest
 from tuneyard.workers import cache
 from tuneyard.workers.cache import Entry, locked
 
@@ -113,3 +114,16 @@ def test_no_pinned_entry_goes_and_none_goes_without_need(wanted, max_bytes):
 def test_only_whole_entries_are_entries(tmp_path, name):
     (tmp_path / name).mkdir()
     assert cache.entries(tmp_path) == []
+
+
+def test_an_adopted_output_is_found_where_it_was_and_stays_while_it_may_be_needed(tmp_path):
+    workdir = tmp_path / "work"
+    (workdir / ".aside").mkdir(parents=True)
+    (workdir / ".aside" / "weights").write_bytes(b"weights")
+    publish_folder(workdir / ".aside", workdir / "output", {})
+    digest = manifest_digest(read_manifest(workdir / "output"))
+    assert cache.adopt(tmp_path / "cache", workdir / "output", digest)
+    # A worker that died after it publishes once more.
+    copy_folder(workdir / "output", tmp_path / "stored", aside=tmp_path / "aside")
+    assert (tmp_path / "stored" / "weights").read_bytes() == b"weights"
+    assert cache.pinned([workdir]) == {digest}
