@@ -426,7 +426,7 @@ def test_a_merge_names_its_adapter_and_asks_for_its_base() -> None:
         read_spec(MERGE | {"model": {"from": JOB}, "force": force})[0].references()[1]
         for force in (False, True)
     )
-    assert (named.what, named.value, named.fits) == ("base", {"from": JOB}, "tuny")
+    assert (named.what, named.value, named.fits) == ("base", {"from": JOB}, "adapter")
     assert forced.fits is None
 
 
