@@ -30,7 +30,7 @@ from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
 from tuneyard.runners.training import Data, Plan, Trainer
-from tuneyard.specs.finetune import Strategy
+from tuneyard.specs.evaluating import Strategy
 
 log = logging.getLogger(__name__)
 

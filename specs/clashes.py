@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import Spec
-from tuneyard.specs.finetune import SCHEDULE_OPTIONS, TEMPLATES, FinetuneSpec, RowsSpec
+from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec, RowsSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.llamafactory import TEMPLATE_NAMES
 from tuneyard.specs.merge import MergeSpec
+from tuneyard.specs.optimizing import SCHEDULE_OPTIONS
 from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.sources import read_source
 

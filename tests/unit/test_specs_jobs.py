@@ -14,10 +14,11 @@ from tuneyard.runners.schedules import DECAYS
 from tuneyard.specs.documents import read_yaml
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.fields import OF_THE_JOB, model_name_of
-from tuneyard.specs.finetune import SCHEDULE_OPTIONS, SHAPE_A_CHECKPOINT, TEMPLATES, FinetuneSpec
+from tuneyard.specs.finetune import SHAPE_A_CHECKPOINT, TEMPLATES, FinetuneSpec
 from tuneyard.specs.jobs import TEXT_FIELDS, describe_fields, is_default, read_spec
 from tuneyard.specs.llamafactory import NOT_YET, WITHOUT_EFFECT
 from tuneyard.specs.merge import MergeSpec
+from tuneyard.specs.optimizing import SCHEDULE_OPTIONS
 
 FINETUNE = {"kind": "finetune", "model": "base", "dataset": "data"}
 INFERENCE = {"kind": "inference", "model": "base", "prompts": ["Who are you?"]}
