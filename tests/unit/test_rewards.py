@@ -1,0 +1,122 @@
+"""What an answer is worth: each function of the list, and what a pattern may cost."""
+
+import time
+
+import pytest
+
+from tuneyard.runners.failures import BadData
+from tuneyard.runners.rewards import Answered, check_columns, last_number, names_of, score_of
+from tuneyard.specs.rewards import FUNCTIONS, RewardFields
+
+
+def asked(entry):
+    (function,) = RewardFields(kind="finetune", reward_funcs=[entry]).reward_funcs
+    return function
+
+
+def worth(entry, text, *, tokens=0, **columns) -> float:
+    return score_of(asked(entry))(Answered(text, tokens, columns))
+
+
+EXACT = {"name": "exact_match"}
+NUMBER = {"name": "numeric_equality"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "text", "columns", "expected"),
+    [
+        ("exact_match", " Paris\n", {"answer": "Paris "}, 1),
+        ("exact_match", "Paris.", {"answer": "Paris"}, 0),
+        ("exact_match", "paris", {"answer": "Paris"}, 0),
+        (EXACT | {"ignore_case": True}, "paris", {"answer": "Paris"}, 1),
+        (EXACT | {"column": "gold"}, "Paris", {"gold": "Paris", "answer": "Rome"}, 1),
+        (EXACT | {"tag": "answer"}, "<think>Rome?</think><answer>Paris</answer>", "Paris", 1),
+        (EXACT | {"tag": "answer"}, "<answer>Rome</answer><answer>Paris</answer>", "Paris", 1),
+        (EXACT | {"tag": "answer"}, "Paris", "Paris", 0),
+        (EXACT | {"tag": "answer"}, "<answer>Paris", "Paris", 0),
+        ("exact_match", "7", {"answer": 7}, 1),
+        ("exact_match", "true", {"answer": True}, 1),
+        ("contains", "It is Paris.", {"answer": "Paris"}, 1),
+        ("contains", "It is Rome.", {"answer": "Paris"}, 0),
+        ("contains", "anything", {"answer": " "}, 0),
+        ({"name": "contains", "text": "please", "ignore_case": True}, "Please wait", {}, 1),
+        ({"name": "regex", "pattern": r"^\d{3}$"}, "123", {}, 1),
+        ({"name": "regex", "pattern": r"^\d{3}$"}, "1234", {}, 0),
+        ({"name": "regex", "pattern": r"(?s)a.*b"}, "x a\n\nb y", {}, 1),
+        ("numeric_equality", "3 + 4 = 7.", {"answer": "#### 7"}, 1),
+        ("numeric_equality", "It costs $1,250.50", {"answer": 1250.5}, 1),
+        ("numeric_equality", "-3", {"answer": "3"}, 0),
+        ("numeric_equality", "no number", {"answer": "3"}, 0),
+        (NUMBER | {"tolerance": 0.01}, "3.14", {"answer": "3.145"}, 1),
+        (NUMBER | {"tag": "answer"}, "<answer>8</answer> 7", {"answer": "8"}, 1),
+        ("json_valid", '{"a": [1, 2]}', {}, 1),
+        ("json_valid", '{"a": NaN}', {}, 0),
+        ("json_valid", "{'a': 1}", {}, 0),
+        ("json_valid", "[" * 100_000, {}, 0),
+        ("json_valid", "9" * 100_000, {}, 0),
+        ({"name": "json_valid", "keys": ["a", "b"]}, '{"a": 1, "b": 2}', {}, 1),
+        ({"name": "json_valid", "keys": ["a", "b"]}, '{"a": 1}', {}, 0),
+        ({"name": "json_valid", "keys": ["a"]}, '["a"]', {}, 0),
+        ({"name": "length", "target": 4, "unit": "words"}, "one two three four", {}, 1),
+        ({"name": "length", "target": 4, "unit": "words"}, "one two three", {}, 0.75),
+        ({"name": "length", "target": 4, "unit": "characters", "within": 2}, "abcde", {}, 0.5),
+        ({"name": "length", "target": 4, "unit": "characters"}, "a" * 40, {}, 0),
+        ("format", "<think>a</think>\n<answer>b</answer>", {}, 1),
+        ("format", "<think></think><answer></answer>", {}, 1),
+        ("format", "<answer>b</answer><think>a</think>", {}, 0),
+        ("format", "<think>a</think><answer>b</answer> and more", {}, 0),
+        ("format", "so: <think>a</think><answer>b</answer>", {}, 0),
+        ("format", "<think>a</think><think>a</think><answer>b</answer>", {}, 0),
+        ("format", "<think>a<think></think><answer>b</answer>", {}, 0),
+        ("format", "<think>a</think><answer>b", {}, 0),
+        ({"name": "format", "tags": ["plan"]}, "<plan>a</plan>", {}, 1),
+    ],
+)  # fmt: skip
+def test_an_answer_is_worth(entry, text, columns, expected):
+    columns = columns if isinstance(columns, dict) else {"answer": columns}
+    assert worth(entry, text, **columns) == pytest.approx(expected)
+
+
+def test_length_counts_tokens_unless_told_otherwise():
+    assert worth({"name": "length", "target": 10}, "a word", tokens=5) == 0.5
+
+
+def test_every_function_of_the_list_can_score():
+    for name in FUNCTIONS:
+        entry = {"name": name} | {"regex": {"pattern": "a"}, "length": {"target": 1}}.get(name, {})
+        assert 0 <= worth(entry, "a", tokens=1, answer="1") <= 1
+
+
+@pytest.mark.parametrize("pattern", [r"(a+)+$", r"(a|aa)+$", r"(.*)*x", r"(?:[ab]{1,90}[ab]?){9}!"])
+def test_no_pattern_takes_more_than_a_moment(pattern):
+    began = time.process_time()
+    assert worth({"name": "regex", "pattern": pattern}, "a" * 20_000 + "b") == 0
+    assert time.process_time() - began < 5
+
+
+def test_no_text_makes_the_search_for_a_number_slow():
+    began = time.process_time()
+    for text in ("1," * 50_000 + "x", "-" * 100_000, "1e" * 50_000, "." * 100_000):
+        last_number(text)
+    assert time.process_time() - began < 2
+
+
+def test_functions_of_one_name_have_metrics_of_their_own():
+    entries = ["format", "exact_match", {"name": "exact_match", "tag": "answer"}]
+    functions = RewardFields(kind="finetune", reward_funcs=entries).reward_funcs
+    assert names_of(functions) == ["format", "exact_match", "exact_match_2"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "row", "said"),
+    [
+        ("exact_match", {"gold": "a"}, "its columns are: gold"),
+        ("contains", {}, "its columns are: none"),
+        (NUMBER, {"answer": "seven"}, "holds no number"),
+    ],
+)
+def test_a_row_without_what_a_reward_reads_is_named(entry, row, said):
+    with pytest.raises(BadData) as refused:
+        check_columns([asked(entry)], [{"answer": "1"}, row], [1, 2])
+    assert refused.value.line == 2
+    assert said in f"{refused.value.message} {refused.value.hint}"
