@@ -42,6 +42,7 @@ FITS = {
     "base": ("base_model", "model"),
     "base_of": ("adapter",),
     "adapter": ("adapter",),
+    "reward_model": ("adapter", "model", "base_model"),
     "dataset": ("dataset",),
     "tokens": ("tokens",),
 }
@@ -216,13 +217,27 @@ def rejected_file(row: Row[Any], field: str) -> InputError:
 
 def _model(tx: Connection, team_id: UUID, reference: Reference) -> Inputs:
     name = str(reference.value)
-    if reference.what in ("model", "base") and (base := _base_named(tx, name)) is not None:
+    whole = ("model", "base", "reward_model")
+    if reference.what in whole and (base := _base_named(tx, name)) is not None:
         return {reference.field: {"base_model": str(base)}}
     by = ModelRow.id == parse_id("model", name) if is_id("model", name) else ModelRow.name == name
     row = tx.execute(MODEL.where(by, ModelRow.team_id == team_id)).one_or_none()
     if row is None:
         return _on_its_way(tx, team_id, reference, name)
+    if reference.what == "reward_model" and row.kind == "adapter":
+        tuning = select(JobRow.spec).join(ArtifactRow, ArtifactRow.job_id == JobRow.id)
+        tuning = tuning.where(ArtifactRow.id == row.artifact_id)
+        _check_scores(reference.field, tx.execute(tuning).scalar_one())
     return _tuned(reference.field, reference.what, row.kind, row.artifact_id, _over(row))
+
+
+def _check_scores(field: str, spec: Mapping[str, Any]) -> None:
+    """Only what stage rm tuned can say what an answer is worth."""
+    stage = spec.get("stage", "sft")
+    if stage != "rm":
+        message = f"An adapter that stage {stage} tuned scores nothing."
+        hint = "name what a fine-tune of stage rm brought forth"
+        raise InputError(message, code="wrong_output", field=field, hint=hint)
 
 
 _PARENT = aliased(ModelRow)
@@ -264,7 +279,7 @@ def _tuned(field: str, what: str, kind: str, artifact_id: UUID, base: Input) -> 
     """What a tuned model is to a reference. kind: adapter, which needs its base, or model."""
     own = {"artifact": str(artifact_id)}
     if kind == "model":
-        if what in ("model", "base"):
+        if what in ("model", "base", "reward_model"):
             return {field: own}
         message, hint = "This is a whole model, no adapter.", "name what a fine-tune brought forth"
         raise InputError(message, code="not_an_adapter", field=field, hint=hint)
@@ -273,6 +288,8 @@ def _tuned(field: str, what: str, kind: str, artifact_id: UUID, base: Input) -> 
         raise InputError(message, code="not_a_whole_model", field=field, hint=MERGE_FIRST)
     if what == "model":
         return {field: base, "adapter": own}
+    if what == "reward_model":
+        return {field: own, "reward_base": base}
     return {field: base if what == "base_of" else own}
 
 
@@ -287,6 +304,7 @@ ON_ITS_WAY = text("""
     ORDER BY id DESC LIMIT 1
 """)
 MAKERS = {"base": ["download", "merge"], "model": ["download", "merge", "finetune"]}
+MAKERS["reward_model"] = MAKERS["model"]
 """What a reference asks for -> kinds of job that may be making it just now."""
 
 
@@ -355,6 +373,8 @@ def _output_of(tx: Connection, team_id: UUID, reference: Reference, name: str) -
     brings = output_of(job.kind, job.spec)
     output = output or brings
     _check_fits(reference, job.kind, output, brings)
+    if reference.what == "reward_model" and brings == "adapter":
+        _check_scores(reference.field, job.spec)
     if reference.what == "base_of":
         # What an adapter is being tuned over is known before it is there.
         return {reference.field: job.inputs["model"]}

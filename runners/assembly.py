@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tuneyard.runners.adapter import add_adapter, trained_parameters
+from tuneyard.runners.answering import answerable, rollouts_of
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
@@ -32,6 +33,7 @@ from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
 from tuneyard.runners.training import Data, Plan, Trainer
 from tuneyard.specs.evaluating import Strategy
+from tuneyard.specs.rewards import ONLINE
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ def build_trainer(
     """Load the base, add the adapter, go to the checkpoint if there is one."""
     arguments, device = asked.arguments, attempt.device.torch_name
     examples, held_out = tokenised.examples, tokenised.held_out
+    if arguments.stage in ONLINE:
+        examples, held_out = (answerable(each, asked, attempt) for each in (examples, held_out))
     if not held_out:
         examples, held_out = split(examples, arguments.val_size, seed=asked.seed)
     precision = pick_precision(asked, attempt)
@@ -65,6 +69,16 @@ def build_trainer(
         dtype=getattr(torch, precision.weights),
         device=device,
     )
+    rollouts = None
+    if arguments.stage in ONLINE:
+        rollouts = rollouts_of(
+            asked,
+            attempt,
+            chat,
+            reference=reference,
+            dtype=getattr(torch, precision.weights),
+            autocast=precision.autocast,
+        )
     return Trainer(
         running=running,
         data=Data(examples, order, held_out, chat.tokenizer.pad_token_id),
@@ -78,6 +92,7 @@ def build_trainer(
         workdir=attempt.workdir,
         run=run,
         base_id=asked.base_id,
+        draw=rollouts,
     )
 
 
@@ -146,6 +161,8 @@ def schedule_of(arguments: FinetuneArguments, steps: int) -> Schedule:
 def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
     """How many steps, and what happens after which."""
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    if arguments.stage in ONLINE:
+        rows //= arguments.generations
     epoch, steps = steps_of(
         examples,
         rows_per_step=rows,
@@ -157,7 +174,7 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         steps=steps,
         steps_per_epoch=epoch,
         rows_per_batch=arguments.per_device_train_batch_size,
-        batches_per_step=arguments.gradient_accumulation_steps,
+        rows_per_step=rows,
         eval_rows_per_batch=arguments.per_device_eval_batch_size,
         max_grad_norm=arguments.max_grad_norm,
         eval_every=every(arguments.eval_strategy, eval_steps, epoch=epoch, total=steps),

@@ -9,7 +9,15 @@ from typing import Any
 
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.failures import BadData, BadSpec
-from tuneyard.runners.rows import Conversation, Message, Opinion, Preference, StageRow, Text
+from tuneyard.runners.rows import (
+    Conversation,
+    Message,
+    Opinion,
+    Preference,
+    StageRow,
+    Text,
+    Unanswered,
+)
 
 IGNORED = -100
 """The label of a token that is not a target: torch's default for cross entropy."""
@@ -57,7 +65,33 @@ class Labelled:
         return self.example.targets
 
 
-Item = Example | Pair | Labelled
+@dataclass(frozen=True)
+class Question:
+    """What the model itself is to answer, and the row that asks it; no tokens: it was too long."""
+
+    ids: list[int]
+    row: Unanswered
+
+    @property
+    def targets(self) -> int:
+        """Whether there is something to answer."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An answer that the model drew, and how much better it is than others to its question."""
+
+    example: Example
+    advantage: float
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learned."""
+        return self.example.targets
+
+
+Item = Example | Pair | Labelled | Question | Drawn
 """What a row of training data becomes, by stage."""
 
 
@@ -67,7 +101,9 @@ def sequences_of(item: Item) -> tuple[Example, ...]:
         return item.chosen, item.rejected
     if isinstance(item, Labelled):
         return item.example, item.mismatched
-    return (item,)
+    if isinstance(item, Question):
+        return (Example(item.ids, [IGNORED] * len(item.ids)),)
+    return (item.example,) if isinstance(item, Drawn) else (item,)
 
 
 @dataclass(frozen=True)
@@ -171,6 +207,34 @@ def _opinions(rows: Sequence[Opinion], chat: Chat, cutting: Cutting, progress: P
     return Encoded(found)
 
 
+def _questions(
+    rows: Sequence[Unanswered], chat: Chat, cutting: Cutting, progress: Progress
+) -> Encoded:
+    """Stages grpo and rloo: questions as inference asks them, whole or not at all."""
+    found: list[Item] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        texts = [
+            chat.render(
+                chat.with_system(row.messages),
+                generation_prompt=True,
+                tools=row.tools,
+                line=row.line,
+            )
+            for row in part
+        ]
+        for row, ids in zip(part, chat.encode(texts), strict=True):
+            found.append(Question(ids if len(ids) <= cutting.cutoff_len else [], row))
+        progress(start + len(part))
+    return Encoded(found)
+
+
+def encode_answers(rows: Sequence[Conversation], chat: Chat, cutoff_len: int) -> list[Example]:
+    """The last answers of conversations, cut as stage rm cuts them."""
+    pieces = _in_pieces(rows, chat, lambda done: None)
+    return [_cut_answer(each, cutoff_len) for each, _ in pieces]
+
+
 def _cut_answer(pieces: Sequence[Piece], cutoff_len: int) -> Example:
     asked, said = one_turn(pieces)
     kept, room = share(len(asked), len(said), cutoff_len)
@@ -208,6 +272,8 @@ _STAGES: Mapping[str, Callable[[Any, Chat, Cutting, Progress], Encoded]] = {
     "rm": _preferences,
     "dpo": _preferences,
     "kto": _opinions,
+    "grpo": _questions,
+    "rloo": _questions,
 }
 
 

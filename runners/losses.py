@@ -62,11 +62,11 @@ def means(outcomes: Iterable[Outcome]) -> dict[str, torch.Tensor]:
     return {name: total / counts[name] for name, total in totals.items() if counts[name]}
 
 
-def token_losses(model: Any, batch: Batch) -> torch.Tensor:
+def token_losses(model: Any, batch: Batch, *, temperature: float = 1.0) -> torch.Tensor:
     """-log p of each target, [sequences, positions] in fp32; 0 where there is no target."""
     logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.positions).logits
     flat = cross_entropy(
-        logits.float().flatten(0, 1),
+        (logits.float() / temperature).flatten(0, 1),
         batch.targets.flatten(),
         ignore_index=IGNORED,
         reduction="none",

@@ -7,6 +7,7 @@ from typing import Any
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.base_model import load_weights, read_config
 from tuneyard.runners.losses import Objective, RunningMean, TokenLoss
+from tuneyard.runners.online import GrpoLoss, RlooLoss
 from tuneyard.runners.preferences import LabelLoss, PairLoss, Reference, RewardLoss
 from tuneyard.specs.preferences import WITHOUT_REFERENCE
 
@@ -19,6 +20,16 @@ def objective_of(
         return TokenLoss()
     if arguments.stage == "rm":
         return RewardLoss()
+    if arguments.stage == "rloo":
+        return RlooLoss(arguments.drawn_at)
+    if arguments.stage == "grpo":
+        return GrpoLoss(
+            form=arguments.loss_type,
+            beta=arguments.distance_weight,
+            temperature=arguments.drawn_at,
+            longest=arguments.max_completion_length,
+            reference=reference() if arguments.distance_weight else None,
+        )
     if arguments.stage == "kto":
         return LabelLoss(
             beta=arguments.pref_beta,

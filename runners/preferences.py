@@ -21,14 +21,14 @@ class Reference:
     frozen: Any | None = None
 
     @torch.no_grad()
-    def logps(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logps(self, model: Any, batch: Batch, *, temperature: float = 1.0) -> torch.Tensor:
         """log p of each target, [sequences, positions]; without dropout and noise."""
         if self.frozen is not None:
-            return -token_losses(self.frozen, batch)
+            return -token_losses(self.frozen, batch, temperature=temperature)
         training = model.training
         model.eval()
         with model.disable_adapter():
-            found = -token_losses(model, batch)
+            found = -token_losses(model, batch, temperature=temperature)
         model.train(training)
         return found
 

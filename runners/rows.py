@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.row_files import read_rows
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.rows import NEEDS, SPEAKERS, STAGE_OF, TRAINABLE, check_row
+from tuneyard.specs.rows import NEEDS, SPEAKERS, STAGE_OF, TRAINABLE, check_row, columns_of
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -64,7 +64,17 @@ class Text:
     line: int
 
 
-StageRow = Conversation | Preference | Opinion | Text
+@dataclass(frozen=True)
+class Unanswered:
+    """Messages that the assistant has to answer, and what rewards may read beside them."""
+
+    messages: Sequence[Message]
+    columns: Mapping[str, Any]
+    line: int
+    tools: Sequence[Mapping[str, Any]] | None = None
+
+
+StageRow = Conversation | Preference | Opinion | Text | Unanswered
 
 
 def read_conversations(path: Path, *, limit: int | None = None) -> list[Conversation]:
@@ -138,12 +148,24 @@ def _text(row: Row, line: int) -> Text:
     return Text(row["text"], line)
 
 
+def _unanswered(row: Row, line: int) -> Unanswered:
+    """A row's question; an answer that it holds is for the rewards."""
+    messages = _asked(row)
+    if isinstance(row.get("completion"), list):
+        messages += _answer(row["completion"])
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    return Unanswered(messages, columns_of(row), line, _tools(row))
+
+
 _STAGES: Mapping[str, Callable[[Row, int], StageRow]] = {
     "sft": _conversation,
     "pt": _text,
     "rm": _preference,
     "dpo": _preference,
     "kto": _opinion,
+    "grpo": _unanswered,
+    "rloo": _unanswered,
 }
 
 

@@ -11,10 +11,10 @@ import math
 import resource
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -45,7 +45,7 @@ class Plan:
     steps: int
     steps_per_epoch: int
     rows_per_batch: int
-    batches_per_step: int
+    rows_per_step: int
     eval_rows_per_batch: int
     max_grad_norm: float
     eval_every: int | None
@@ -76,6 +76,22 @@ class Data:
     order: Order
     held_out: Sequence[Item]
     pad_id: int
+
+
+class Draw(Protocol):
+    """Makes what is learned of what a step asks; see runners/rollouts.py."""
+
+    def __call__(
+        self,
+        model: Any,
+        items: Sequence[Item],
+        /,
+        *,
+        before: int,
+        purpose: str,
+        give_way: Callable[[], None],
+    ) -> tuple[Sequence[Item], dict[str, float]]:
+        """What is to be learned, and measures of it. before: how many items were asked so far."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,7 @@ class Trainer:
     workdir: Path
     run: Mapping[str, Any]
     base_id: str
+    draw: Draw | None = None
 
     def __post_init__(self) -> None:
         self.parameters = list(trained_parameters(self.running.model).values())
@@ -149,8 +166,8 @@ class Trainer:
         """One optimizer step. Raises: _Interrupted, with nothing changed but gradients."""
         began = time.monotonic()
         size = self.plan.rows_per_batch
-        rows = self.data.order.take(self.at.examples, size * self.plan.batches_per_step)
-        examples = [self.data.examples[i] for i in rows]
+        rows = self.data.order.take(self.at.examples, self.plan.rows_per_step)
+        examples, drawn = self._items([self.data.examples[i] for i in rows])
         units = max(1, sum(map(self.objective.units, examples)))
         parts, tokens = [], 0
         for start in range(0, len(examples), size):
@@ -162,7 +179,22 @@ class Trainer:
         loss, measures = _summary(parts)  # the GPU is waited for here, once a step
         grad_norm = self._update(learning_rate, loss)
         self.at.examples += len(rows)
-        return Step(loss, measures, grad_norm, learning_rate, tokens, time.monotonic() - began)
+        return Step(
+            loss, drawn | measures, grad_norm, learning_rate, tokens, time.monotonic() - began
+        )
+
+    def _items(self, items: Sequence[Item]) -> tuple[Sequence[Item], dict[str, float]]:
+        """What a step learns of its rows."""
+        if self.draw is None:
+            return items, {}
+        return self._drawn(items, before=self.at.examples, purpose="answers")
+
+    def _drawn(
+        self, items: Sequence[Item], *, before: int, purpose: str
+    ) -> tuple[Sequence[Item], dict[str, float]]:
+        assert self.draw is not None  # noqa: S101 - the caller looked
+        model, give_way = self.running.model, self._give_way
+        return self.draw(model, items, before=before, purpose=purpose, give_way=give_way)
 
     def _backward(self, batch: Batch, units: int) -> Outcome:
         """Add a group's share to the gradients; returns its share of the step's loss."""
@@ -250,7 +282,13 @@ class Trainer:
 
     @torch.no_grad()
     def _measure(self) -> tuple[float, dict[str, float]]:
-        """The loss over all units of the held-out rows together, and the measures beside it."""
+        """The loss over all units of the held-out rows together, and the measures beside it.
+
+        Of answers that are drawn, what counts is their reward: the loss is minus that.
+        """
+        if self.draw is not None:
+            _, found = self._drawn(self.data.held_out, before=0, purpose="evaluation")
+            return -found["reward"], found
         model, size = self.running.model, self.plan.eval_rows_per_batch
         rows, units, parts = self.data.held_out, 0, []
         model.eval()

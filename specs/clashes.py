@@ -12,6 +12,7 @@ from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.optimizing import SCHEDULE_OPTIONS
 from tuneyard.specs.preferences import preference_clashes
 from tuneyard.specs.problems import nearest, problem
+from tuneyard.specs.rewards import reward_clashes
 from tuneyard.specs.sources import read_source
 
 
@@ -31,7 +32,7 @@ def clashes_of(spec: Spec) -> list[InputError]:
         found += _template(spec.template)
     if isinstance(spec, FinetuneSpec):
         found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
-        found += preference_clashes(spec, spec.stage)
+        found += [*preference_clashes(spec, spec.stage), *reward_clashes(spec)]
         if spec.max_steps == 0:
             message, hint = "max_steps = 0 trains nothing.", "-1 counts epochs"
             found.append(problem("nothing_to_do", message, "max_steps", hint))

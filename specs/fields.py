@@ -162,13 +162,14 @@ class Reference(BaseModel):
     """A thing that a spec names.
 
     what: a model to ask (an adapter brings its base along), a base that must be whole, the base of
-    the named adapter, an adapter, or a file. fits: the field of an adapter that must have
+    the named adapter, an adapter, a model that scores (an adapter brings its base along, as
+    ``reward_base``), or a file. fits: the field of an adapter that must have
     been tuned over it. data_file: which file of a data set that has several.
     """
 
     model_config = ConfigDict(frozen=True)
     field: str
-    what: Literal["model", "base", "base_of", "adapter", "dataset", "prompts"]
+    what: Literal["model", "base", "base_of", "adapter", "reward_model", "dataset", "prompts"]
     value: str | dict[str, str]
     fits: str | None = None
     data_file: str | None = None
@@ -183,9 +184,10 @@ DATA_FILES = {"dataset": "data_file", "eval_dataset": "eval_data_file"}
 """Field that names a data set -> field that picks one of its files."""
 
 
-WHAT: dict[str, Literal["model", "adapter", "dataset", "prompts"]] = {
+WHAT: dict[str, Literal["model", "adapter", "reward_model", "dataset", "prompts"]] = {
     "model": "model",
     "ref_model": "model",
+    "reward_model": "reward_model",
     "adapter": "adapter",
     "dataset": "dataset",
     "eval_dataset": "dataset",

@@ -9,13 +9,14 @@ from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Spec, Text
 from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.preferences import PreferenceFields
+from tuneyard.specs.rewards import RewardFields
 from tuneyard.specs.tuning import TuningFields
 
 TEMPLATES = ("alpaca", "chatml")
 """Chat templates that come along, for bases that have none."""
 
 
-Stage = Literal["sft", "pt", "rm", "dpo", "kto"]
+Stage = Literal["sft", "pt", "rm", "dpo", "kto", "grpo", "rloo"]
 
 
 class RowsSpec(Spec):
@@ -48,7 +49,9 @@ class RowsSpec(Spec):
     max_samples: Positive | None = Field(None, description="Rows used at most.")
 
 
-class FinetuneSpec(EvaluatingFields, OptimizingFields, PreferenceFields, TuningFields, RowsSpec):
+class FinetuneSpec(
+    EvaluatingFields, OptimizingFields, PreferenceFields, RewardFields, TuningFields, RowsSpec
+):
     """Tune a base model on a data set."""
 
     kind: Literal["finetune"] = "finetune"

@@ -32,6 +32,7 @@ from tuneyard.specs.llamafactory import (
 from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
+from tuneyard.specs.rewards import ONLINE
 from tuneyard.specs.serve import ServeSpec
 from tuneyard.specs.sources import read_source
 from tuneyard.specs.wording import FieldRow, field_rows, leaves
@@ -311,6 +312,9 @@ def _notes_on(spec: Spec) -> list[Note]:
         found.append(Note(field="template", message=message))
     if not isinstance(spec, FinetuneSpec):
         return found
+    if spec.temperature is not None and spec.stage not in ONLINE:
+        message = f"temperature has no effect: stage {spec.stage} draws no answers to learn from"
+        found.append(Note(field="temperature", message=message))
     if spec.output_dir:
         message = "output_dir is a name that a merge may say; `tuneyard fetch` writes folders"
         found.append(Note(field="output_dir", message=message))

@@ -47,6 +47,9 @@ _REASONS = {
     """,
     "nothing is pushed to a hub": "hub_always_push hub_private_repo hub_strategy",
     "a spec holds no secrets, so it was not kept": "hf_hub_token ms_hub_token om_hub_token",
+    "each answer is learned once, so that no ratio is far enough from 1 to be clipped": """
+        epsilon epsilon_high delta
+    """,
     "the way of computing is chosen here": """
         flash_attn fp16_opt_level full_determinism tf32 torch_empty_cache_steps use_cache
         use_kv_cache use_reentrant_gc
@@ -103,6 +106,7 @@ PATHS = frozenset({"resume_from_checkpoint", "tokenized_path", "adapter_folder"}
 
 ALSO_DEFAULT: Mapping[str, tuple[str, ...]] = {
     "optim": ("adamw_torch_fused",),
+    "reward_model_type": ("full",),
     "infer_backend": ("hf",),
 }
 """Values that give the same result as the default."""
@@ -136,16 +140,20 @@ INSTEAD: Mapping[str, str] = {
     "infer_backend": "huggingface",
     "load_best_model_at_end": "leave it out: the best checkpoint is kept beside the last two",
     "lr_scheduler_type": "cosine, or cosine_with_min_lr",
+    "max_prompt_length": "cutoff_len bounds questions, too",
+    "num_iterations": "leave it out: each answer is learned once",
     "optim": "adamw_torch",
     "predict_with_generate": "submit a job of kind inference with the adapter",
     "quantization_bit": "bf16: true halves the memory of fp32",
     "resume_from_checkpoint": "`tuneyard retry JOB` goes on from its newest checkpoint",
     "pref_loss": "stage: kto, whose rows have a label each",
-    "stage": "dpo or kto, which need no reward model while they train",
+    "stage": "grpo or rloo, which learn from the same reward_model or from reward_funcs, or dpo, "
+    "which learns from pairs of answers",
     "streaming": "leave it out; max_samples bounds what is read",
     "tokenized_path": "name the rows as dataset: they are tokenised when the job runs",
     "train_from_scratch": "leave it out: an adapter learns over the base",
     "use_unsloth": "leave it out",
+    "use_vllm": "leave it out: the model that learns draws its answers itself",
 }
 """What to use in the place of something that is not there yet."""
 
@@ -269,6 +277,7 @@ NOT_YET: Mapping[str, Any] = {
     "image_do_pan_and_scan": False,
     "image_max_pixels": 589824,
     "image_min_pixels": 1024,
+    "importance_sampling_level": "token",
     "infer_backend": "huggingface",
     "infer_dtype": "auto",
     "init_special_tokens": "noise_init",
@@ -295,6 +304,7 @@ NOT_YET: Mapping[str, Any] = {
     "mix_strategy": "concat",
     "mixed_precision": "bf16_mixed",
     "mixture_of_depths": None,
+    "max_prompt_length": None,
     "model_revision": "main",
     "module_dropout": 0.0,
     "moe_aux_loss_coef": None,
@@ -302,7 +312,9 @@ NOT_YET: Mapping[str, Any] = {
     "moe_token_dispatcher_type": None,
     "neat_packing": False,
     "new_special_tokens_config": None,
+    "multi_objective_aggregation": "sum_then_normalize",
     "num_beams": 1,
+    "num_iterations": 1,
     "oft_block_size": 32,
     "oft_rank": 0,
     "oft_target": "all",
@@ -345,7 +357,6 @@ NOT_YET: Mapping[str, Any] = {
     "resize_vocab": False,
     "restore_callback_states_from_checkpoint": False,
     "resume_from_checkpoint": None,
-    "reward_model": None,
     "reward_model_adapters": None,
     "reward_model_quantization_bit": None,
     "reward_model_type": "lora",
@@ -404,6 +415,7 @@ NOT_YET: Mapping[str, Any] = {
     "use_unsloth": False,
     "use_unsloth_gc": False,
     "use_v1_kernels": False,
+    "use_vllm": False,
     "video_fps": 2.0,
     "video_max_pixels": 65536,
     "video_maxlen": 128,

@@ -12,6 +12,9 @@ from tuneyard.specs.problems import problem
 WITHOUT_REFERENCE = frozenset({"orpo", "simpo"})
 """Losses of stage dpo that compare with no other model."""
 
+COMPARING = ("dpo", "kto", "grpo", "rloo")
+"""Stages that may compare with another model."""
+
 Weight = Annotated[float, Field(ge=0, le=1000)]
 
 
@@ -38,7 +41,7 @@ class PreferenceFields(Spec):
     kto_chosen_weight: Weight = Field(1.0, description="Stage kto: weight of wanted answers.")
     kto_rejected_weight: Weight = Field(1.0, description="Stage kto: weight of the others.")
     ref_model: ModelRef | None = Field(
-        None, description="Stages dpo and kto: the model to compare with; unset: the base."
+        None, description="Stages dpo, kto, grpo, rloo: the model to compare with; unset: the base."
     )
 
 
@@ -52,7 +55,7 @@ def preference_clashes(spec: PreferenceFields, stage: str) -> Iterator[InputErro
     if spec.pref_bco_weight and alone:
         message = f"pref_bco_weight compares with a reference, and {spec.pref_loss} has none."
         yield problem("conflicting_fields", message, "pref_bco_weight", "pref_loss: sigmoid")
-    if spec.ref_model is not None and (alone or stage not in ("dpo", "kto")):
+    if spec.ref_model is not None and (alone or stage not in COMPARING):
         what = f"pref_loss {spec.pref_loss}" if alone else f"stage {stage}"
         message = f"{what} compares with no reference."
         yield problem("conflicting_fields", message, "ref_model", "leave it out")

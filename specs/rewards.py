@@ -237,13 +237,18 @@ class RewardFields(Spec):
         return (0.05 if self._is_rloo else 0.0) if self.beta is None else self.beta
 
     @property
+    def drawn_at(self) -> float:
+        """The temperature of the answers."""
+        return 1.0 if self.temperature is None else self.temperature
+
+    @property
     def _is_rloo(self) -> bool:
         return getattr(self, "stage", None) == "rloo"
 
 
 _OF_GRPO = ("loss_type", "scale_rewards")
 _OF_RLOO = ("normalize_advantages",)
-_OF_OTHERS = ("train_on_prompt", "mask_history", "neftune_noise_alpha")
+_OF_OTHERS = ("neftune_noise_alpha",)
 """Fields that make no sense where the model's own answers are learned."""
 
 
@@ -261,7 +266,11 @@ def reward_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
     yield from _groups(spec)
     for name in (*(_OF_GRPO if spec.stage == "rloo" else _OF_RLOO), *_OF_OTHERS):
         if _differs(spec, name):
-            yield _clash(f"{name} means nothing in stage {spec.stage}.", name, "leave it out")
+            message = f"{name} has no meaning in stage {spec.stage}."
+            yield _clash(message, name, "leave it out")
+    if spec.ref_model is not None and not spec.distance_weight:
+        message = "beta = 0 compares with no reference."
+        yield _clash(message, "ref_model", "set beta, such as 0.04, or leave ref_model out")
     if spec.temperature == 0:
         message = "temperature = 0 draws the same answer every time: there is nothing to compare."
         yield problem("out_of_range", message, "temperature", "1, or a little less")

@@ -101,12 +101,13 @@ def test_what_the_field_uses_is_accepted(
         (f"[{ROW}".encode(), "bad_line", 1),
         (f"[{ROW}] x".encode(), "bad_line", 1),
         (b'{"promt": "a", "output": "b"}', "missing_column", 1),
-        (b'{"instruction": "a"}', "missing_column", 1),
+        (b'{"instruction": "a", "ouput": "b"}', "missing_column", 1),
+        (b'{"instruction": " "}', "empty_prompt", 1),
         (b'{"instruction": null, "output": "b"}', "wrong_type", 1),
         (b'{"instruction": "a", "output": 3}', "wrong_type", 1),
         (b'{"instruction": "a", "output": " "}', "no_trainable_tokens", 1),
         (b'{"text": 3}', "wrong_type", 1),
-        (b'{"prompt": "a"}', "missing_column", 1),
+        (b'{"prompt": "a", "completions": "b"}', "missing_column", 1),
         (b'{"prompt": "a", "chosen": "b"}', "missing_column", 1),
         (b'{"prompt": "a", "chosen": "b", "rejected": 1}', "wrong_type", 1),
         (b'{"instruction": "a", "output": "b", "history": "x"}', "wrong_type", 1),
@@ -118,6 +119,8 @@ def test_what_the_field_uses_is_accepted(
         (b'{"messages": [{"role": "user", "content": null}]}', "wrong_type", 1),
         (b'{"messages": [{"role": "assistant", "content": "a"}]}', "bad_turns", 1),
         (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},'
+         b' {"role": "system", "content": "c"}]}', "bad_turns", 1),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"},'
          b' {"role": "user", "content": "c"}]}', "bad_turns", 1),
         (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b",'
          b' "weight": 2}]}', "out_of_range", 1),
@@ -125,7 +128,7 @@ def test_what_the_field_uses_is_accepted(
          b' "tools": "{"}', "wrong_type", 1),
         (b'{"conversations": [{"from": "bot", "value": "a"}]}', "unknown_role", 1),
         (b'{"messages": [{"role": "bot", "content": "a"}]}', "unknown_role", 1),
-        (b'{"messages": [{"role": "user", "content": "a"}]}', "no_trainable_tokens", 1),
+        (b'{"messages": [{"role": "system", "content": "a"}]}', "no_trainable_tokens", 1),
         (b'{"conversations": [{"value": "a"}]}', "missing_column", 1),
         (b"{}\n[1]", "missing_column", 1),
     ],

@@ -155,7 +155,7 @@ def test_all_mistakes_are_named_at_once_with_the_nearest_real_name() -> None:
     code, hint = found["stage"]
     assert code == "not_supported_yet"
     assert hint is not None
-    assert hint.startswith("use dpo or kto")
+    assert hint.startswith("use grpo or rloo")
 
 
 @pytest.mark.parametrize("name", ["state", "team_id", "token", "node", "id", "created_at"])
@@ -613,6 +613,8 @@ def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_surviv
     survived = """
         dpo_label_smoothing kto_chosen_weight kto_rejected_weight ld_alpha pref_bco_weight
         pref_beta pref_ftx pref_loss ref_model simpo_gamma
+        beta loss_type mask_truncated_completions max_completion_length normalize_advantages
+        num_generations reward_funcs reward_model reward_weights scale_rewards temperature
         adam_beta1 adam_beta2 adam_epsilon bf16 disable_gradient_checkpointing disable_shuffling
         eval_data_file eval_dataset eval_steps eval_strategy fp16 gradient_accumulation_steps
         gradient_checkpointing learning_rate logging_steps lora_dropout lr_scheduler_kwargs
