@@ -63,6 +63,7 @@ def load_class(config: Mapping[str, Any], *, scoring: bool = False) -> Any:
     transformers.utils.logging.disable_progress_bar()
     name = class_name(config, scoring=scoring)
     if scoring:
+        transformers.utils.logging.set_verbosity_error()  # of a head that is not there yet
         name = name.replace("ForCausalLM", "ForSequenceClassification")
     found = getattr(transformers, name, None)
     if found is None:
