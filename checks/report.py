@@ -38,8 +38,8 @@ def report_on(path: Path, *, purpose: str, plain: bool = False) -> dict[str, Any
     """Check a whole file; the report says ``ok`` or lists the first problems by line.
 
     plain: its name allows plain text, each line of which is a row of text.
-        kinds: form of rows -> {"rows": how many, "line": where the first is}; columns: what rewards may
-        read -> how many rows have it.
+    kinds: form of rows -> {"rows": how many, "line": where the first is}; columns: what rewards may
+    read -> how many rows have it.
     """
     checking = _Checking(purpose)
     try:

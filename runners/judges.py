@@ -107,7 +107,7 @@ def load_scorer(
 ) -> Scorer:
     """Read a reward model: an adapter over ``base``, or a whole model. Raises: BadSpec, InputGone.
 
-    The generators of random numbers stay as they were: a fresh head is drawn, and replaced.
+    The generators of random numbers stay as they were: what is read was drawn first.
     """
     try:
         model, weights, config = _load(folder, base, dtype=dtype, device=device)
@@ -128,36 +128,35 @@ def _load(
     folder: Path, base: Path | None, *, dtype: torch.dtype, device: str
 ) -> tuple[Any, Path, Mapping[str, Any]]:
     """The model, and the folder and configuration of its weights."""
-    adapter = read_adapter_config(folder) if (folder / CONFIG_FILE).exists() else None
-    weights = folder if adapter is None else base
+    head = folder / VALUE_HEAD
+    scoring = not head.exists()
+    adapted = (folder / CONFIG_FILE).exists()
+    if adapted:
+        read_adapter_config(folder, scoring=scoring)
+    weights = base if adapted else folder
     if weights is None:
         raise BadSpec("The reward model is an adapter, and its base is not among the inputs.")
     config = read_config(weights, scoring=True)
-    head = folder / VALUE_HEAD
-    scoring = not head.exists()
-    if scoring and not _has_head(adapter, config):
-        raise BadSpec(
-            "The reward model has no head that scores.",
-            hint="name what a fine-tune of stage rm brought forth",
-        )
+    if scoring and not adapted:
+        _check_head(config)
     with torch.random.fork_rng(devices=["cuda"] if device == "cuda" else []):
         model = load_weights(weights, config, dtype=dtype, device=device, scoring=scoring)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+        if adapted:
+            model = PeftModel.from_pretrained(model, str(folder), local_files_only=True)
     if not scoring:
-        whole = model if adapter is None else model.get_base_model()
+        whole = model.get_base_model() if adapted else model
         whole.score = _value_head(head).to(device)
     return model, weights, config
 
 
-def _has_head(adapter: Mapping[str, Any] | None, config: Mapping[str, Any]) -> bool:
-    """An adapter brings its own; a whole model is one of a single label."""
-    if adapter is not None:
-        return adapter.get("task_type") == "SEQ_CLS"
-    labels = config.get("id2label") or {}
-    return class_name(config, scoring=True).endswith("ForSequenceClassification") and (
-        len(labels) == 1
-    )
+def _check_head(config: Mapping[str, Any]) -> None:
+    """A whole model that scores has a class of its own, and one label."""
+    name = class_name(config, scoring=True)
+    if not name.endswith("ForSequenceClassification") or len(config.get("id2label") or {}) != 1:
+        raise BadSpec(
+            "The reward model has no head that gives one score.",
+            hint="name what a fine-tune of stage rm brought forth",
+        )
 
 
 def _value_head(path: Path) -> torch.nn.Linear:
