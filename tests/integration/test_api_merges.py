@@ -1,5 +1,6 @@
 """Merges at submission: what an adapter, a base and a merged model are to each kind of job."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
@@ -32,7 +33,7 @@ class Bench:
         self.base = api.a_base("tiny")
         self.file = self.a_file()
 
-    def a_file(self) -> str:
+    def a_file(self, form: str = "alpaca") -> str:
         """A data set whose check is over."""
         file, team = new_id(), self.http.get("/me").json()["team"]
         self.api.db.run(
@@ -41,7 +42,7 @@ class Bench:
             id=file,
             team=self.api.team_id(team),
             sha256=file.hex * 2,
-            report='{"rows": 9, "rows_kind": "alpaca", "kinds": {"alpaca": {"line": 1}}}',
+            report=json.dumps({"rows": 9, "rows_kind": form, "kinds": {form: {"line": 1}}}),
         )
         return show_id("file", file)
 
@@ -62,7 +63,7 @@ class Bench:
     def tune(self, name: str = "tuny", *, model: Any = "tiny", **more: Any) -> str:
         """A submitted fine-tune."""
         asked = {"kind": "finetune", "name": name, "model": model, "dataset": self.file}
-        job = self.submit(**asked, **more)
+        job = self.submit(**asked | more)
         tokens = job["inputs"]["tokens"]
         waits = tokens.startswith("job_")
         if waits and self.http.get(f"/jobs/{tokens}").json()["state"] == "queued":
@@ -314,3 +315,45 @@ def test_a_retry_whose_patch_fits_no_checkpoint_begins_anew_and_says_so(bench: B
         else:
             sentence = f"no checkpoint of the origin fits another {changed}: it begins anew"
             assert (again["spec"]["from_scratch"], said) == (True, [sentence])
+
+
+def learned_from(bench: Bench, reward_model: Any) -> dict[str, Any]:
+    """A fine-tune of stage grpo that a reward model is to judge."""
+    asked = {"kind": "finetune", "stage": "grpo", "model": "tiny", "dataset": bench.file}
+    return asked | {"reward_model": reward_model}
+
+
+def test_a_reward_model_brings_its_base_along_however_it_is_named(bench: Bench) -> None:
+    job, adapter = bench.tuned("judge", stage="rm", dataset=bench.a_file("preference"))
+    for named in (job, {"from": job}, {"from": f"{job}.adapter"}, "judge"):
+        found = bench.submit(**learned_from(bench, named))["inputs"]
+        assert (found["reward_model"], found["reward_base"]) == (adapter, base_id(bench))
+        assert found["model"] == base_id(bench)
+    _, whole = bench.merged(bench.tuned("tuny")[0])
+    found = bench.submit(**learned_from(bench, "whole"))["inputs"]
+    assert found["reward_model"] == whole
+    assert "reward_base" not in found
+
+
+def test_a_fine_tune_waits_for_the_reward_model_that_judges_it(bench: Bench) -> None:
+    job = bench.tune("judge", stage="rm", dataset=bench.a_file("preference"))
+    learning = bench.submit(**learned_from(bench, {"from": job}))
+    assert f"{job} (adapter)" in learning["wait_reason"]
+    adapter = bench.finish(job, ADAPTER)
+    bench.finish(bench.http.get(f"/jobs/{learning['id']}").json()["inputs"]["tokens"], "tokens")
+    found = bench.http.get(f"/jobs/{learning['id']}").json()
+    assert found["state"] == "queued"
+    assert (found["inputs"]["reward_model"], found["inputs"]["reward_base"]) == (
+        adapter,
+        base_id(bench),
+    )
+
+
+def test_what_scores_nothing_is_refused_as_a_reward_model(bench: Bench) -> None:
+    job, _ = bench.tuned("tuny")
+    for named in (job, {"from": job}, "tuny"):
+        error = bench.refused(**learned_from(bench, named))
+        assert (error["field"], error["code"]) == ("reward_model", "wrong_output")
+        assert "stage rm" in error["hint"]
+    error = bench.refused(**learned_from(bench, "nobody"))
+    assert error["field"] == "reward_model"

@@ -439,6 +439,48 @@ def test_what_data_and_model_rule_out_is_refused_at_submission(
     assert [p.code for p in check_finetune(finetune(changes), report_, facts)] == [code]
 
 
+GRPO = {
+    "stage": "grpo",
+    "reward_funcs": ["format", "exact_match"],
+    "max_completion_length": 64,
+}
+SFT = {"stage": "sft", "reward_funcs": None, "max_completion_length": None}
+ASKED = {"kinds": {"question": {"rows": 10, "line": 1}}, "rows_kind": "question", "rows": 10}
+
+
+@pytest.mark.parametrize(
+    ("changes", "columns", "said"),
+    [
+        ({}, {"gold": 10}, "reads the column 'answer', which no row has"),
+        ({}, {"answer": 9, "gold": 10}, "reads the column 'answer', which 9 of 10 rows have"),
+        ({"reward_funcs": ["contains"]}, {}, "which no row has"),
+        ({"max_completion_length": 128}, {"answer": 10}, "leaves no room for questions"),
+        (SFT, {}, "holds a question row, and stage sft needs"),
+    ],
+)
+def test_questions_that_no_reward_can_judge_are_refused(
+    changes: dict[str, Any], columns: dict[str, int], said: str
+) -> None:
+    (found,) = check_finetune(finetune(GRPO | changes), ASKED | {"columns": columns}, FACTS)
+    assert said in found.message
+    assert found.hint
+
+
+def test_what_rewards_may_read_is_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "1 + 1?", "answer": "2", "level": 3},
+        {"instruction": "Say hi", "output": "hi"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"conversations": [{"from": "human", "value": "a"}], "gold": "b", "tags": ["x"]},
+    ]
+    found = report(tmp_path, "\n".join(map(json.dumps, rows)))
+    assert found["ok"], found
+    assert found["columns"] == {"answer": 3, "level": 1, "output": 1, "gold": 1}
+    assert found["kinds"]["question"] == {"rows": 2, "line": 1}
+    fits = ASKED | {"kinds": found["kinds"], "rows": 4, "columns": {"answer": 4}}
+    assert check_finetune(finetune(GRPO), fits, FACTS) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "facts"),
     [

@@ -6,6 +6,8 @@ import pytest
 
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.rewards import Answered, check_columns, last_number, names_of, score_of
+from tuneyard.specs.errors import SpecRejected
+from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.rewards import FUNCTIONS, RewardFields
 
 
@@ -120,3 +122,83 @@ def test_a_row_without_what_a_reward_reads_is_named(entry, row, said):
         check_columns([asked(entry)], [{"answer": "1"}, row], [1, 2])
     assert refused.value.line == 2
     assert said in f"{refused.value.message} {refused.value.hint}"
+
+
+GRPO = {"kind": "finetune", "model": "m", "dataset": "d", "stage": "grpo"}
+SCORED = GRPO | {"reward_funcs": ["exact_match"]}
+REGEX = {"name": "regex", "pattern": "a"}
+
+
+@pytest.mark.parametrize(
+    ("document", "field", "said"),
+    [
+        (GRPO, "reward_funcs", "Nothing says what an answer is worth"),
+        (SCORED | {"reward_model": "rm"}, "reward_funcs", "exclude each other"),
+        (SCORED | {"reward_weights": [1.0, 2.0]}, "reward_weights", "2 weights for 1 reward"),
+        (GRPO | {"reward_model": "r", "reward_weights": [1.0]}, "reward_weights", "for 0 reward"),
+        (SCORED | {"reward_weights": [0.0]}, "reward_weights", "All weights are 0"),
+        (SCORED | {"num_generations": 3}, "num_generations", "does not divide the 8 answers"),
+        (SCORED | {"per_device_train_batch_size": 4}, "num_generations", "does not divide the 4"),
+        (SCORED | {"num_generations": 1}, "num_generations", "no other answer"),
+        (SCORED | {"temperature": 0.0}, "temperature", "the same answer every time"),
+        (SCORED | {"neftune_noise_alpha": 5.0}, "neftune_noise_alpha", "no meaning in stage grpo"),
+        (SCORED | {"normalize_advantages": True}, "normalize_advantages", "no meaning in stage gr"),
+        (SCORED | {"train_on_prompt": True}, "train_on_prompt", "no meaning in stage grpo"),
+        (SCORED | {"ref_model": "m"}, "ref_model", "beta = 0 compares with no reference"),
+        (SCORED | {"stage": "rloo", "loss_type": "grpo"}, "loss_type", "no meaning in stage rloo"),
+        (SCORED | {"loss_type": "bnpo"}, "loss_type", "is no choice"),
+        (SCORED | {"stage": "sft"}, "reward_funcs", "is of stages grpo and rloo, and this is sft"),
+        (SCORED | {"stage": "dpo"}, "reward_funcs", "is of stages grpo and rloo, and this is dpo"),
+        (SCORED | {"num_iterations": 2}, "num_iterations", "not supported yet"),
+        (SCORED | {"use_vllm": True}, "use_vllm", "not supported yet"),
+        (GRPO | {"reward_funcs": ["exact_mach"]}, "reward_funcs[0]", "is no reward function"),
+        (GRPO | {"reward_funcs": ["regex"]}, "reward_funcs[0].pattern", "is missing"),
+        (
+            GRPO | {"reward_funcs": [REGEX | {"pattern": r"(?<=a)b"}]},
+            "reward_funcs[0].pattern",
+            "look-around",
+        ),
+        (
+            GRPO | {"reward_funcs": [REGEX | {"column": "x"}]},
+            "reward_funcs[0].column",
+            "There is no field",
+        ),
+        (
+            GRPO | {"reward_funcs": [{"name": "exact_match", "tag": "a b"}]},
+            "reward_funcs[0].tag",
+            "no name of a tag",
+        ),
+    ],
+)
+def test_a_mistake_is_refused_with_its_field_and_mend(document, field, said):
+    with pytest.raises(SpecRejected) as refused:
+        read_spec(document)
+    (found,) = refused.value.problems
+    assert (found.field, said in found.message) == (field, True), found.message
+    assert found.hint or said == "There is no field"
+
+
+def test_ppo_is_refused_in_a_sentence_that_names_what_to_use():
+    with pytest.raises(SpecRejected) as refused:
+        read_spec(SCORED | {"stage": "ppo"})
+    found = refused.value.problems[0]
+    assert found.field == "stage"
+    assert {"grpo", "rloo", "dpo"} <= set(found.hint.replace(",", "").split())
+
+
+@pytest.mark.parametrize(
+    ("stage", "batch", "defaults"), [("grpo", 8, (8, 0.0)), ("rloo", 2, (2, 0.05))]
+)
+def test_defaults_are_trls_for_each_stage(stage, batch, defaults):
+    spec, notes = read_spec(SCORED | {"stage": stage, "per_device_train_batch_size": batch})
+    assert (spec.generations, spec.distance_weight) == defaults
+    assert (spec.max_completion_length, spec.drawn_at, spec.loss_type) == (512, 1.0, "dapo")
+    assert notes == []
+
+
+def test_what_has_no_effect_is_noted():
+    _, notes = read_spec(SCORED | {"epsilon": 0.2})
+    assert [note.field for note in notes] == ["epsilon"]
+    sft = {"kind": "finetune", "model": "m", "dataset": "d", "temperature": 0.95}
+    _, notes = read_spec(sft)
+    assert [note.field for note in notes] == ["temperature"]
