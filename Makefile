@@ -11,9 +11,10 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test unit integration hubs e2e docs demo clean
-.PHONY: test-methods test-browser wheel-check test-merge-memory test-transformers4
+.PHONY: test-methods test-browser wheel-check test-merge-memory test-transformers4 test-trl
 
 TRANSFORMERS4 := .venv-transformers4
+TRL := .venv-trl
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z/-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -77,6 +78,18 @@ $(TRANSFORMERS4)/.installed:
 	    > $$($(TRANSFORMERS4)/bin/python -c "import site; print(site.getsitepackages()[0])")/torch.pth
 	@touch $@
 
+test-trl: setup $(TRL)/.installed ## grpo and rloo step by step against TRL's own trainers
+	OMP_NUM_THREADS=1 TRL_PYTHON=$(TRL)/bin/python $(BIN)/pytest tests/trl
+
+$(TRL)/.installed:
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/pip install --disable-pip-version-check --quiet --no-deps "trl==1.16.0" "datasets==5.2.0" \
+	    "pandas==3.1.1" "pyarrow==26.0.1" "dill==0.4.1" "multiprocess==0.70.19" "xxhash==4.1.0"
+	@# torch, transformers and the rest are those of $(VENV): what stands in an environment itself goes first.
+	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" \
+	    > $$($(TRL)/bin/python -c "import site; print(site.getsitepackages()[0])")/torch.pth
+	@touch $@
+
 wheel-check: setup ## install the wheel as the images do, compare it with git, run the servers' test on it
 	$(BIN)/pytest tests/wheel
 
@@ -87,4 +100,4 @@ demo: setup ## install, start everything, download, tune, merge and ask a small 
 	$(BIN)/python examples/demo.py
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(TRANSFORMERS4) .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRANSFORMERS4) $(TRL) .demo .pytest_cache .mypy_cache .ruff_cache
