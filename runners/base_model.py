@@ -67,9 +67,21 @@ def load_class(config: Mapping[str, Any]) -> Any:
     return found
 
 
-def load_weights(folder: Path, config: Mapping[str, Any], *, dtype: Any, device: str) -> Any:
-    """The base in ``dtype``, in evaluation mode, from its safetensors alone."""
-    placed = {"device_map": {"": device}} if device != "cpu" else {}
+def load_weights(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    dtype: Any,
+    device: str,
+    quantisation: Any = None,
+) -> Any:
+    """The base in ``dtype``, in evaluation mode, from its safetensors alone.
+
+    quantisation: how transformers is to quantise it while it is loaded.
+    """
+    placed: dict[str, Any] = {"device_map": {"": device}} if device != "cpu" else {}
+    if quantisation is not None:
+        placed = {"device_map": {"": device}, "quantization_config": quantisation}
     return load_class(config).from_pretrained(
         folder,
         dtype=dtype,

@@ -12,6 +12,7 @@ from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.optimizing import SCHEDULE_OPTIONS
 from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.sources import read_source
+from tuneyard.specs.tuning import tuning_clashes
 
 
 def clashes_of(spec: Spec) -> list[InputError]:
@@ -29,7 +30,7 @@ def clashes_of(spec: Spec) -> list[InputError]:
     if isinstance(spec, RowsSpec | InferenceSpec):
         found += _template(spec.template)
     if isinstance(spec, FinetuneSpec):
-        found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
+        found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec), *tuning_clashes(spec)]
         if spec.max_steps == 0:
             message, hint = "max_steps = 0 trains nothing.", "-1 counts epochs"
             found.append(problem("nothing_to_do", message, "max_steps", hint))
