@@ -107,6 +107,11 @@ def load_model(asked: Asked, precision: Precision, device: str, *, steps: int) -
     base = load_weights(
         asked.model, asked.config, dtype=dtype, device=device, quantisation=quantisation
     )
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks its weights in the first evaluation, for sums in bf16 that no
+            # gradient passes: what follows would learn another base, or nothing.
+            module.support_avx512bf16_for_cpu = False
     if arguments.gradient_checkpointing and not arguments.disable_gradient_checkpointing:
         # Not reentrant: it needs no gradient at the input, so layers below the first adapter
         # still take no part in the backward pass.

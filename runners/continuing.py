@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from tuneyard.runners.adapter import add_adapter, widen
 from tuneyard.runners.arguments import FinetuneArguments
-from tuneyard.runners.failures import BadData
-from tuneyard.runners.learned import shapes
+from tuneyard.runners.learned import load_adapter
 from tuneyard.runners.origin import WEIGHTS_FILE, read_adapter_config
 from tuneyard.runners.precision import Precision
 from tuneyard.runners.summing import Summand, check_summable
@@ -48,19 +46,3 @@ def _read(adapter: Path) -> Summand:
     config, tensors = read_adapter_config(adapter), load_file(adapter / WEIGHTS_FILE)
     check_summable(config, tensors)
     return Summand(1.0, config, tensors)
-
-
-def load_adapter(base: Any, adapter: Path, *, learns: bool = False) -> Any:
-    """An adapter's folder over a base, every tensor in its place. Raises: BadData."""
-    try:
-        model = PeftModel.from_pretrained(
-            base, str(adapter), is_trainable=learns, local_files_only=True
-        )
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        message = f"peft cannot put this adapter onto the base: {error}"
-        raise BadData(message[:1000], field="adapter") from None
-    found = shapes(load_file(adapter / WEIGHTS_FILE))
-    if found != shapes(get_peft_model_state_dict(model, save_embedding_layers=False)):
-        message = "The adapter's tensors are not those that its configuration speaks of."
-        raise BadData(message, field="adapter")
-    return model

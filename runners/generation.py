@@ -98,8 +98,7 @@ class Speaker:
         room = self._room(max(map(len, prompts)))
         ids, mask = self._padded(prompts)
         torch.manual_seed(stream_seed(self.settings.seed, "sampling", batch))
-        # Given as the whole configuration: generate() would mix in the model's own otherwise.
-        self.model.generation_config = self._configuration(room)
+        self._configure(room)
         with torch.inference_mode():
             out = self.model.generate(
                 input_ids=ids,
@@ -132,6 +131,13 @@ class Speaker:
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
         device = self.model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _configure(self, room: int) -> None:
+        """Given as the whole configuration: generate() would mix in the model's own otherwise."""
+        configuration = self._configuration(room)
+        self.model.generation_config = configuration
+        if hasattr(self.model, "get_base_model"):  # peft hands it on to the wrong module
+            self.model.get_base_model().generation_config = configuration
 
     def _configuration(self, room: int) -> GenerationConfig:
         settings = self.settings

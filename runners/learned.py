@@ -6,19 +6,20 @@ of their own beside it: peft cuts adalora's ranks and keeps only what p-tuning's
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tuneyard.runners.adapter import trained_parameters
 from tuneyard.runners.allocation import allocation_of
 from tuneyard.runners.beginnings import summands_of
-from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.failures import BadData, BadSpec
 from tuneyard.runners.origin import CONFIG_FILE, WEIGHTS_FILE
 from tuneyard.runners.summing import Summand, adapter_state, summed
 
@@ -100,6 +101,27 @@ def restore_adapter(model: Any, folder: Path) -> None:
     if shapes(tensors) != shapes(wanted):
         raise _unfit()
     set_peft_model_state_dict(model, tensors)
+
+
+def load_adapter(base: Any, adapter: Path, *, learns: bool = False) -> Any:
+    """An adapter's folder over a base, every tensor in its place. Raises: BadData."""
+    try:
+        with warnings.catch_warnings():
+            # adalora's rank_pattern names tensors, where peft looks for modules.
+            warnings.filterwarnings(
+                "ignore", message=".*rank_pattern keys", category=RuntimeWarning
+            )
+            model = PeftModel.from_pretrained(
+                base, str(adapter), is_trainable=learns, local_files_only=True
+            )
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        message = f"peft cannot put this adapter onto the base: {error}"
+        raise BadData(message[:1000], field="adapter") from None
+    found = shapes(load_file(adapter / WEIGHTS_FILE))
+    if found != shapes(get_peft_model_state_dict(model, save_embedding_layers=False)):
+        message = "The adapter's tensors are not those that its configuration speaks of."
+        raise BadData(message, field="adapter")
+    return model
 
 
 def _unfit() -> BadSpec:

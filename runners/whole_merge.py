@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from tuneyard.runners.base_model import load_weights
-from tuneyard.runners.continuing import load_adapter
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.learned import load_adapter
 from tuneyard.runners.tensor_files import INDEX_FILE
 
 log = logging.getLogger(__name__)

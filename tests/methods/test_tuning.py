@@ -18,6 +18,7 @@ from support.tunings import (
     TUNINGS,
     WHOLE,
     examples_of,
+    loss_of_a_batch,
     mean_loss,
     plain_base,
     plain_result,
@@ -32,7 +33,7 @@ from tuneyard.specs.exits import ExitCode
 pytestmark = [
     # peft asks transformers for a property that transformers renamed: no affair of ours.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*inputs will be cast:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*rank_pattern keys:RuntimeWarning"),
 ]
 
 
@@ -83,7 +84,8 @@ def quantised(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(TUNINGS.keys() - set(PROMPTED)))
 def test_the_first_loss_is_the_bases_own(ran, base, name):
-    own = mean_loss(plain_base(base, **quantised(name)), examples_of(base, rows_of(ran(name)))[:4])
+    model = plain_base(base, **quantised(name)).train()  # bitsandbytes multiplies otherwise then
+    own = mean_loss(model, examples_of(base, rows_of(ran(name)))[:4])
     assert ran(name).metric("loss")[1] == pytest.approx(own, rel=1e-5)
 
 
@@ -104,7 +106,8 @@ def test_what_is_kept_says_what_was_trained(tmp_path, ran, base, name):
     # The four rows that were held out, found by what the base says of all sets of them.
     model = plain_result(again, base, **quantised(name))
     held = held_out(again, base)
-    assert mean_loss(model, held) == pytest.approx(again.metric("eval_loss")[6], rel=2e-5)
+    measure = loss_of_a_batch if name == "qlora-int8" else mean_loss
+    assert measure(model, held) == pytest.approx(again.metric("eval_loss")[6], rel=2e-5)
 
 
 def held_out(run: Ran, base: Path):

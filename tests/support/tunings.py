@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import a_dataset
 from tuneyard.runners.base_model import load_tokenizer
+from tuneyard.runners.batches import collate
 from tuneyard.runners.chat import chat_of
 from tuneyard.runners.examples import IGNORED, Cutting, Example, encode_conversations
 from tuneyard.runners.finetune import finetune
+from tuneyard.runners.losses import token_loss
 from tuneyard.runners.rows import read_conversations
 
 FAST = 0.01  # learning rate at which a tiny model learns within a few steps
@@ -95,6 +97,13 @@ def examples_of(base: Path, dataset: Path) -> list[Example]:
 
 
 @torch.no_grad()
+def loss_of_a_batch(model: Any, examples: list[Example]) -> float:
+    """The same for rows side by side: int8 looks at all of a batch to find what it must not round."""
+    batch = collate(examples, 2)
+    return float(token_loss(model, batch)) / sum(e.targets for e in examples)
+
+
+@torch.no_grad()
 def mean_loss(model: Any, examples: list[Example]) -> float:
     """The recipe as a textbook has it: a row at a time, full logits, one mean over all targets."""
     losses = []
@@ -109,8 +118,12 @@ def mean_loss(model: Any, examples: list[Example]) -> float:
 
 
 def plain_base(base: Path, **loading: Any) -> Any:
-    """The base as plain transformers opens it."""
-    return AutoModelForCausalLM.from_pretrained(base, **loading).eval()
+    """The base as plain transformers opens it; a quantised one multiplies as it does in training."""
+    model = AutoModelForCausalLM.from_pretrained(base, **loading).eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def plain_result(ran: Ran, base: Path, **loading: Any) -> Any:
