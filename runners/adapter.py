@@ -28,7 +28,7 @@ from peft.utils.constants import (
 )
 
 from tuneyard.runners.arguments import FinetuneArguments
-from tuneyard.runners.beginnings import begin_by_singular_values, initialise
+from tuneyard.runners.beginnings import SCORE_HEAD, begin_by_singular_values, initialise
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.precision import Precision
 from tuneyard.runners.seeds import stream_seed
@@ -143,8 +143,8 @@ def _ia3(base: Any, arguments: FinetuneArguments, _seed: int, _steps: int) -> IA
     return IA3Config(
         target_modules=targets,
         feedforward_modules=[name for name in targets if name in known],
-        modules_to_save=words_in(arguments.additional_target) or None,
-        task_type="CAUSAL_LM",
+        modules_to_save=_whole_modules(arguments),
+        task_type="SEQ_CLS" if arguments.stage == "rm" else "CAUSAL_LM",
     )
 
 
@@ -191,9 +191,15 @@ def _places(
     return {
         "target_modules": find_targets(base, target or arguments.lora_target, field=field),
         "layers_to_transform": layers,
-        "modules_to_save": words_in(arguments.additional_target) or None,
-        "task_type": "CAUSAL_LM",
+        "modules_to_save": _whole_modules(arguments),
+        "task_type": "SEQ_CLS" if arguments.stage == "rm" else "CAUSAL_LM",
     }
+
+
+def _whole_modules(arguments: FinetuneArguments) -> list[str] | None:
+    """Modules that learn beside the adapter; of a reward model its head always."""
+    head = [SCORE_HEAD] if arguments.stage == "rm" else []
+    return [*words_in(arguments.additional_target), *head] or None
 
 
 def find_targets(base: Any, asked: str | Sequence[str], *, field: str = "lora_target") -> list[str]:
@@ -201,7 +207,7 @@ def find_targets(base: Any, asked: str | Sequence[str], *, field: str = "lora_ta
 
     Raises: BadSpec for a name that no module has, with the nearest.
     """
-    output = base.get_output_embeddings()
+    output = base.get_output_embeddings() or getattr(base, SCORE_HEAD, None)
     linear = {
         name.rpartition(".")[2]
         for name, module in base.named_modules()

@@ -73,7 +73,7 @@ def origin(asked: Asked, attempt: Attempt, chat: Chat, position: Position) -> di
         "base": {"id": asked.base_id, "digest": digest},
         "dataset": attempt.spec.input_ids.get("dataset"),
         "adapters": [attempt.spec.input_ids.get(n) for n in adapter_names(attempt.spec.inputs)],
-        "template": chat.template,
+        "template": chat.template or None,
         "template_name": chat.name,
         "default_system": chat.default_system,
         "stop_token_ids": stop_ids,

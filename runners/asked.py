@@ -35,7 +35,7 @@ def read_asked(attempt: Attempt) -> Asked:
         raise BadSpec("val_size and eval_dataset exclude each other.", field="val_size")
     if arguments.mask_history and arguments.train_on_prompt:
         raise BadSpec("mask_history and train_on_prompt exclude each other.", field="mask_history")
-    for clash in tuning_clashes(arguments):
+    for clash in tuning_clashes(arguments, arguments.stage):
         raise BadSpec(clash.message, field=clash.field, hint=clash.hint)
     model = attempt.input("model")
     config = read_config(model)

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from tuneyard.runners.checkpoint import (
 )
 from tuneyard.runners.continuing import go_on
 from tuneyard.runners.failures import BadSpec
-from tuneyard.runners.losses import SFT
 from tuneyard.runners.noise import EmbeddingNoise
+from tuneyard.runners.objectives import load_reference, objective_of
 from tuneyard.runners.origin import read_origin
 from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
@@ -66,14 +67,23 @@ def build_trainer(
     torch.manual_seed(stream_seed(asked.seed, "dropout"))
     run = description(asked, tokenised.digest, len(examples), device, job=attempt.spec.job)
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
+    at = resume(attempt, running, run)
+    reference = partial(
+        load_reference,
+        model,
+        attempt.input("ref_model") if "ref_model" in attempt.spec.inputs else None,
+        asked.model,
+        dtype=getattr(torch, precision.weights),
+        device=device,
+    )
     return Trainer(
         running=running,
         data=Data(examples, order, held_out, chat.tokenizer.pad_token_id),
         plan=plan,
-        objective=SFT,
+        objective=objective_of(arguments, reference, at.baseline),
         schedule=schedule_of(arguments, plan.steps),
         noise=noise,
-        at=resume(attempt, running, run),
+        at=at,
         events=attempt.events,
         stops=attempt.stops,
         workdir=attempt.workdir,
@@ -103,9 +113,13 @@ def pick_precision(asked: Asked, attempt: Attempt) -> Precision:
 def load_model(asked: Asked, precision: Precision, device: str, *, steps: int) -> Any:
     """The base with what learns: a fresh adapter, one that goes on, or weights of its own."""
     dtype, arguments = getattr(torch, precision.weights), asked.arguments
-    quantisation = quantisation_of(arguments, dtype)
     base = load_weights(
-        asked.model, asked.config, dtype=dtype, device=device, quantisation=quantisation
+        asked.model,
+        asked.config,
+        dtype=dtype,
+        device=device,
+        scoring=arguments.stage == "rm",
+        quantisation=quantisation_of(arguments, dtype),
     )
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

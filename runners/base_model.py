@@ -51,12 +51,18 @@ def class_name(config: Mapping[str, Any]) -> str:
     )
 
 
-def load_class(config: Mapping[str, Any]) -> Any:
-    """Import that class. Raises: BadSpec when this transformers does not have it."""
+def load_class(config: Mapping[str, Any], *, scoring: bool = False) -> Any:
+    """Import that class; ``scoring``: the one that has a head for scores in its head's place.
+
+    Raises: BadSpec when this transformers does not have it.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     name = class_name(config)
+    if scoring:
+        transformers.utils.logging.set_verbosity_error()  # of a head that is not there yet
+        name = name.replace("ForCausalLM", "ForSequenceClassification")
     found = getattr(transformers, name, None)
     if found is None:
         raise BadSpec(
@@ -73,22 +79,26 @@ def load_weights(
     *,
     dtype: Any,
     device: str,
+    scoring: bool = False,
     quantisation: Any = None,
 ) -> Any:
     """The base in ``dtype``, in evaluation mode, from its safetensors alone.
 
+    scoring: with a fresh head of one score a sequence, as transformers' reward models have it.
     quantisation: how transformers is to quantise it while it is loaded.
     """
-    placed: dict[str, Any] = {"device_map": {"": device}} if device != "cpu" else {}
+    more: dict[str, Any] = {"device_map": {"": device}} if device != "cpu" else {}
     if quantisation is not None:
-        placed = {"device_map": {"": device}, "quantization_config": quantisation}
-    return load_class(config).from_pretrained(
+        more = {"device_map": {"": device}, "quantization_config": quantisation}
+    if scoring:
+        more["num_labels"] = 1
+    return load_class(config, scoring=scoring).from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation="sdpa",
         local_files_only=True,
         use_safetensors=True,
-        **placed,
+        **more,
     )
 
 

@@ -13,6 +13,12 @@ from peft import PeftType
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.summing import Summand, adapter_state
 
+SCORE_HEAD = "score"
+"""What transformers calls the head of a model that scores sequences."""
+
+SCORE_STD = 0.02
+"""Its head's deviation at the start: transformers' usual initializer_range."""
+
 ADALORA_STD = 0.02
 """Source: peft 0.21, tuners/adalora/layer.py, reset_lora_parameters."""
 
@@ -39,6 +45,8 @@ def _drawn(
 ) -> torch.Tensor | None:
     """Values of a tensor that begins at random; None for one that does not."""
     values = torch.empty(parameter.shape, dtype=torch.float32)
+    if f".{SCORE_HEAD}." in name:
+        return torch.nn.init.normal_(values, std=SCORE_STD, generator=stream)
     if kind is PeftType.ADALORA:
         random = ".lora_A." in name or ".lora_B." in name
         return values.normal_(std=ADALORA_STD, generator=stream) if random else None

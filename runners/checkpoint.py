@@ -23,6 +23,7 @@ from tuneyard.runners.adapter import trained_parameters
 from tuneyard.runners.allocation import RankAllocation
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.learned import restore_learned, save_learned
+from tuneyard.runners.losses import RunningMean
 from tuneyard.runners.retention import checkpoint_meta
 from tuneyard.specs.runner import CHECKPOINTS
 from tuneyard.store.folder import manifest_digest, publish_folder, verify_folder
@@ -46,6 +47,7 @@ class Position:
     best_step: int | None = None
     loss_sum: float = 0.0
     skipped_steps: int = 0
+    baseline: RunningMean = field(default_factory=RunningMean)
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -137,6 +139,7 @@ def read_checkpoint(folder: Path, running: Running, *, run: Mapping[str, Any]) -
     _restore_random(load_file(folder / RANDOM_FILE), running.device)
     if scaler := state.pop("scaler"):
         running.scaler.load_state_dict(scaler)
+    state["baseline"] = RunningMean(**state.get("baseline", {}))
     log = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
     return Position(**state, log=[json.loads(line) for line in log])
 

@@ -225,7 +225,7 @@ def idle_fields(spec: TuningFields) -> list[str]:
     return idle
 
 
-def tuning_clashes(spec: TuningFields) -> Iterator[InputError]:
+def tuning_clashes(spec: TuningFields, stage: str) -> Iterator[InputError]:
     """Combinations that cannot work, as LLaMA-Factory and peft refuse them at start."""
     kind = spec.finetuning_type
     for name, types in _ONLY.items():
@@ -234,6 +234,15 @@ def tuning_clashes(spec: TuningFields) -> Iterator[InputError]:
             yield problem("conflicting_fields", message, name, _mend(name, kind, types))
     yield from _quantised(spec)
     yield from _begun(spec)
+    if kind in PROMPTS and stage not in ("sft", "pt"):
+        message = f"{kind} learns answers or texts, and stage {stage} compares."
+        yield problem("conflicting_fields", message, "finetuning_type", "lora")
+    if kind in WHOLE and stage == "rm":
+        message = "A reward model is an adapter with a head over its base."
+        yield problem("conflicting_fields", message, "finetuning_type", "lora")
+    if spec.pissa_init and stage in ("dpo", "kto"):
+        message = "pissa_init takes a part out of the base, which is what answers are compared with"
+        yield problem("conflicting_fields", f"{message}.", "pissa_init", "leave it out")
     if spec.create_new_adapter and spec.adapter is None:
         message, hint = "create_new_adapter lies over nothing.", "leave it out, or name an adapter"
         yield problem("missing_field", message, "adapter", hint)

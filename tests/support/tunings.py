@@ -15,7 +15,7 @@ from tuneyard.runners.batches import collate
 from tuneyard.runners.chat import chat_of
 from tuneyard.runners.examples import IGNORED, Cutting, Example, encode_conversations
 from tuneyard.runners.finetune import finetune
-from tuneyard.runners.losses import token_loss
+from tuneyard.runners.losses import TokenLoss
 from tuneyard.runners.rows import read_conversations
 
 FAST = 0.01  # learning rate at which a tiny model learns within a few steps
@@ -98,9 +98,9 @@ def examples_of(base: Path, dataset: Path) -> list[Example]:
 
 @torch.no_grad()
 def loss_of_a_batch(model: Any, examples: list[Example]) -> float:
-    """The same for rows side by side: int8 looks at all of a batch to find what it must not round."""
+    """The same for rows side by side: int8 looks at all of them for what it must not round."""
     batch = collate(examples, 2)
-    return float(token_loss(model, batch)) / sum(e.targets for e in examples)
+    return float(TokenLoss().loss(model, batch).loss) / sum(e.targets for e in examples)
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def mean_loss(model: Any, examples: list[Example]) -> float:
 
 
 def plain_base(base: Path, **loading: Any) -> Any:
-    """The base as plain transformers opens it; a quantised one multiplies as it does in training."""
+    """The base as plain transformers opens it; 4 bits are multiplied as they are in training."""
     model = AutoModelForCausalLM.from_pretrained(base, **loading).eval()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
