@@ -35,13 +35,17 @@ def read_asked(attempt: Attempt) -> Asked:
         raise BadSpec("val_size and eval_dataset exclude each other.", field="val_size")
     if arguments.mask_history and arguments.train_on_prompt:
         raise BadSpec("mask_history and train_on_prompt exclude each other.", field="mask_history")
+    named = list(adapter_names(attempt.spec.inputs))
+    if named:
+        ids = [attempt.spec.input_ids.get(name) or name for name in named]
+        arguments = arguments.model_copy(update={"adapter": ids})
     for clash in tuning_clashes(arguments, arguments.stage):
         raise BadSpec(clash.message, field=clash.field, hint=clash.hint)
     model = attempt.input("model")
     config = read_config(model)
     seed = attempt.spec.seed if arguments.seed is None else arguments.seed
     base_id = attempt.spec.input_ids.get("model") or model.name
-    adapters = [attempt.input(name) for name in adapter_names(attempt.spec.inputs)]
+    adapters = [attempt.input(name) for name in named]
     for adapter in adapters:
         read_adapter_config(adapter)
     return Asked(arguments, seed, model, config, base_id, adapters)

@@ -13,7 +13,7 @@ from support.tiny_models import a_dataset
 from tuneyard.runners.base_model import load_tokenizer
 from tuneyard.runners.batches import collate
 from tuneyard.runners.chat import chat_of
-from tuneyard.runners.examples import IGNORED, Cutting, Example, encode_conversations
+from tuneyard.runners.examples import IGNORED, Cutting, Example, encode
 from tuneyard.runners.finetune import finetune
 from tuneyard.runners.losses import TokenLoss
 from tuneyard.runners.rows import read_conversations
@@ -93,7 +93,7 @@ def tune_by(
 def examples_of(base: Path, dataset: Path) -> list[Example]:
     """Rows as tokens and labels."""
     chat = chat_of(load_tokenizer(base), template=None, default_system=None)
-    return encode_conversations(read_conversations(dataset), chat, Cutting()).examples
+    return encode(read_conversations(dataset), chat, Cutting()).examples
 
 
 @torch.no_grad()
