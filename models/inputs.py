@@ -388,7 +388,7 @@ def _check_fits(reference: Reference, kind: str, output: str, brings: str) -> No
         f"The {output} of {job} cannot be {_shown_what(reference)}.",
         code="wrong_output",
         field=reference.field,
-        hint=MERGE_FIRST if (reference.what, output) == ("base", "adapter") else forth,
+        hint=GO_ON if (reference.what, output) == ("base", "adapter") else forth,
     )
 
 
@@ -455,7 +455,7 @@ def check_bases(
                 f"The {field} was tuned over {_named(tx, own)}; this is {_named(tx, asked)}.",
                 code="base_mismatch",
                 field=reference.field,
-                hint=_OTHER_BASE if merges else f"model: {_named(tx, own).split()[0]}",
+                hint=_OTHER_BASE if merges else f"model: {_name_of(tx, own)}",
             )
 
 
@@ -519,6 +519,15 @@ def _named(tx: Connection, value: Input) -> str:
         )
     ).one()
     return f"{row.name} {row.revision} ({row.digest[:12]})"
+
+
+def _name_of(tx: Connection, model: Input) -> str:
+    """What a spec may call a model that is there."""
+    if "base_model" in model:
+        by = select(BaseModelRow.name).where(BaseModelRow.id == UUID(model["base_model"]))
+    else:
+        by = select(ModelRow.name).where(ModelRow.artifact_id == UUID(model["artifact"]))
+    return str(tx.execute(by).scalar_one())
 
 
 def show_input(value: Mapping[str, str]) -> str:

@@ -61,7 +61,8 @@ def _drawn(
     if kind is PeftType.PROMPT_TUNING:
         words = model.get_base_model().get_input_embeddings().weight
         rows = torch.randint(len(words), (len(parameter),), generator=stream)
-        return words.detach()[rows.to(words.device)].float().cpu()
+        chosen: torch.Tensor = words.detach()[rows.to(words.device)].float().cpu()
+        return chosen
     if ".embedding." in name:
         return values.normal_(generator=stream)
     return _of_a_linear(name, values, model, stream)

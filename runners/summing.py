@@ -50,7 +50,7 @@ def check_summable(config: Mapping[str, Any], tensors: Tensors) -> None:
     if getattr(kind, "value", kind) == "LORA" and not odd and not other:
         return
     raise BadData(
-        f"It cannot be summed: {odd or (other or [kind])[0]!s:.80}.",
+        f"It cannot be summed: {(odd or next(iter(other), str(kind)))[:80]}.",
         field="adapter",
         hint="merge it first (`tuneyard merge JOB`), and name the merged model as model",
     )

@@ -22,7 +22,7 @@ Folder = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(che
 
 def _mergeable(value: Any) -> Any:
     """What leaves nothing to be merged says what to do instead."""
-    if value in WHOLE:
+    if isinstance(value, str) and value in WHOLE:
         raise refusal(
             "not_mergeable", "leaves a whole model", "ask it, or tune it on, as it is: model: …"
         )

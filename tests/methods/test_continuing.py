@@ -1,4 +1,4 @@
-"""Going on: from an adapter, from several, over a tuned model; and with what answers are compared."""
+"""Going on: from one adapter, from several, over a tuned model; what answers are compared with."""
 
 import json
 from pathlib import Path
