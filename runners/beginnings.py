@@ -32,6 +32,8 @@ def initialise(model: Any, seed: int) -> None:
     Source of the distributions: peft 0.21, tuners/*/layer.py.
     """
     kind = model.peft_config["default"].peft_type
+    if kind is PeftType.VERA:
+        _project(model, seed)
     for name, parameter in model.named_parameters():
         stream = torch.Generator().manual_seed(stream_seed(seed, "adapter", name))
         values = _drawn(kind, name, parameter, model, stream)
@@ -50,6 +52,8 @@ def _drawn(
     if kind is PeftType.ADALORA:
         random = ".lora_A." in name or ".lora_B." in name
         return values.normal_(std=ADALORA_STD, generator=stream) if random else None
+    if ".vera_lambda_d." in name:
+        return values.fill_(model.peft_config["default"].d_initial)
     if ".lora_A." in name:
         return torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=stream)
     if ".lora_embedding_B." in name:
@@ -66,6 +70,17 @@ def _drawn(
     if ".embedding." in name:
         return values.normal_(generator=stream)
     return _of_a_linear(name, values, model, stream)
+
+
+def _project(model: Any, seed: int) -> None:
+    """vera's two frozen projections, which all layers share."""
+    for name, buffer in model.named_buffers():
+        which = next((each for each in ("vera_A", "vera_B") if f".{each}." in name), None)
+        if which is not None:
+            stream = torch.Generator().manual_seed(stream_seed(seed, "adapter", which))
+            bound = math.sqrt(6 / buffer.shape[1])
+            values = torch.empty(buffer.shape, dtype=torch.float32)
+            buffer.copy_(values.uniform_(-bound, bound, generator=stream))
 
 
 def _of_a_linear(

@@ -30,6 +30,7 @@ from tuneyard.specs.llamafactory import (
     WITHOUT_EFFECT,
 )
 from tuneyard.specs.merge import MergeSpec
+from tuneyard.specs.preferences import WITHOUT_REFERENCE
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
 from tuneyard.specs.serve import ServeSpec
@@ -318,6 +319,13 @@ def _notes_on(spec: Spec) -> list[Note]:
         for name in sorted(OF_A_NEW_ADAPTER & spec.model_fields_set):
             message = f"{name} has no effect: the adapter goes on as it was made"
             found.append(Note(field=name, message=message))
+    compares = spec.stage == "kto" or (
+        spec.stage == "dpo" and spec.pref_loss not in WITHOUT_REFERENCE
+    )
+    if spec.goes_on and compares and spec.ref_model is None:
+        message = "answers are compared with the bare base, not with the adapter as it was: "
+        message += "create_new_adapter: true compares with that"
+        found.append(Note(field="adapter", message=message))
     if spec.pissa_init and not spec.pissa_convert:
         message = "pissa_init: the result is a LoRA of twice the rank over the untouched base"
         found.append(Note(field="pissa_init", message=message))
