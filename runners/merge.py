@@ -21,7 +21,7 @@ from tuneyard.runners.base_model import read_config
 from tuneyard.runners.devices import make_ready
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.merge_plan import Plan, WholeModelNeeded, plan_merge
-from tuneyard.runners.merged_folder import Change, write_surroundings
+from tuneyard.runners.merged_folder import Change, keep_adapter, write_surroundings
 from tuneyard.runners.origin import (
     WEIGHTS_FILE,
     read_adapter_config,
@@ -65,7 +65,8 @@ def merge(attempt: Attempt) -> None:
     attempt.events.emit("phase", phase="running")
     aside = attempt.fresh_aside()
     change, pairs = write_merged(asked, attempt, aside)
-    write_surroundings(asked.model, asked.adapter, aside, change)
+    write_surroundings(asked.model, aside, change)
+    keep_adapter(asked.adapter, aside)
     publish(asked, attempt, aside, pairs=pairs)
 
 
@@ -236,6 +237,9 @@ def lineage_of(asked: Asked, attempt: Attempt) -> dict[str, Any]:
     base = {"id": ids.get("model") or asked.model.name, "digest": digest_of(asked.model)}
     base |= {name: manifest[name] for name in ("source", "revision") if name in manifest}
     adapter = {"id": ids.get("adapter") or asked.adapter.name, "digest": digest_of(asked.adapter)}
+    bits = (asked.origin.get("arguments") or {}).get("quantization_bit")
+    if bits is not None:  # the sum is onto the base as it is stored, not as it was trained over
+        adapter["trained_over_bits"] = bits
     return {"base": base, "adapter": adapter, "job": attempt.spec.job}
 
 
