@@ -250,9 +250,8 @@ def test_a_reward_model_brings_its_base_along_however_it_is_named(bench: Bench) 
         found = bench.submit(**learned_from(bench, named))["inputs"]
         assert (found["reward_model"], found["reward_base"]) == (adapter, base_id(bench))
         assert found["model"] == base_id(bench)
-    _, whole = bench.merged(bench.tuned("tuny")[0])
-    found = bench.submit(**learned_from(bench, "whole"))["inputs"]
-    assert found["reward_model"] == whole
+    found = bench.submit(**learned_from(bench, "tiny"))["inputs"]  # what was downloaded whole
+    assert found["reward_model"] == base_id(bench)
     assert "reward_base" not in found
 
 
@@ -272,7 +271,8 @@ def test_a_fine_tune_waits_for_the_reward_model_that_judges_it(bench: Bench) -> 
 
 def test_what_scores_nothing_is_refused_as_a_reward_model(bench: Bench) -> None:
     job, _ = bench.tuned("tuny")
-    for named in (job, {"from": job}, "tuny"):
+    bench.merged(job)
+    for named in (job, {"from": job}, "tuny", "whole"):
         error = bench.refused(**learned_from(bench, named))
         assert (error["field"], error["code"]) == ("reward_model", "unfit_adapter")
         assert "stage rm" in error["hint"]

@@ -248,6 +248,25 @@ def test_a_whole_model_that_scores_is_read_as_transformers_writes_it(tmp_path, b
     assert found == [pytest.approx(row, rel=1e-5) for row in expected]
 
 
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        {"finetuning_type": "full", "learning_rate": 0.003},
+        {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "learning_rate": 0.003},
+        {"finetuning_type": "ia3"},
+        {"use_dora": True},
+    ],
+    ids=str,
+)
+def test_what_learns_may_be_anything_that_can_answer(tune, tuning):
+    ran = tune(max_steps=3, beta=0.1, save_steps=2, **tuning)
+    assert ran.code == 0, ran.failure
+    assert ran.metric("kl")[1] == pytest.approx(0.0, abs=1e-6)
+    resume = ran.workdir / "checkpoints" / "step-2"
+    rest = tune(max_steps=3, beta=0.1, save_steps=2, resume=resume, **tuning)
+    assert rest.metric("loss")[3] == ran.metric("loss")[3]
+
+
 @pytest.mark.parametrize("form", ["adapter", "whole"])
 def test_llama_factorys_value_head_is_read(tmp_path, base, form):
     """Its files: weights or a plain adapter, and the head's own; the score is at the last token."""
