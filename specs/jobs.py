@@ -357,11 +357,16 @@ def _takes_text(model: type[Spec], name: str) -> bool:
     return not {int, float, bool} & set(leaves(model.model_fields[name].annotation))
 
 
+_OF_NUMBERS = frozenset(
+    {"layers_to_transform", "lr_scheduler_kwargs", "reward_funcs", "reward_weights"}
+)
+"""Lists and objects in which numbers stand."""
+
 TEXT_FIELDS = frozenset(
     name
     for model in KINDS.values()
     for name in model.model_fields
-    if _takes_text(model, name) and name not in ("layers_to_transform", "lr_scheduler_kwargs")
+    if _takes_text(model, name) and name not in _OF_NUMBERS
 ) | {other for other, ours in SAME_AS.items() if ours in WHAT}
 """Fields whose plain YAML scalars are texts, whatever they look like."""
 

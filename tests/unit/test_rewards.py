@@ -1,13 +1,19 @@
 """What an answer is worth: each function of the list, and what a pattern may cost."""
 
+import json
+import re
 import time
+from pathlib import Path
 
 import pytest
 
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.rewards import Answered, check_columns, last_number, names_of, score_of
+from tuneyard.runners.rows import read_stage
+from tuneyard.specs.documents import apply_overrides, read_yaml
 from tuneyard.specs.errors import SpecRejected
 from tuneyard.specs.jobs import read_spec
+from tuneyard.specs.pipelines import read_pipeline
 from tuneyard.specs.rewards import FUNCTIONS, RewardFields
 
 
@@ -202,3 +208,45 @@ def test_what_has_no_effect_is_noted():
     sft = {"kind": "finetune", "model": "m", "dataset": "d", "temperature": 0.95}
     _, notes = read_spec(sft)
     assert [note.field for note in notes] == ["temperature"]
+
+
+PAGE = (Path(__file__).parents[2] / "docs/howto/rewards.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_what_the_page_on_rewards_shows_is_accepted(tmp_path):
+    (spec,) = blocks("yaml")
+    read, notes = read_spec(read_yaml(spec) | {"dataset": "sums"})
+    assert [function.name for function in read.reward_funcs] == ["format", "numeric_equality"]
+    assert notes == []
+    rows, pipeline = blocks("json")
+    path = tmp_path / "questions.jsonl"
+    path.write_text(rows, encoding="utf-8")
+    asked = read_stage(path, "grpo")
+    assert [row.messages[-1]["role"] for row in asked] == ["user"] * 4
+    check_columns(read.reward_funcs, [row.columns for row in asked], [1, 2, 3, 4])
+    steps = read_pipeline(json.loads(pipeline.replace(".jsonl", "")))
+    assert len(steps) == 2
+
+
+def test_the_page_on_rewards_names_every_function_and_option():
+    for name, function in FUNCTIONS.items():
+        (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{name}`")]
+        options = function.model_fields.keys() - {"name"}
+        assert {option for option in options if f"`{option}`" not in line} == set()
+
+
+def test_numbers_within_options_are_numbers_in_yaml():
+    spec, _ = read_spec(SCORED | read_yaml("reward_funcs: {name: length, target: 40, within: 8}"))
+    (length,) = spec.reward_funcs
+    assert (length.target, length.within) == (40, 8)
+    spec, _ = read_spec(SCORED | apply_overrides({}, ["reward_weights=[2]"]))
+    assert spec.reward_weights == [2.0]
+
+
+def test_none_is_a_choice_and_not_the_default():
+    spec, _ = read_spec(read_yaml("scale_rewards: none") | SCORED)
+    assert spec.scale_rewards == "none"
