@@ -5,11 +5,9 @@ it cannot: ``<!-- not run: needs Docker -->``. A ``text`` block right after one 
 prints, line by line, with … for whatever varies.
 """
 
-import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -44,12 +42,13 @@ FENCE = re.compile(
 STUBS = ["tuneyard", "docker", "make", "curl", "pip", "git", "sudo", "sh", "python", "python3"]
 TOOLS = ("cat", "ls", "mkdir")
 BASH = shutil.which("bash") or "/bin/bash"
-STUB = f"""#!{sys.executable} -IS
-import json, os, sys
-with open(os.environ["RECORDED"], "a") as file:
-    json.dump([os.path.basename(sys.argv[0]), *sys.argv[1:], dict(os.environ)], file)
-    file.write("\\n")
+STUB = f"""#!{BASH}
+settings=()
+for name in "${{!TUNEYARD_@}}"; do settings+=("$name=${{!name}}"); done
+printf '%s\\0' $# "${{0##*/}}" "$@" "${{settings[@]}}" >> "$RECORDED"
+printf '\\n\\0' >> "$RECORDED"
 """
+"""Notes the number of its arguments, its name, they, and the settings; then a line's end."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a block as a shell reads it: its words, and the environment at that place."""
+    """One command of a block as a shell reads it: its words, and the settings around it."""
 
     block: Block
     words: tuple[str, ...]
@@ -142,17 +141,23 @@ def commands(block: Block) -> tuple[Command, ...]:
         # A file that a real command would have made is not there; all else is a mistake.
         wrong = re.search(r"command not found|unbound variable|syntax error", done.stderr)
         assert wrong is None, f"{block.name}: {done.stderr}"
-        lines = (here / "recorded").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    return tuple(Command(block, tuple(words), env) for *words, env in found)
+        noted = (here / "recorded").read_text().split("\n\0")[:-1]
+    return tuple(_command(block, each.split("\0")[:-1]) for each in noted)
+
+
+def _command(block: Block, noted: list[str]) -> Command:
+    end = int(noted[0]) + 2
+    settings = dict(setting.split("=", 1) for setting in noted[end:])
+    return Command(block, tuple(noted[1:end]), settings)
 
 
 def _shell(here: Path) -> dict[str, str]:
     """An environment in which every command that the docs may use is a stub."""
     (here / "bin").mkdir()
+    (here / "stub").write_text(STUB)
+    (here / "stub").chmod(0o755)
     for name in STUBS:
-        (here / "bin" / name).write_text(STUB)
-        (here / "bin" / name).chmod(0o755)
+        (here / "bin" / name).symlink_to(here / "stub")
     for name in TOOLS:
         (here / "bin" / name).symlink_to(f"/bin/{name}")
     (here / ".venv" / "bin").mkdir(parents=True)
