@@ -208,6 +208,16 @@ def test_links_lead_to_what_is_there(page: str) -> None:
             assert anchor in anchors(path), f"{page}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_a_page_names_are_there(page: str) -> None:
+    files = {file.name: file.read_text() for file in (ROOT / "tests").glob("**/*.py")}
+    for name, test in re.findall(r"`[^`]*?(test_\w+\.py)(?:::(\w+))?`", text_of(page)):
+        assert name in files, f"{page}: {name}"
+        assert f"def {test}" in files[name], f"{page}: {test}"
+    for test in re.findall(r"`…::(\w+)`", text_of(page)):
+        assert any(f"def {test}(" in text for text in files.values()), f"{page}: {test}"
+
+
 def anchors(path: Path) -> set[str]:
     """What a page's headings are called in links."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
