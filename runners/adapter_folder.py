@@ -24,6 +24,8 @@ def publish_adapter(asked: Asked, attempt: Attempt, chat: Chat, trainer: Trainer
     position, model = trainer.at, trainer.running.model
     aside = attempt.fresh_aside()
     about = origin(asked, attempt, chat, position)
+    if (reference := getattr(trainer.objective, "reference", None)) is not None:
+        about["reference"] = reference.said
     meta: dict[str, Any] = {"base": asked.base_id, "steps": position.step}
     if is_adapter(model):
         save_adapter(model, aside, base_id=asked.base_id)

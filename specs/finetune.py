@@ -72,7 +72,11 @@ class FinetuneSpec(EvaluatingFields, OptimizingFields, PreferenceFields, TuningF
             use = self.finetuning_type if last else "sum"
             adapters.append(Reference(field=field, what="adapter", value=value, use=use))
         fits = tuple(each.field for each in adapters)
-        found = [r.model_copy(update={"fits": fits}) if r.field == "model" else r for r in found]
+        under = {"model": fits}
+        if self.ref_model_adapters is not None:
+            compared = "model" if self.ref_model is None else "ref_model"
+            under[compared] = (*under.get(compared, ()), "ref_model_adapters")
+        found = [r.model_copy(update={"fits": under.get(r.field, ())}) for r in found]
         return [*found, *adapters]
 
 

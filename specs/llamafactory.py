@@ -323,8 +323,6 @@ NOT_YET: Mapping[str, Any] = {
     "recompute_granularity": None,
     "recompute_method": None,
     "recompute_num_layers": None,
-    "ref_model_adapters": None,
-    "ref_model_quantization_bit": None,
     "resize_vocab": False,
     "restore_callback_states_from_checkpoint": False,
     "resume_from_checkpoint": None,

@@ -609,7 +609,8 @@ def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_surviv
     # How long, how fast, how exactly and how often: a checkpoint may go on with other ones.
     survived = """
         dpo_label_smoothing kto_chosen_weight kto_rejected_weight ld_alpha pref_bco_weight
-        pref_beta pref_ftx pref_loss ref_model simpo_gamma
+        pref_beta pref_ftx pref_loss ref_model ref_model_adapters ref_model_quantization_bit
+        reference simpo_gamma
         adam_beta1 adam_beta2 adam_epsilon bf16 disable_gradient_checkpointing disable_shuffling
         eval_data_file eval_dataset eval_steps eval_strategy fp16 gradient_accumulation_steps
         gradient_checkpointing learning_rate logging_steps lora_dropout lr_scheduler_kwargs
