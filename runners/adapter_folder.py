@@ -12,6 +12,7 @@ from tuneyard.runners.base_model import end_ids, read_generation_config, tokeniz
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import LOG_FILE, Position, write_log
 from tuneyard.runners.origin import WEIGHTS_FILE
+from tuneyard.runners.run_files import write_run_files
 from tuneyard.runners.training import Trainer
 from tuneyard.specs.runner import TUNEYARD_FILE
 from tuneyard.store.folder import manifest_digest, publish_folder, read_manifest
@@ -24,6 +25,7 @@ def publish_adapter(asked: Asked, attempt: Attempt, chat: Chat, trainer: Trainer
     save_adapter(trainer.running.model, aside, base_id=asked.base_id)
     copy_tokenizer(asked.model, aside, chat)
     write_log(aside / LOG_FILE, position.log)
+    write_run_files(aside, asked, attempt, trainer)
     about = json.dumps(origin(asked, attempt, chat, position), indent=1, sort_keys=True)
     (aside / TUNEYARD_FILE).write_text(about + "\n", encoding="utf-8")
     meta = {"kind": "adapter", "base": asked.base_id, "steps": position.step}

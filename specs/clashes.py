@@ -12,6 +12,7 @@ from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.optimizing import SCHEDULE_OPTIONS
 from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.sources import read_source
+from tuneyard.specs.tracking import tracking_clashes
 
 
 def clashes_of(spec: Spec) -> list[InputError]:
@@ -30,6 +31,7 @@ def clashes_of(spec: Spec) -> list[InputError]:
         found += _template(spec.template)
     if isinstance(spec, FinetuneSpec):
         found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
+        found += tracking_clashes(spec)
         if spec.max_steps == 0:
             message, hint = "max_steps = 0 trains nothing.", "-1 counts epochs"
             found.append(problem("nothing_to_do", message, "max_steps", hint))

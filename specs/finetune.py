@@ -8,6 +8,7 @@ from tuneyard.specs.evaluating import EvaluatingFields
 from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Spec, Text
 from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizing import OptimizingFields
+from tuneyard.specs.tracking import TrackingFields
 from tuneyard.specs.tuning import TuningFields
 
 TEMPLATES = ("alpaca", "chatml")
@@ -41,7 +42,7 @@ class RowsSpec(Spec):
     max_samples: Positive | None = Field(None, description="Rows used at most.")
 
 
-class FinetuneSpec(EvaluatingFields, OptimizingFields, TuningFields, RowsSpec):
+class FinetuneSpec(TrackingFields, EvaluatingFields, OptimizingFields, TuningFields, RowsSpec):
     """Tune a base model on a data set."""
 
     kind: Literal["finetune"] = "finetune"

@@ -92,9 +92,8 @@ def test_a_tutorials_yaml_runs_unchanged_and_notes_what_has_no_effect() -> None:
     assert (spec.eval_strategy, spec.eval_steps, spec.max_samples) == ("steps", 500, 1000)
     assert spec.arguments()["gradient_accumulation_steps"] == 8
     assert {note.field for note in found} == {
-        "output_dir", "overwrite_cache", "preprocessing_num_workers", "plot_loss", "report_to",
-        "ddp_timeout", "flash_attn", "group_by_length", "evaluation_strategy",
-        "template",
+        "output_dir", "overwrite_cache", "preprocessing_num_workers", "ddp_timeout",
+        "flash_attn", "group_by_length", "evaluation_strategy", "template",
     }  # fmt: skip
 
 
