@@ -613,6 +613,8 @@ def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_surviv
         lr_scheduler_type max_grad_norm max_steps neftune_noise_alpha num_train_epochs
         per_device_eval_batch_size per_device_train_batch_size pure_bf16 save_steps save_strategy
         save_total_limit warmup_ratio warmup_steps weight_decay
+        plot_loss project report_to run_name swanlab_mode swanlab_project swanlab_run_name
+        swanlab_workspace use_swanlab
     """
     decided = set(survived.split()) | (OF_THE_JOB - {"kind"})
     assert not decided & SHAPE_A_CHECKPOINT
