@@ -38,7 +38,8 @@ _MARK = "answer7f3a9c"
 class Chat:
     """A tokenizer and the template that speaks through it.
 
-    template: jinja, rendered in transformers' sandbox; default_system: for conversations without.
+    template: jinja, rendered in transformers' sandbox, or nothing where plain text is learned;
+    default_system: for conversations without.
     """
 
     tokenizer: Any
@@ -90,6 +91,8 @@ class Chat:
     @cached_property
     def closing_id(self) -> int | None:
         """The special token that closes an assistant's turn, found by rendering one."""
+        if not self.template:
+            return None
         asked = {"role": "user", "content": "question"}
         text = self.render([asked, {"role": "assistant", "content": _MARK}])
         (ids,) = self.encode([text.partition(_MARK)[2]])
@@ -101,8 +104,10 @@ class Chat:
         return sorted(i for i in found if i is not None)
 
 
-def chat_of(tokenizer: Any, *, template: str | None, default_system: str | None) -> Chat:
-    """The template asked for, else the tokenizer's own. Raises: BadSpec when there is none.
+def chat_of(
+    tokenizer: Any, *, template: str | None, default_system: str | None, needed: bool = True
+) -> Chat:
+    """The template asked for, else the tokenizer's own. Raises: BadSpec when one is needed.
 
     template: a name of TEMPLATES, jinja itself, or nothing. Any other name means the base's own
     template, as that is what such a base was tuned with.
@@ -116,6 +121,8 @@ def chat_of(tokenizer: Any, *, template: str | None, default_system: str | None)
         return Chat(tokenizer, TEMPLATES[template], template, default_system)
     if own:
         return Chat(tokenizer, own, "tokenizer", default_system)
+    if not needed and not template:
+        return Chat(tokenizer, "")
     raise BadSpec(
         "The base has no chat template"
         + (f", and {template!r} is not one that we have." if template else "."),
