@@ -9,9 +9,10 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from tuneyard.client.download import file_sha256
@@ -23,6 +24,7 @@ from tuneyard.specs.runner import REPORTS, REPRODUCTION_FILE, TUNEYARD_FILE
 BUNDLE_FILE = "bundle.json"
 FORMAT = 1
 MAX_BYTES = 16 * 1024**2
+PIECE_BYTES = 1024**2
 
 RUN_FILES = (REPRODUCTION_FILE, TUNEYARD_FILE, "training_args.yaml", "trainer_log.jsonl")
 """What goes into a bundle of the files that a fine-tune leaves."""
@@ -122,8 +124,8 @@ def _fetch_data(client: Client, about: Said, folder: Path) -> dict[str, Path]:
         if given["id"].startswith("file_"):
             name = f"data/{field}/{PurePosixPath(client.file(given['id'])['name']).name}"
             client.fetch_file(given["id"], folder / name)
-            given["file"] = name
             files[name] = folder / name
+            given |= {"file": name, "bytes": files[name].stat().st_size}
     return files
 
 
@@ -137,7 +139,8 @@ class Bundle:
 
     def _about(self) -> Said:
         try:
-            found = json.loads(self._read(BUNDLE_FILE, at_most=MAX_BYTES))
+            with self._open(BUNDLE_FILE) as file:
+                found = json.loads(file.read(MAX_BYTES))
             known = found["format"] == FORMAT
             parts = [found[name] for name in ("spec", "inputs", "versions", "platform", "result")]
             whole = all(isinstance(part, dict) for part in parts) and isinstance(found["job"], str)
@@ -164,28 +167,34 @@ class Bundle:
         if parts[:1] != ("data",) or ".." in parts:
             raise self._bad(f"it names {str(name)[:60]!r}")
         path = folder / parts[-1]
-        path.write_bytes(self._read(str(name)))
+        with self._open(str(name)) as source, path.open("wb") as target:
+            self._copy(source, target, at_most=int(given.get("bytes") or 0))
         if file_sha256(path) != given["sha256"]:
             raise self._bad(f"{name} is not the file that trained")
         return path
 
-    def _read(self, name: str, *, at_most: int | None = None) -> bytes:
+    @contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
         try:
             if self.path.is_dir():
                 with (self.path / name).open("rb") as file:
-                    return self._bounded(file.read((at_most or -1) + 1), at_most)
-            with zipfile.ZipFile(self.path) as archive, archive.open(name) as member:
-                return self._bounded(member.read((at_most or -1) + 1), at_most)
+                    yield file
+            else:
+                with zipfile.ZipFile(self.path) as archive, archive.open(name) as member:
+                    yield member
         except (KeyError, FileNotFoundError):
             missing = f"it has no {name}" if self.path.exists() else "there is no such file"
             raise self._bad(missing) from None
         except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
             raise self._bad(getattr(error, "strerror", None) or str(error)) from None
 
-    def _bounded(self, content: bytes, at_most: int | None) -> bytes:
-        if at_most is not None and len(content) > at_most:
-            raise self._bad("it is too large")
-        return content
+    def _copy(self, source: IO[bytes], target: IO[bytes], *, at_most: int) -> None:
+        """What a zip unpacks to can be very much."""
+        while piece := source.read(PIECE_BYTES):
+            at_most -= len(piece)
+            if at_most < 0:
+                raise self._bad("it is larger than it says")
+            target.write(piece)
 
     def _bad(self, why: str) -> InputError:
         hint = "`tuneyard bundle JOB` writes one"
