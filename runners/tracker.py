@@ -243,6 +243,10 @@ class Mlflow:
         params = [param(name, str(value)[:500]) for name, value in tracking.arguments.items()]
         for start in range(0, len(params), 100):  # a request takes so many
             self._client.log_batch(run.info.run_id, params=params[start : start + 100])
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            # MLflow takes no folder for a run's in which that of artifacts is missing, and an
+            # artifact of ours has no empty folders.
+            self._client.log_dict(run.info.run_id, tracking.arguments, "arguments.json")
         return str(run.info.run_id)
 
     def log(self, step: int, values: Values) -> None:
