@@ -87,6 +87,7 @@ class Reporter:
     def forget(self) -> None:
         """End it without a word."""
         self._forgotten = True
+        self.end()
         self._kill()
 
     def _kill(self) -> None:

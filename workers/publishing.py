@@ -1,5 +1,6 @@
 """Copying a runner's folders into the store, and recording them under the attempt's token."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from tuneyard.models.attempts import AttemptRef
 from tuneyard.models.inputs import OUTPUTS, output_of
 from tuneyard.models.tables import JobRow
 from tuneyard.specs.errors import TuneyardError
+from tuneyard.specs.ids import show_id
 from tuneyard.specs.runner import OUTPUT, REPORTS, SPEC_FILE, RunnerSpec
 from tuneyard.store.folder import FolderDamaged, manifest_digest, read_manifest
 from tuneyard.store.remote import Shelf, Store
+
+log = logging.getLogger(__name__)
 
 
 def store_folder(
@@ -101,10 +105,13 @@ def publish(
 
 def _reports(store: Store, ref: AttemptRef, source: Path) -> Iterator[StoredFolder]:
     """What trackers wrote, if they did; no result depends on it. Raises: StoreUnreachable."""
+    if not source.is_dir():
+        return
     try:
         yield store_folder(store, ref, source, kind=REPORTS)
-    except (FileNotFoundError, FolderDamaged):
-        pass
+    except (OSError, FolderDamaged) as error:
+        fields = {"event": "reports_lost", "attempt": show_id("attempt", ref.id)}
+        log.warning("reports not kept: %s", error, extra=fields)
 
 
 def _arguments(workdir: Path) -> dict[str, Any]:

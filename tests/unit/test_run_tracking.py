@@ -13,7 +13,9 @@ from support.yards import wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tuneyard.runners import tracking
+from tuneyard.runners.failures import Stopped
 from tuneyard.runners.finetune import finetune
+from tuneyard.runners.training import Trainer
 from tuneyard.specs.errors import SpecRejected
 from tuneyard.specs.exits import ExitCode
 from tuneyard.specs.jobs import read_spec
@@ -206,6 +208,24 @@ def test_a_tracker_that_hangs_is_left_behind(tmp_path, inputs, plain, a_wandb, m
     assert ran.adapter_sha256 == plain.adapter_sha256
     (said,) = failures(ran)
     assert "had not finished 0.5 s after the run" in said
+
+
+def test_a_run_that_is_stopped_waits_for_no_tracker(tmp_path, inputs, a_wandb, monkeypatch):
+    def stop(trainer: Trainer) -> None:
+        wait_for((trainer.workdir / HERE).exists, within_s=30, what="the hang")
+        raise Stopped(at_checkpoint=True)
+
+    monkeypatch.setattr(Trainer, "train", stop)
+    monkeypatch.setattr(tracking, "FINISH_S", 300.0)
+    a_wandb(HANGS["its start"])
+    began = time.monotonic()
+    ran = tune(tmp_path, inputs, report_to="wandb")
+    assert time.monotonic() - began < 60
+    assert ran.code == ExitCode.STOPPED_AT_CHECKPOINT
+    assert failures(ran) == []
+
+
+HERE = ".trackers/wandb/files/here"
 
 
 def test_one_tracker_that_fails_leaves_the_others_alone(tmp_path, inputs, a_wandb):
