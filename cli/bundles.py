@@ -98,6 +98,9 @@ def _submit(client: Client, read: Bundle) -> dict[str, Any]:
     document["metadata"] = {**dict(document.get("metadata") or {}), "rerun_of": about["job"]}
     for field in about["inputs"].keys() & document.keys():
         document[field] = _found_here(client, read, field)
+    if isinstance(about["spec"].get("adapter"), list):
+        fields = [name for name in about["inputs"] if name.startswith("adapter")]
+        document["adapter"] = [_found_here(client, read, field) for field in fields]
     try:
         return client.submit(document)
     except Refused as error:
@@ -109,15 +112,17 @@ def _submit(client: Client, read: Bundle) -> dict[str, Any]:
         raise
 
 
-def _found_here(client: Client, read: Bundle, field: str) -> str:
-    """The id under which this server knows an input, by what is in it."""
+def _found_here(client: Client, read: Bundle, field: str) -> Any:
+    """What this server knows an input by: its id here, found by what is in it, or as it was."""
     given = read.about["inputs"][field]
     known, sha256 = str(given["id"]), given["sha256"]
     if known.startswith("file_"):
         same = [each["id"] for each in client.files(limit=2000) if each["sha256"] == sha256]
         return str(same[0]) if same else _upload(client, read, field)
     same = [each["id"] for each in client.models() if each["digest"] == sha256]
-    return str(same[0]) if same else known
+    if known.startswith("artifact_") and "dataset" not in field:
+        known = read.about["spec"].get(field, known)  # a tuned model has no such id
+    return same[0] if same else known
 
 
 def _upload(client: Client, read: Bundle, field: str) -> str:

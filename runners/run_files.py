@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tuneyard.runners.asked import Asked
+from tuneyard.runners.asked import Asked, adapter_names
 from tuneyard.runners.attempt import Attempt, library_versions
 from tuneyard.specs.finetune import FinetuneSpec
-from tuneyard.specs.llamafactory import SAME_AS
 from tuneyard.specs.runner import REPRODUCTION_FILE
+from tuneyard.specs.tuning import idle_fields
 from tuneyard.store.folder import manifest_digest, read_manifest
 
 if TYPE_CHECKING:
@@ -123,21 +123,23 @@ def _logged(line: Line) -> dict[str, Any]:
 
 def effective_arguments(asked: Asked, attempt: Attempt) -> dict[str, Any]:
     """The arguments that applied, in LLaMA-Factory's words; inputs by id, as a submission says."""
-    names = {ours: theirs for theirs, ours in SAME_AS.items() if theirs.endswith("name_or_path")}
-    arguments = asked.arguments.of_the_runner() | {"seed": asked.seed}
-    named = {
-        names.get(field, field): shown
-        for field, shown in attempt.spec.input_ids.items()
-        if field in FinetuneSpec.model_fields
+    arguments, ids = asked.arguments, attempt.spec.input_ids
+    every = set(FinetuneSpec.model_fields)
+    full = FinetuneSpec.model_construct(every, **{name: getattr(arguments, name) for name in every})
+    fields = every - {*idle_fields(full), "adapter"}
+    said = arguments.of_the_runner() | {"seed": asked.seed}
+    if "lora_alpha" in fields:
+        said["lora_alpha"] = arguments.alpha
+    inputs = {name: shown for name, shown in ids.items() if name in fields - {"model"}}
+    if adapters := [ids[name] for name in adapter_names(ids)]:
+        inputs["adapter_name_or_path"] = ",".join(adapters)
+    applied = {name: _plain(said[name]) for name in said if name in fields}
+    return {
+        "model_name_or_path": asked.base_id,
+        "do_train": True,
+        **{name: value for name, value in applied.items() if value is not None},
+        **inputs,
     }
-    if arguments.get("lora_alpha", 0) is None:
-        arguments["lora_alpha"] = asked.arguments.alpha
-    applied = {
-        name: _plain(value)
-        for name, value in arguments.items()
-        if value is not None and name in FinetuneSpec.model_fields
-    }
-    return {"model_name_or_path": asked.base_id, **named, "do_train": True, **applied}
 
 
 def _plain(value: Any) -> Any:
@@ -151,7 +153,7 @@ def reproduction(asked: Asked, attempt: Attempt, ran_on: Mapping[str, Any]) -> d
     inputs = {
         name: {"id": shown, "sha256": spec.input_digests.get(name)}
         for name, shown in spec.input_ids.items()
-        if name in FinetuneSpec.model_fields
+        if name != "tokens"  # they follow from the others
     }
     inputs.setdefault("model", {"id": asked.base_id, "sha256": None})
     inputs["model"] = {**inputs["model"], **_origin(asked.model)}
