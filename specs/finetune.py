@@ -9,6 +9,7 @@ from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Reference, Spec, 
 from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.preferences import PreferenceFields
+from tuneyard.specs.tracking import TrackingFields
 from tuneyard.specs.tuning import SHAPING, TuningFields
 
 TEMPLATES = ("alpaca", "chatml")
@@ -48,7 +49,9 @@ class RowsSpec(Spec):
     max_samples: Positive | None = Field(None, description="Rows used at most.")
 
 
-class FinetuneSpec(EvaluatingFields, OptimizingFields, PreferenceFields, TuningFields, RowsSpec):
+class FinetuneSpec(
+    TrackingFields, EvaluatingFields, OptimizingFields, PreferenceFields, TuningFields, RowsSpec
+):
     """Tune a base model on a data set."""
 
     kind: Literal["finetune"] = "finetune"
