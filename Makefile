@@ -11,9 +11,11 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test unit integration hubs e2e docs demo clean
-.PHONY: test-methods test-browser wheel-check test-merge-memory test-transformers4 test-trl
+.PHONY: test-methods test-browser wheel-check test-merge-memory test-transformers4 test-trackers
+.PHONY: test-trl
 
 TRANSFORMERS4 := .venv-transformers4
+TRACKERS := .venv-trackers
 TRL := .venv-trl
 
 help: ## show this list
@@ -78,6 +80,18 @@ $(TRANSFORMERS4)/.installed:
 	    > $$($(TRANSFORMERS4)/bin/python -c "import site; print(site.getsitepackages()[0])")/torch.pth
 	@touch $@
 
+test-trackers: setup $(TRACKERS)/.installed ## runs followed by wandb, MLflow, SwanLab and trackio themselves
+	$(TRACKERS)/bin/python -P -m pytest -W default tests/trackers
+
+$(TRACKERS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TRACKERS)
+	$(TRACKERS)/bin/pip install --disable-pip-version-check --quiet \
+	    "mlflow-skinny==3.17.2" "swanlab==0.10.3" "trackio==0.43.0" "wandb==0.31.0"
+	@# All else is that of $(VENV), whose own releases these need not agree with.
+	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" \
+	    > $$($(TRACKERS)/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
+	@touch $@
+
 test-trl: setup $(TRL)/.installed ## grpo and rloo step by step against TRL's own trainers
 	OMP_NUM_THREADS=1 TRL_PYTHON=$(TRL)/bin/python $(BIN)/pytest tests/trl
 
@@ -100,4 +114,4 @@ demo: setup ## install, start everything, download, tune, merge and ask a small 
 	$(BIN)/python examples/demo.py
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(TRANSFORMERS4) $(TRL) .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRANSFORMERS4) $(TRACKERS) $(TRL) .demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Putting grpo and rloo together: the questions that can be asked, who judges, how is drawn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,10 +10,11 @@ from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import end_ids, read_generation_config
 from tuneyard.runners.batches import Chosen
 from tuneyard.runners.chat import Chat
+from tuneyard.runners.checkpoint import Running
 from tuneyard.runners.examples import Item, Question
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.judges import functions_of, load_scorer
-from tuneyard.runners.preferences import Reference
+from tuneyard.runners.reference import Reference
 from tuneyard.runners.rewards import check_columns
 from tuneyard.runners.rollouts import Comparing, Drawing, Judge, Rollouts
 
@@ -42,10 +43,10 @@ def rollouts_of(
     asked: Asked,
     attempt: Attempt,
     chat: Chat,
+    running: Running,
     *,
-    reference: Callable[[], Reference],
+    reference: Reference | None,
     dtype: torch.dtype,
-    autocast: bool,
 ) -> Rollouts:
     """How a run of grpo or rloo draws its answers and compares them."""
     arguments, device = asked.arguments, attempt.device.torch_name
@@ -59,18 +60,17 @@ def rollouts_of(
         stop_ids=tuple(chat.stop_ids(ends)),
         seed=asked.seed,
         device=device,
-        autocast=autocast,
     )
-    drawn_back = arguments.stage == "rloo" and arguments.distance_weight > 0
     comparing = Comparing(
         stage=arguments.stage,
         scale=arguments.scale_rewards,
         normalized=arguments.normalize_advantages,
         beta=arguments.distance_weight,
-        reference=reference() if drawn_back else None,
+        reference=reference if arguments.stage == "rloo" else None,
         skip_truncated=arguments.mask_truncated_completions,
     )
-    return Rollouts(chat, drawing, comparing, _judge(asked, attempt, dtype=dtype, rows=rows))
+    judge = _judge(asked, attempt, dtype=dtype, rows=rows)
+    return Rollouts(chat, drawing, comparing, judge, running.casting)
 
 
 def _judge(asked: Asked, attempt: Attempt, *, dtype: torch.dtype, rows: int) -> Judge:

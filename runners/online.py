@@ -12,7 +12,7 @@ import torch
 from tuneyard.runners.batches import Batch
 from tuneyard.runners.examples import IGNORED, Item
 from tuneyard.runners.losses import Measure, Outcome, token_losses
-from tuneyard.runners.preferences import Reference
+from tuneyard.runners.reference import Reference
 
 NOT_ZERO = 1e-4
 """Added to a deviation before it divides, as TRL does."""

@@ -5,7 +5,7 @@ on how answers are grouped, nor on where a run was interrupted.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -23,7 +23,7 @@ from tuneyard.runners.chat import Chat
 from tuneyard.runners.examples import IGNORED, Drawn, Example, Item, Question
 from tuneyard.runners.losses import token_losses
 from tuneyard.runners.online import grpo_advantages, rloo_advantages
-from tuneyard.runners.preferences import Reference
+from tuneyard.runners.reference import Reference
 from tuneyard.runners.rewards import Answered
 from tuneyard.runners.seeds import stream_seed
 
@@ -50,7 +50,7 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Drawing:
-    """How answers are drawn. rows: how many at a time; autocast: as the loop computes in fp16."""
+    """How answers are drawn. rows: how many at a time."""
 
     generations: int
     longest: int
@@ -59,7 +59,6 @@ class Drawing:
     stop_ids: tuple[int, ...]
     seed: int
     device: str
-    autocast: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,12 +75,13 @@ class Comparing:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Questions become answers with advantages."""
+    """Questions become answers with advantages. casting: how the loop computes."""
 
     chat: Chat
     drawing: Drawing
     comparing: Comparing
     judge: Judge
+    casting: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __call__(
         self,
@@ -153,7 +153,7 @@ class Rollouts:
             pad_token_id=pad,
         )
         device = drawing.device
-        with torch.autocast(device, torch.float16, enabled=drawing.autocast):
+        with self.casting():
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -199,7 +199,7 @@ class Rollouts:
             give_way()
             part = examples[start : start + drawing.rows]
             batch = collate(part, self.chat.tokenizer.pad_token_id).to(drawing.device)
-            with torch.autocast(drawing.device, torch.float16, enabled=drawing.autocast):
+            with self.casting():
                 own = -token_losses(model, batch, temperature=drawing.temperature)
                 old = reference.logps(model, batch, temperature=drawing.temperature)
             found.append((own - old).sum(1).double().cpu())

@@ -199,6 +199,7 @@ DATA_FILES = {"dataset": "data_file", "eval_dataset": "eval_data_file"}
 WHAT: dict[str, Literal["model", "adapter", "reward_model", "dataset", "prompts"]] = {
     "model": "model",
     "ref_model": "model",
+    "ref_model_adapters": "adapter",
     "reward_model": "reward_model",
     "adapter": "adapter",
     "dataset": "dataset",

@@ -1,6 +1,6 @@
 """What ``kind: finetune`` may say: LLaMA-Factory's and transformers' names, with their defaults."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.preferences import PreferenceFields
 from tuneyard.specs.rewards import RewardFields
+from tuneyard.specs.tracking import TrackingFields
 from tuneyard.specs.tuning import SHAPING, TuningFields
 
 TEMPLATES = ("alpaca", "chatml")
@@ -50,7 +51,13 @@ class RowsSpec(Spec):
 
 
 class FinetuneSpec(
-    EvaluatingFields, OptimizingFields, PreferenceFields, RewardFields, TuningFields, RowsSpec
+    TrackingFields,
+    EvaluatingFields,
+    OptimizingFields,
+    PreferenceFields,
+    RewardFields,
+    TuningFields,
+    RowsSpec,
 ):
     """Tune a base model on a data set."""
 
@@ -75,11 +82,17 @@ class FinetuneSpec(
             use = self.finetuning_type if last else "sum"
             adapters.append(Reference(field=field, what="adapter", value=value, use=use))
         fits = tuple(each.field for each in adapters)
-        more: dict[str, dict[str, Any]] = {
-            "model": {"fits": fits},
-            "reward_model": {"use": "reward"},
-        }
-        found = [each.model_copy(update=more.get(each.field)) for each in found]
+        under = {"model": fits}
+        if self.ref_model_adapters is not None:
+            compared = "model" if self.ref_model is None else "ref_model"
+            under[compared] = (*under.get(compared, ()), "ref_model_adapters")
+        found = [
+            r.model_copy(
+                update={"fits": under.get(r.field, ())}
+                | ({"use": "reward"} if r.field == "reward_model" else {})
+            )
+            for r in found
+        ]
         return [*found, *adapters]
 
 

@@ -268,9 +268,10 @@ def reward_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
         if _differs(spec, name):
             message = f"{name} has no meaning in stage {spec.stage}."
             yield _clash(message, name, "leave it out")
-    if spec.ref_model is not None and not spec.distance_weight:
-        message = "beta = 0 compares with no reference."
-        yield _clash(message, "ref_model", "set beta, such as 0.04, or leave ref_model out")
+    for name in ("ref_model", "ref_model_adapters"):
+        if getattr(spec, name) is not None and not spec.distance_weight:
+            message = "beta = 0 compares with no reference."
+            yield _clash(message, name, f"set beta, such as 0.04, or leave {name} out")
     if spec.temperature == 0:
         message = "temperature = 0 draws the same answer every time: there is nothing to compare."
         yield problem("out_of_range", message, "temperature", "1, or a little less")

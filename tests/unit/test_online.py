@@ -18,8 +18,8 @@ from tuneyard.runners.examples import IGNORED, Drawn, Example
 from tuneyard.runners.finetune import finetune
 from tuneyard.runners.online import GrpoLoss, RlooLoss, grpo_advantages, rloo_advantages
 from tuneyard.runners.precision import Precision
-from tuneyard.runners.preferences import Reference
 from tuneyard.runners.prepare import prepare
+from tuneyard.runners.reference import Reference
 from tuneyard.runners.rollouts import _Chosen
 
 # peft asks transformers for a property that transformers renamed: no affair of ours.
