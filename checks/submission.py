@@ -18,7 +18,6 @@ FOR_OTHER_STAGES = {
     "preference": "rows of chosen and rejected are for stage dpo or rm, which come later",
     "kto": "rows with a label are for stage kto, which comes later",
     "prompts": "upload it with purpose dataset, as rows with answers",
-    "sharegpt_tools": "conversations with tools go into messages, tool_calls and tools",
 }
 
 

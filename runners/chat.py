@@ -8,28 +8,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from tuneyard.runners.failures import BadData, BadSpec
+from tuneyard.runners.layouts import LAYOUTS, jinja
 from tuneyard.runners.rows import Message
 
 DATE = "26 Jul 2024"
 """What a template that prints the day is given: a run must not depend on when it runs."""
-
-TEMPLATES = {
-    "alpaca": (
-        "{% for m in messages %}"
-        "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
-        "{% elif m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
-        "{% else %}{{ '### Response:\n' + m['content'] + eos_token + '\n\n' }}{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-    ),
-    "chatml": (
-        "{% for m in messages %}"
-        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-}
-"""Templates for bases that bring none, by the names that LLaMA-Factory gives them."""
 
 _MARK = "answer7f3a9c"
 
@@ -38,13 +21,15 @@ _MARK = "answer7f3a9c"
 class Chat:
     """A tokenizer and the template that speaks through it.
 
-    template: jinja, rendered in transformers' sandbox; default_system: for conversations without.
+    template: jinja, rendered in transformers' sandbox; default_system: for conversations without;
+    whole_turns: all that closes an answer is learned, as LLaMA-Factory does with its own templates.
     """
 
     tokenizer: Any
     template: str
     name: str = "tokenizer"
     default_system: str | None = None
+    whole_turns: bool = False
 
     def render(
         self,
@@ -58,7 +43,7 @@ class Chat:
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
-                tools=list(tools) if tools else None,
+                tools=list(tools) if tools or (tools is not None and self.whole_turns) else None,
                 chat_template=self.template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
@@ -95,6 +80,17 @@ class Chat:
         (ids,) = self.encode([text.partition(_MARK)[2]])
         return next((i for i in ids if i in self.special_ids), None)
 
+    @cached_property
+    def writes_calls(self) -> bool:
+        """Whether the template writes which function an answer calls; many leave it out."""
+        call = {"type": "function", "function": {"name": _MARK, "arguments": {}}}
+        asked = {"role": "user", "content": "question"}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            return _MARK in self.render([asked, answer])
+        except BadData:
+            return True  # it wants more than this, so it knows of calls
+
     def stop_ids(self, generation_ends: Sequence[int] = ()) -> list[int]:
         """All ids that end a turn: the configuration's, the tokenizer's, the template's."""
         found = {*generation_ends, self.tokenizer.eos_token_id, self.closing_id}
@@ -104,7 +100,7 @@ class Chat:
 def chat_of(tokenizer: Any, *, template: str | None, default_system: str | None) -> Chat:
     """The template asked for, else the tokenizer's own. Raises: BadSpec when there is none.
 
-    template: a name of TEMPLATES, jinja itself, or nothing. Any other name means the base's own
+    template: a name of LAYOUTS, jinja itself, or nothing. Any other name means the base's own
     template, as that is what such a base was tuned with.
     """
     own = tokenizer.chat_template
@@ -112,13 +108,14 @@ def chat_of(tokenizer: Any, *, template: str | None, default_system: str | None)
         own = own.get("default")
     if template and "{" in template:
         return Chat(tokenizer, template, "given", default_system)
-    if template in TEMPLATES and not (template == "chatml" and own):
-        return Chat(tokenizer, TEMPLATES[template], template, default_system)
+    if template is not None and template in LAYOUTS:
+        written = jinja(LAYOUTS[template], default_system=default_system)
+        return Chat(tokenizer, written, template, default_system, whole_turns=True)
     if own:
         return Chat(tokenizer, own, "tokenizer", default_system)
     raise BadSpec(
         "The base has no chat template"
         + (f", and {template!r} is not one that we have." if template else "."),
         field="template",
-        hint=f"set template to one of {', '.join(TEMPLATES)}, or to jinja of your own",
+        hint=f"set template to one of {', '.join(LAYOUTS)}, or to jinja of your own",
     )

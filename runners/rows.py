@@ -1,21 +1,21 @@
 """Rows of a training file as conversations: JSON lines, a JSON array, CSV, Parquet; no torch.
 
 Forms: alpaca (instruction, input, output, system, history; or prompt, completion), OpenAI chat
-(messages, tools), ShareGPT (conversations of from and value, system). Nothing is substituted in
-the texts.
+(messages, tools), ShareGPT (conversations of from and value, system, tools). Nothing is substituted
+in the texts.
 """
 
 import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tuneyard.runners.failures import BadData
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.rows import SPEAKERS, TRAINABLE, check_row, each_once
+from tuneyard.specs.rows import SPEAKERS, TRAINABLE, check_row, each_once, read_calls
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -157,8 +157,7 @@ def _conversation(row: Any, line: int) -> Conversation:
         hint = error.as_dict().get("hint")
         raise BadData(error.message, line=line, field=error.field, hint=hint) from None
     if kind not in TRAINABLE:
-        hint = "conversations with tools go into OpenAI's form: messages, tool_calls, tools"
-        raise BadData(f"A row of form {kind} has no answers that sft learns.", line=line, hint=hint)
+        raise BadData(f"A row of form {kind} has no answers that sft learns.", line=line)
     return next(read(row, line) for column, read in _FORMS.items() if column in row)
 
 
@@ -185,9 +184,7 @@ def _exchange(question: str, answer: str) -> list[dict[str, str]]:
 def _openai(row: Row, line: int) -> Conversation:
     messages = row["messages"]
     trained = [bool(m.get("weight", 1)) for m in messages if m["role"] == "assistant"]
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = json.loads(tools) if tools.strip() else None
+    tools = _tools(row.get("tools"))
     return Conversation([_openai_message(m) for m in messages], trained, line, tools or None)
 
 
@@ -201,10 +198,24 @@ def _openai_message(message: Message) -> Message:
 
 
 def _sharegpt(row: Row, line: int) -> Conversation:
-    turns = [
-        {"role": SPEAKERS[turn["from"]], "content": turn["value"]} for turn in row["conversations"]
-    ]
-    return _all_trained(_system(row) + turns, line)
+    turns = [_sharegpt_message(turn) for turn in row["conversations"]]
+    read = _all_trained(_system(row) + turns, line)
+    return replace(read, tools=_tools(row.get("tools")))
+
+
+def _sharegpt_message(turn: Row) -> Message:
+    if turn["from"] != "function_call":
+        return {"role": SPEAKERS[turn["from"]], "content": turn["value"]}
+    calls = [{"type": "function", "function": call} for call in read_calls(turn["value"], "value")]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _tools(given: Any) -> Sequence[Mapping[str, Any]] | None:
+    """The functions that an answer may call; a list that is empty is told from none at all."""
+    if not isinstance(given, str):
+        return given if given else None
+    tools: Sequence[Mapping[str, Any]] | None = json.loads(given) if given.strip() else None
+    return tools
 
 
 _FORMS: Mapping[str, Callable[[Row, int], Conversation]] = {

@@ -124,6 +124,7 @@ def made_from(arguments: RowsSpec, model: Path, chat: Chat) -> dict[str, Any]:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return {
         "template": chat.template,
+        "whole_turns": chat.whole_turns,
         "default_system": arguments.default_system,
         "cutoff_len": arguments.cutoff_len,
         "train_on_prompt": arguments.train_on_prompt,

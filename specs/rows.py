@@ -160,14 +160,35 @@ def _conversations(row: Row) -> Judged:
     _check_turns(system + [SPEAKERS[each] for each in speakers], "conversations")
     if row.get("system") is not None:
         check_text(row["system"], "system")
+    _check_tools(row.get("tools"))
+    for position, (speaker, turn) in enumerate(zip(speakers, turns, strict=True)):
+        if speaker == "function_call":
+            read_calls(turn["value"], f"conversations[{position}].value")
     teaches = any(
         SPEAKERS[speaker] == "assistant" and turn["value"].strip()
         for speaker, turn in zip(speakers, turns, strict=True)
     )
     if _labelled(row):
         return Judged("kto", teaches)
-    tools = "function_call" in speakers or "observation" in speakers
-    return Judged("sharegpt_tools" if tools else "sharegpt", teaches)
+    return Judged("sharegpt", teaches)
+
+
+CALL = 'for example {"name": "weather", "arguments": {"city": "Rome"}}, or a list of such'
+
+
+def read_calls(text: str, field: str) -> list[dict[str, Any]]:
+    """The functions that a ``function_call`` turn calls. Raises: InputError."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    for call in calls:
+        named = isinstance(call, Mapping) and isinstance(call.get("name"), str)
+        if not named or "arguments" not in call:
+            message = f"{field} is no call of a function in JSON."
+            raise InputError(message, code="wrong_type", field=field, hint=CALL)
+    return calls
 
 
 def _speaker(turn: Any, field: str) -> str:
