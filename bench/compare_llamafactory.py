@@ -1,14 +1,14 @@
 """The same data, adapter and arguments through LLaMA-Factory 0.9.5 and through our runners.
 
-    make compare-llamafactory DATA=FOLDER [ASKED="--rounds 3"]
+    make compare-llamafactory DATA=FOLDER [ASKED="--only losses --rounds 5"]
     python -P bench/compare_llamafactory.py --python ITS_PYTHON --data FOLDER
-        [--only tokens losses times] [--rounds 3] [--rows 200]
+        [--only tokens losses times] [--rows 200] [--rounds 3]
 
-FOLDER has LLaMA-Factory's alpaca_zh_demo.json, glaive_toolcall_en_demo.json, dpo_en_demo.json
-(kto_en_demo.json, c4_demo.jsonl). tokens: input_ids and labels of the first rows, by template, whole
-and cut. losses: a tiny random Llama with SmolLM2's tokenizer, fp32, both from one saved adapter, 20
-steps at accumulation 1 and 4. times: SmolLM2-135M-Instruct, each alone, in turn. Ends with 1 where
-tokens differ or a loss is more than 1e-3 away. Bound of time: none, they are shown side by side.
+FOLDER has the files of SETS as LLaMA-Factory publishes them. tokens: what each side makes of the
+first rows, by stage, template and cutoff_len. losses: a tiny random Llama with SmolLM2's tokenizer
+in fp32, both sides from one saved adapter, 20 steps at accumulation 1 and 4, rows in their order.
+times: SmolLM2-135M-Instruct in fp32, each side alone, in turn; start-up is from the process to the
+first step. Ends with 1 where tokens differ or a loss is more than 1e-3 away; times have no bound.
 """
 
 import argparse
@@ -30,14 +30,38 @@ from tuneyard.runners.layouts import LAYOUTS
 SIDE = Path(__file__).with_name("llamafactory_side.py")
 BOUND = 1e-3
 STEPS = 20
+TALKS = {"messages": "conversations"}
 SETS: Mapping[str, Mapping[str, Any]] = {
     "alpaca_zh_demo": {"file_name": "alpaca_zh_demo.json"},
     "glaive_toolcall_en_demo": {
         "file_name": "glaive_toolcall_en_demo.json",
         "formatting": "sharegpt",
-        "columns": {"messages": "conversations", "tools": "tools"},
+        "columns": {**TALKS, "tools": "tools"},
     },
+    "dpo_en_demo": {
+        "file_name": "dpo_en_demo.json",
+        "formatting": "sharegpt",
+        "ranking": True,
+        "columns": {**TALKS, "chosen": "chosen", "rejected": "rejected"},
+    },
+    "kto_en_demo": {
+        "file_name": "kto_en_demo.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "kto_tag": "label"},
+        "tags": {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+        },
+    },
+    "c4_demo": {"file_name": "c4_demo.jsonl", "columns": {"prompt": "text"}},
 }
+"""As LLaMA-Factory's own registry describes them."""
+
+STAGES = {"dpo_en_demo": "dpo", "kto_en_demo": "kto", "c4_demo": "pt"}
+"""Data set -> stage; the others are for sft."""
+
 MARKS = re.compile(r"<\|[^|>]+\|>|<｜[^｜]+｜>|<(?:start|end)_of_turn>|\[/?INST\]|</?think>")  # noqa: RUF001
 """What is one token in the tokenizers of some family; the comparison's tokenizer has them all."""
 
@@ -90,7 +114,7 @@ class Place:
         """LLaMA-Factory's, of a run on the first rows."""
         return {
             "model_name_or_path": str(self.model(model)),
-            "stage": "sft",
+            "stage": STAGES.get(dataset, "sft"),
             "do_train": True,
             "finetuning_type": "lora",
             "lora_target": "all",
@@ -182,23 +206,23 @@ def runner(module: str, workdir: Path, **spec: Any) -> list[dict[str, Any]]:
 
 
 def compare_tokens(place: Place, asked: argparse.Namespace) -> bool:
-    """input_ids and labels, for each template and data set, whole and cut."""
+    """Ids and labels, for each template and data set, whole and cut."""
     cases = list(token_cases())
     runs = [
-        place.arguments(
-            "tiny", dataset, template=template, cutoff_len=cutoff, max_samples=asked.rows
-        )
-        for template, dataset, cutoff in cases
+        place.arguments("tiny", dataset, template=name, cutoff_len=cutoff, max_samples=asked.rows)
+        for name, dataset, cutoff in cases
     ]
     theirs = place.theirs("tokens", {"runs": runs, "rows": asked.rows})
     equal = True
-    for (template, dataset, cutoff), wanted in zip(cases, theirs, strict=True):
-        ours = our_tokens(place, template, dataset, cutoff, asked.rows)
+    for case, wanted in zip(cases, theirs, strict=True):
+        ours = our_tokens(place, *case, asked.rows)
+        if STAGES.get(case[1]) == "pt":
+            ours = ours[: len(wanted)]  # the rest of the last text, which they drop
         same = sum(a == b for a, b in zip(ours, wanted, strict=False))
         right = same == len(ours) == len(wanted)
         equal &= right
-        counts = f"{same} of {len(wanted)} rows the same"
-        print(f"tokens  {template:14} {dataset:24} {cutoff:5}  {counts}", flush=True)
+        shown = f"{case[0]:14} {case[1]:24} {case[2]:5}"
+        print(f"tokens  {shown}  {same} of {len(wanted)} the same", flush=True)
         if not right:
             print(first_difference(place, ours, wanted))
     return equal
@@ -206,27 +230,45 @@ def compare_tokens(place: Place, asked: argparse.Namespace) -> bool:
 
 def token_cases() -> Iterator[tuple[str, str, int]]:
     """Template, data set, cutoff_len."""
-    for template, layout in LAYOUTS.items():
-        for dataset in SETS:
-            if layout.tools is None and dataset.startswith("glaive"):
-                continue
-            yield template, dataset, 2048
-    yield from (("smollm2", dataset, 128) for dataset in SETS)
+    for name, layout in LAYOUTS.items():
+        yield name, "alpaca_zh_demo", 2048
+        if layout.tools:
+            yield name, "glaive_toolcall_en_demo", 2048
+        yield name, "dpo_en_demo", 2048
+    for dataset in SETS:
+        yield from (("smollm2", dataset, cutoff) for cutoff in (512, 128))
+    yield "smollm2", "kto_en_demo", 2048
 
 
 def our_tokens(
     place: Place, template: str, dataset: str, cutoff: int, rows: int
 ) -> list[dict[str, Any]]:
-    """What our runners make of the same rows."""
+    """What our runners make of the same rows, under their names."""
     from tuneyard.runners.base_model import load_tokenizer
     from tuneyard.runners.chat import chat_of
-    from tuneyard.runners.examples import Cutting, encode_conversations
-    from tuneyard.runners.rows import read_conversations
+    from tuneyard.runners.examples import Cutting, encode
+    from tuneyard.runners.rows import read_stage
 
     chat = chat_of(load_tokenizer(place.model("tiny")), template=template, default_system=None)
+    stage = STAGES.get(dataset, "sft")
     file = place.data / SETS[dataset]["file_name"]
-    encoded = encode_conversations(read_conversations(file, limit=rows), chat, Cutting(cutoff))
-    return [{"input_ids": e.ids, "labels": e.labels} for e in encoded.examples]
+    encoded = encode(read_stage(file, stage, limit=rows), chat, Cutting(cutoff), stage=stage)
+    return [columns(item) for item in encoded.examples]
+
+
+def columns(item: Any) -> dict[str, Any]:
+    """An item of ours as LLaMA-Factory's columns."""
+    from tuneyard.runners.examples import Labelled, Pair
+
+    if isinstance(item, Pair):
+        sides = {"chosen_": item.chosen, "rejected_": item.rejected}
+    elif isinstance(item, Labelled):
+        sides = {"": item.example, "kl_": item.mismatched}
+    else:
+        sides = {"": item}
+    found = {f"{side}input_ids": each.ids for side, each in sides.items()}
+    found |= {f"{side}labels": each.labels for side, each in sides.items()}
+    return found | ({"kto_tags": item.wanted} if isinstance(item, Labelled) else {})
 
 
 def first_difference(
@@ -247,12 +289,119 @@ def first_difference(
 
 def compare_losses(place: Place, asked: argparse.Namespace) -> bool:
     """20 steps of both sides from one adapter."""
-    return True
+    adapter = an_adapter(place)
+    near = True
+    for dataset, rows, groups in (
+        ("alpaca_zh_demo", 4, 1),
+        ("alpaca_zh_demo", 1, 4),
+        ("glaive_toolcall_en_demo", 2, 4),
+        ("dpo_en_demo", 2, 1),
+        ("dpo_en_demo", 1, 4),
+        ("kto_en_demo", 4, 1),
+        ("c4_demo", 2, 1),
+    ):
+        said = {
+            "template": "smollm2",
+            "cutoff_len": 256,
+            "max_samples": asked.rows,
+            "per_device_train_batch_size": rows,
+            "gradient_accumulation_steps": groups,
+            "learning_rate": 1e-3,
+            "max_steps": STEPS,
+            "disable_shuffling": True,
+            "lora_dropout": 0.0,
+        }
+        given = place.arguments("tiny", dataset, **said, adapter_name_or_path=str(adapter))
+        theirs = [log["loss"] for log in place.theirs("train", {"runs": [given]})["logs"]]
+        ours = losses_of(our_run(place, "tiny", dataset, said))
+        apart = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs[:STEPS], strict=True))
+        near &= apart <= BOUND
+        print(
+            f"losses  {STAGES.get(dataset, 'sft'):4} {dataset:24} batch {rows} x {groups}  "
+            f"{ours[0]:.4f} -> {ours[-1]:.4f}, theirs {theirs[0]:.4f} -> {theirs[STEPS - 1]:.4f}, "
+            f"at most {apart:.1e} apart",
+            flush=True,
+        )
+    return near
+
+
+def an_adapter(place: Place) -> Path:
+    """The adapter that our runs begin with, saved."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from tuneyard.runners.adapter import add_adapter, save_adapter
+    from tuneyard.runners.arguments import FinetuneArguments
+    from tuneyard.runners.precision import Precision
+
+    base = LlamaForCausalLM.from_pretrained(place.model("tiny"), dtype=torch.float32)
+    model = add_adapter(base, FinetuneArguments(), seed=42, precision=Precision("float32"))
+    folder = place.folder / "adapter"
+    folder.mkdir()
+    save_adapter(model, folder, base_id="tiny")
+    return folder
+
+
+def our_run(
+    place: Place, model: str, dataset: str, said: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The events of our runner on the same rows."""
+    workdir = place.folder / f"ours-{len(list(place.folder.glob('ours-*')))}"
+    file = place.data / SETS[dataset]["file_name"]
+    return runner(
+        "finetune",
+        workdir,
+        inputs={"model": str(place.model(model)), "dataset": str(file)},
+        seed=42,
+        arguments={"stage": STAGES.get(dataset, "sft"), "precision": "fp32", **said},
+    )
+
+
+def losses_of(events: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The loss of each step."""
+    return [e["values"]["loss"] for e in events if "loss" in e.get("values", {})]
 
 
 def compare_times(place: Place, asked: argparse.Namespace) -> bool:
-    """Start-up and steps, each alone, in turn."""
+    """Start-up and steps of both, in turn; medians, and the ratios of the pairs."""
+    said = {
+        "template": "smollm2",
+        "cutoff_len": 256,
+        "max_samples": asked.rows,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5e-4,
+        "max_steps": 8,
+        "disable_shuffling": True,
+    }
+    place.model("smollm2")
+    pairs = []
+    for number in range(asked.rounds):
+        began = time.monotonic()
+        clock = place.theirs(
+            "train", {"runs": [place.arguments("smollm2", "alpaca_zh_demo", **said)]}
+        )
+        theirs = clock["began"][0] - began, mean_step(clock["ended"])
+        began = time.monotonic()
+        events = our_run(place, "smollm2", "alpaca_zh_demo", said)
+        done = [e["t_mono"] for e in events if e["type"] == "progress" and e["unit"] == "steps"]
+        pairs.append((done[0] - began, mean_step(done[1:]), *theirs))
+        print(
+            "times   round {}: start-up {:.2f} s, step {:.3f} s; theirs {:.2f} s, {:.3f} s; "
+            "load {:.1f}".format(number + 1, *pairs[-1], os.getloadavg()[0]),
+            flush=True,
+        )
+    for name, ours, other in (("start-up", 0, 2), ("step", 1, 3)):
+        medians = [statistics.median(pair[side] for pair in pairs) for side in (ours, other)]
+        ratios = " ".join(f"{pair[ours] / pair[other]:.2f}" for pair in pairs)
+        print(
+            f"times   {name:8} ours {medians[0]:.3f} s, theirs {medians[1]:.3f} s, ratios {ratios}"
+        )
     return True
+
+
+def mean_step(ended: Sequence[float]) -> float:
+    """Seconds of a step, the first one left out."""
+    return (ended[-1] - ended[0]) / (len(ended) - 1)
 
 
 if __name__ == "__main__":

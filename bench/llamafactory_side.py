@@ -2,8 +2,8 @@
 
     python -P bench/llamafactory_side.py tokens|train WORK.json RESULT.json
 
-WORK.json: {"runs": [arguments of LLaMA-Factory, …], "rows": 200}. tokens: what it makes of the first
-rows of each run's data set. train: one run; the losses of its steps, and when each began and ended.
+WORK.json: {"runs": [arguments of LLaMA-Factory, …], "rows": 200}. tokens: what it makes of the
+first rows of each run's data set. train: one run; its losses, and when each step began and ended.
 """
 
 import json

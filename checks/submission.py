@@ -8,17 +8,10 @@ from tuneyard.specs.errors import InputError
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.problems import problem
-from tuneyard.specs.rows import TRAINABLE
+from tuneyard.specs.rows import NEEDS, STAGE_OF, TRAINABLE
 from tuneyard.specs.serve import ServeSpec
 
 Report = Mapping[str, Any]
-
-FOR_OTHER_STAGES = {
-    "text": "rows of text are for stage pt, which comes later",
-    "preference": "rows of chosen and rejected are for stage dpo or rm, which come later",
-    "kto": "rows with a label are for stage kto, which comes later",
-    "prompts": "upload it with purpose dataset, as rows with answers",
-}
 
 
 def check_finetune(
@@ -65,13 +58,13 @@ def check_serve(spec: ServeSpec, facts: Mapping[str, Any] | None) -> list[InputE
 
 def _check_kinds(spec: FinetuneSpec, report: Report, field: str) -> list[InputError]:
     kinds = report.get("kinds") or {str(report.get("rows_kind")): {"line": 1}}
-    wrong = [kind for kind in kinds if kind not in TRAINABLE]
+    wrong = [kind for kind in kinds if kind not in TRAINABLE[spec.stage]]
     if not wrong:
         return []
     kind, line = wrong[0], kinds[wrong[0]].get("line")
-    message = f"Line {line} holds a {kind} row, and stage {spec.stage} needs answers."
-    default = "rows with instruction and output, messages, or conversations"
-    hint = FOR_OTHER_STAGES.get(kind, default)
+    message = f"Line {line} holds a {kind} row, and stage {spec.stage} needs {NEEDS[spec.stage]}."
+    default = "upload it with purpose dataset, as rows that teach something"
+    hint = STAGE_OF.get(kind, default)
     return [InputError(message, code="wrong_dataset_kind", field=field, line=line, hint=hint)]
 
 
@@ -99,7 +92,8 @@ def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErro
 
 
 def _check_template(spec: FinetuneSpec | ServeSpec, facts: Mapping[str, Any]) -> list[InputError]:
-    if facts.get("has_chat_template") or (spec.template and "{" in spec.template):
+    plain = isinstance(spec, FinetuneSpec) and spec.stage == "pt" and not spec.template
+    if plain or facts.get("has_chat_template") or (spec.template and "{" in spec.template):
         return []
     hint = f"set template to one of {', '.join(TEMPLATES)}, or to jinja of your own"
     if spec.template is None:

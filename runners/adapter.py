@@ -17,6 +17,12 @@ from tuneyard.runners.origin import CONFIG_FILE, WEIGHTS_FILE
 from tuneyard.runners.precision import Precision
 from tuneyard.runners.seeds import stream_seed
 
+SCORE_HEAD = "score"
+"""What transformers calls the head of a model that scores sequences."""
+
+SCORE_STD = 0.02
+"""Its head's deviation at the start: transformers' usual initializer_range."""
+
 
 def add_adapter(base: Any, arguments: FinetuneArguments, *, seed: int, precision: Precision) -> Any:
     """Wrap a base with a fresh adapter that changes nothing yet. Raises: BadSpec."""
@@ -26,10 +32,10 @@ def add_adapter(base: Any, arguments: FinetuneArguments, *, seed: int, precision
         lora_dropout=arguments.lora_dropout,
         target_modules=find_targets(base, arguments.lora_target),
         layers_to_transform=arguments.layers_to_transform,
-        modules_to_save=_names(arguments.additional_target) or None,
+        modules_to_save=_whole_modules(arguments),
         use_rslora=arguments.use_rslora,
         use_dora=arguments.use_dora,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if arguments.stage == "rm" else "CAUSAL_LM",
     )
     try:
         model = get_peft_model(base, config, autocast_adapter_dtype=precision.trained == "float32")
@@ -39,12 +45,18 @@ def add_adapter(base: Any, arguments: FinetuneArguments, *, seed: int, precision
     return model
 
 
+def _whole_modules(arguments: FinetuneArguments) -> list[str] | None:
+    """Modules that learn beside the adapter; of a reward model its head always."""
+    head = [SCORE_HEAD] if arguments.stage == "rm" else []
+    return [*_names(arguments.additional_target), *head] or None
+
+
 def find_targets(base: Any, asked: str | Sequence[str]) -> list[str]:
     """Names of the modules to adapt; "all" is every linear layer but the output's.
 
     Raises: BadSpec for a name that no module has, with the nearest.
     """
-    output = base.get_output_embeddings()
+    output = base.get_output_embeddings() or getattr(base, SCORE_HEAD, None)
     linear = {
         name.rpartition(".")[2]
         for name, module in base.named_modules()
@@ -84,6 +96,8 @@ def initialise(model: Any, seed: int) -> None:
             torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=stream)
         elif ".lora_embedding_B." in name:
             torch.nn.init.normal_(values, generator=stream)
+        elif f".{SCORE_HEAD}." in name:
+            torch.nn.init.normal_(values, std=SCORE_STD, generator=stream)
         else:
             continue
         with torch.no_grad():

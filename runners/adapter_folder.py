@@ -62,7 +62,7 @@ def origin(asked: Asked, attempt: Attempt, chat: Chat, position: Position) -> di
         "format": 1,
         "base": {"id": asked.base_id, "digest": digest},
         "dataset": attempt.spec.input_ids.get("dataset"),
-        "template": chat.template,
+        "template": chat.template or None,
         "template_name": chat.name,
         "default_system": chat.default_system,
         "stop_token_ids": stop_ids,

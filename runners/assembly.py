@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from tuneyard.runners.checkpoint import (
     read_checkpoint,
 )
 from tuneyard.runners.failures import BadSpec
-from tuneyard.runners.losses import SFT
 from tuneyard.runners.noise import EmbeddingNoise
+from tuneyard.runners.objectives import load_reference, objective_of
 from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
 from tuneyard.runners.seeds import stream_seed
@@ -55,14 +56,23 @@ def build_trainer(
     torch.manual_seed(stream_seed(asked.seed, "dropout"))
     run = description(asked, tokenised.digest, len(examples), device, job=attempt.spec.job)
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
+    at = resume(attempt, running, run)
+    reference = partial(
+        load_reference,
+        model,
+        attempt.input("ref_model") if "ref_model" in attempt.spec.inputs else None,
+        asked.model,
+        dtype=getattr(torch, precision.weights),
+        device=device,
+    )
     return Trainer(
         running=running,
         data=Data(examples, order, held_out, chat.tokenizer.pad_token_id),
         plan=plan,
-        objective=SFT,
+        objective=objective_of(arguments, reference, at.baseline),
         schedule=schedule_of(arguments, plan.steps),
         noise=noise,
-        at=resume(attempt, running, run),
+        at=at,
         events=attempt.events,
         stops=attempt.stops,
         workdir=attempt.workdir,
@@ -92,8 +102,9 @@ def pick_precision(asked: Asked, attempt: Attempt) -> Precision:
 def load_model(asked: Asked, precision: Precision, device: str) -> Any:
     """The base with a fresh adapter."""
     dtype = getattr(torch, precision.weights)
-    base = load_weights(asked.model, asked.config, dtype=dtype, device=device)
     arguments = asked.arguments
+    scoring = arguments.stage == "rm"
+    base = load_weights(asked.model, asked.config, dtype=dtype, device=device, scoring=scoring)
     if arguments.gradient_checkpointing and not arguments.disable_gradient_checkpointing:
         # Not reentrant: it needs no gradient at the input, so layers below the first adapter
         # still take no part in the backward pass.

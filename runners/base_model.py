@@ -51,12 +51,18 @@ def class_name(config: Mapping[str, Any]) -> str:
     )
 
 
-def load_class(config: Mapping[str, Any]) -> Any:
-    """Import that class. Raises: BadSpec when this transformers does not have it."""
+def load_class(config: Mapping[str, Any], *, scoring: bool = False) -> Any:
+    """Import that class; ``scoring``: the one that has a head for scores in its head's place.
+
+    Raises: BadSpec when this transformers does not have it.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     name = class_name(config)
+    if scoring:
+        transformers.utils.logging.set_verbosity_error()  # of a head that is not there yet
+        name = name.replace("ForCausalLM", "ForSequenceClassification")
     found = getattr(transformers, name, None)
     if found is None:
         raise BadSpec(
@@ -67,16 +73,28 @@ def load_class(config: Mapping[str, Any]) -> Any:
     return found
 
 
-def load_weights(folder: Path, config: Mapping[str, Any], *, dtype: Any, device: str) -> Any:
-    """The base in ``dtype``, in evaluation mode, from its safetensors alone."""
-    placed = {"device_map": {"": device}} if device != "cpu" else {}
-    return load_class(config).from_pretrained(
+def load_weights(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    dtype: Any,
+    device: str,
+    scoring: bool = False,
+) -> Any:
+    """The base in ``dtype``, in evaluation mode, from its safetensors alone.
+
+    scoring: with a fresh head of one score a sequence, as transformers' reward models have it.
+    """
+    more: dict[str, Any] = {"device_map": {"": device}} if device != "cpu" else {}
+    if scoring:
+        more["num_labels"] = 1
+    return load_class(config, scoring=scoring).from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation="sdpa",
         local_files_only=True,
         use_safetensors=True,
-        **placed,
+        **more,
     )
 
 

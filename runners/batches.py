@@ -7,16 +7,16 @@ size, the number of devices or where a run was interrupted.
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar, overload
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, overload
 
 import torch
 
-from tuneyard.runners.examples import IGNORED, Example
+from tuneyard.runners.examples import IGNORED, Item, Labelled, sequences_of
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.seeds import stream_seed
 
-Item = TypeVar("Item")
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True)
@@ -49,28 +49,28 @@ def steps_of(count: int, *, rows_per_step: int, epochs: float, max_steps: int) -
     return each, max_steps if max_steps > 0 else math.ceil(epochs * each)
 
 
-class Chosen(Sequence[Item]):
+class Chosen(Sequence[Kept]):
     """Some items of a sequence, which stay where they are."""
 
-    def __init__(self, items: Sequence[Item], indices: Sequence[int]) -> None:
+    def __init__(self, items: Sequence[Kept], indices: Sequence[int]) -> None:
         self._items, self._indices = items, indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
     @overload
-    def __getitem__(self, index: int) -> Item: ...
+    def __getitem__(self, index: int) -> Kept: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+    def __getitem__(self, index: slice) -> Sequence[Kept]: ...
+    def __getitem__(self, index: int | slice) -> Kept | Sequence[Kept]:
         if isinstance(index, slice):
             return [self._items[i] for i in self._indices[index]]
         return self._items[self._indices[index]]
 
 
 def split(
-    items: Sequence[Item], val_size: float, *, seed: int
-) -> tuple[Sequence[Item], Sequence[Item]]:
+    items: Sequence[Kept], val_size: float, *, seed: int
+) -> tuple[Sequence[Kept], Sequence[Kept]]:
     """Divide into training and validation; val_size is a count, or below 1 a share.
 
     Raises: BadData when one side would be empty.
@@ -93,10 +93,12 @@ def split(
 
 @dataclass(frozen=True)
 class Batch:
-    """A group of rows, padded at the right.
+    """A group of items, padded at the right.
 
-    ids: [rows, length]; positions: [p], the ones that predict a target in any row; targets:
-    [rows, p], IGNORED where this row has none; lengths: [rows], of the rows without their padding.
+    Of items of two sequences all first ones come before all second ones.
+    ids: [sequences, length]; positions: [p], the ones that predict a target in any sequence;
+    targets: [sequences, p], IGNORED where this sequence has none; lengths: [sequences], without
+    padding; wanted: [items] of labelled answers, else [0].
     """
 
     ids: torch.Tensor
@@ -104,21 +106,36 @@ class Batch:
     targets: torch.Tensor
     lengths: torch.Tensor
     tokens: int
+    wanted: torch.Tensor
 
     def to(self, device: str) -> "Batch":
         """The same on a device."""
         if device == "cpu":
             return self
-        ids, positions = self.ids.to(device), self.positions.to(device)
-        targets, lengths = self.targets.to(device), self.lengths.to(device)
-        return Batch(ids, positions, targets, lengths, self.tokens)
+        moved: dict[str, Any] = {
+            each.name: value.to(device)
+            for each in fields(self)
+            if isinstance(value := getattr(self, each.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+    def halves(self) -> tuple["Batch", "Batch"]:
+        """All first sequences, and all second ones."""
+        pairs = zip(self.ids.chunk(2), self.targets.chunk(2), self.lengths.chunk(2), strict=True)
+        first, second = (
+            replace(self, ids=ids, targets=targets, lengths=lengths)
+            for ids, targets, lengths in pairs
+        )
+        return first, second
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad rows to the longest. Nothing attends to padding: it stands right, and masks are causal.
+def collate(items: Sequence[Item], pad_id: int) -> Batch:
+    """Pad sequences to the longest. Nothing attends to padding: it stands right, masks are causal.
 
     Logits are wanted only where something is learned, hence ``positions``.
     """
+    columns = zip(*map(sequences_of, items), strict=True)
+    examples = [example for column in columns for example in column]
     width = max(len(e.ids) for e in examples)
     ids = torch.tensor([e.ids + [pad_id] * (width - len(e.ids)) for e in examples])
     labels = torch.tensor([e.labels + [IGNORED] * (width - len(e.ids)) for e in examples])
@@ -129,4 +146,12 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     if width == 1:
         following = torch.full_like(labels, IGNORED)
     lengths = torch.tensor([len(e.ids) for e in examples])
-    return Batch(ids, positions, following[:, positions], lengths, int(lengths.sum()))
+    wanted = [item.wanted for item in items if isinstance(item, Labelled)]
+    return Batch(
+        ids,
+        positions,
+        following[:, positions],
+        lengths,
+        int(lengths.sum()),
+        torch.tensor(wanted, dtype=torch.bool),
+    )

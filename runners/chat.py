@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from tuneyard.runners.failures import BadData, BadSpec
-from tuneyard.runners.layouts import LAYOUTS, jinja
+from tuneyard.runners.layouts import LAYOUTS, SEAM, jinja
 from tuneyard.runners.rows import Message
 
 DATE = "26 Jul 2024"
@@ -21,15 +21,16 @@ _MARK = "answer7f3a9c"
 class Chat:
     """A tokenizer and the template that speaks through it.
 
-    template: jinja, rendered in transformers' sandbox; default_system: for conversations without;
-    whole_turns: all that closes an answer is learned, as LLaMA-Factory does with its own templates.
+    template: jinja, rendered in transformers' sandbox, or nothing where plain text is learned;
+    default_system: for conversations without; seamed: the same template with SEAMs, of a layout of
+    LLaMA-Factory's, which also learns all that closes an answer.
     """
 
     tokenizer: Any
     template: str
     name: str = "tokenizer"
     default_system: str | None = None
-    whole_turns: bool = False
+    seamed: str | None = None
 
     def render(
         self,
@@ -38,13 +39,14 @@ class Chat:
         generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         line: int | None = None,
+        seams: bool = False,
     ) -> str:
         """The conversation as text. Raises: BadData when the template refuses it."""
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
-                tools=list(tools) if tools or (tools is not None and self.whole_turns) else None,
-                chat_template=self.template,
+                tools=list(tools) if tools or (tools is not None and self.seamed) else None,
+                chat_template=self.seamed if seams and self.seamed else self.template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
                 date_string=DATE,
@@ -62,8 +64,11 @@ class Chat:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts. Nothing is added: the template wrote all there is."""
-        backend = self.tokenizer.backend_tokenizer
-        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encode = self.tokenizer.backend_tokenizer.encode_batch_fast
+        pieces = [text.split(SEAM) if self.seamed else [text] for text in texts]
+        flat = [piece for each in pieces for piece in each]
+        ids = (encoding.ids for encoding in encode(flat, add_special_tokens=False))
+        return [[i for _ in each for i in next(ids)] for each in pieces]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -75,6 +80,8 @@ class Chat:
     @cached_property
     def closing_id(self) -> int | None:
         """The special token that closes an assistant's turn, found by rendering one."""
+        if not self.template:
+            return None
         asked = {"role": "user", "content": "question"}
         text = self.render([asked, {"role": "assistant", "content": _MARK}])
         (ids,) = self.encode([text.partition(_MARK)[2]])
@@ -97,8 +104,10 @@ class Chat:
         return sorted(i for i in found if i is not None)
 
 
-def chat_of(tokenizer: Any, *, template: str | None, default_system: str | None) -> Chat:
-    """The template asked for, else the tokenizer's own. Raises: BadSpec when there is none.
+def chat_of(
+    tokenizer: Any, *, template: str | None, default_system: str | None, needed: bool = True
+) -> Chat:
+    """The template asked for, else the tokenizer's own. Raises: BadSpec when one is needed.
 
     template: a name of LAYOUTS, jinja itself, or nothing. Any other name means the base's own
     template, as that is what such a base was tuned with.
@@ -109,10 +118,15 @@ def chat_of(tokenizer: Any, *, template: str | None, default_system: str | None)
     if template and "{" in template:
         return Chat(tokenizer, template, "given", default_system)
     if template is not None and template in LAYOUTS:
-        written = jinja(LAYOUTS[template], default_system=default_system)
-        return Chat(tokenizer, written, template, default_system, whole_turns=True)
+        layout = LAYOUTS[template]
+        written, seamed = (
+            jinja(layout, default_system=default_system, seams=seams) for seams in (False, True)
+        )
+        return Chat(tokenizer, written, template, default_system, seamed)
     if own:
         return Chat(tokenizer, own, "tokenizer", default_system)
+    if not needed and not template:
+        return Chat(tokenizer, "")
     raise BadSpec(
         "The base has no chat template"
         + (f", and {template!r} is not one that we have." if template else "."),

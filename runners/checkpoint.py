@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from tuneyard.runners.adapter import restore_adapter, save_adapter, trained_parameters
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.losses import RunningMean
 from tuneyard.runners.retention import checkpoint_meta
 from tuneyard.specs.runner import CHECKPOINTS
 from tuneyard.store.folder import manifest_digest, publish_folder, verify_folder
@@ -42,6 +43,7 @@ class Position:
     best_step: int | None = None
     loss_sum: float = 0.0
     skipped_steps: int = 0
+    baseline: RunningMean = field(default_factory=RunningMean)
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -123,6 +125,7 @@ def read_checkpoint(folder: Path, running: Running, *, run: Mapping[str, Any]) -
     _restore_random(load_file(folder / RANDOM_FILE), running.device)
     if scaler := state.pop("scaler"):
         running.scaler.load_state_dict(scaler)
+    state["baseline"] = RunningMean(**state.get("baseline", {}))
     log = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
     return Position(**state, log=[json.loads(line) for line in log])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneyard.runners.failures import BadData, BadSpec
-from tuneyard.runners.rows import count_conversations
+from tuneyard.runners.rows import count_rows
 from tuneyard.store.folder import read_manifest
 
 
@@ -19,7 +19,7 @@ def describe(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 def _judge(path: Path) -> dict[str, Any]:
     try:
-        return {"rows": count_conversations(path), "problem": None}
+        return {"rows": count_rows(path), "problem": None}
     except BadData as error:
         problem = {"message": error.message, "line": error.line, "hint": error.hint}
         return {"rows": 0, "problem": problem}

@@ -1,14 +1,15 @@
-"""Conversations as token ids and labels: turn by turn, cut as LLaMA-Factory cuts.
+"""Rows as token ids and labels: conversations turn by turn, cut as LLaMA-Factory cuts.
 
 Labels are set by position, never by token id: where pad is eos, the end of a turn stays a target.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.failures import BadData, BadSpec
-from tuneyard.runners.rows import Conversation, Message
+from tuneyard.runners.rows import Conversation, Message, Opinion, Preference, StageRow, Text
 
 IGNORED = -100
 """The label of a token that is not a target: torch's default for cross entropy."""
@@ -30,12 +31,57 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """One question with the answer that is wanted, and with the other one."""
+
+    chosen: Example
+    rejected: Example
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learned; 0 where one of the answers was cut away."""
+        return min(self.chosen.targets, self.rejected.targets)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An answer that is wanted or not; mismatched: the same question with another row's answer."""
+
+    example: Example
+    mismatched: Example
+    wanted: bool
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learned."""
+        return self.example.targets
+
+
+Item = Example | Pair | Labelled
+"""What a row of training data becomes, by stage."""
+
+
+def sequences_of(item: Item) -> tuple[Example, ...]:
+    """The token sequences of an item, in the order in which they are stored."""
+    if isinstance(item, Pair):
+        return item.chosen, item.rejected
+    if isinstance(item, Labelled):
+        return item.example, item.mismatched
+    return (item,)
+
+
+@dataclass(frozen=True)
 class Cutting:
-    """Which tokens are kept and which are targets."""
+    """Which tokens are kept and which are targets. blocks: texts are joined and cut in blocks."""
 
     cutoff_len: int = 2048
     train_on_prompt: bool = False
     mask_history: bool = False
+    blocks: bool = True
+
+
+Piece = tuple[list[int], list[int], bool]
+"""Source ids, target ids, whether the target is trained."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +95,144 @@ class Turn:
 
 @dataclass(frozen=True)
 class Encoded:
-    """All examples that teach something, and how many rows did not or only in part."""
+    """All items that teach something, and how many rows did not or only in part."""
 
-    examples: list[Example]
-    skipped: int
-    last_turn_only: int
+    examples: list[Item]
+    skipped: int = 0
+    last_turn_only: int = 0
 
 
-def encode_conversations(
-    conversations: Sequence[Conversation],
+Progress = Callable[[int], None]
+
+
+def encode(
+    rows: Sequence[StageRow],
     chat: Chat,
     cutting: Cutting,
     *,
-    progress: Callable[[int], None] = lambda done: None,
+    stage: str = "sft",
+    progress: Progress = lambda done: None,
 ) -> Encoded:
     """Tokenise all rows. Raises: BadData when the template refuses one or nothing is left."""
-    examples: list[Example] = []
-    last_turn_only = 0
-    for start in range(0, len(conversations), ROWS_AT_ONCE):
-        rows = [_turns(each, chat) for each in conversations[start : start + ROWS_AT_ONCE]]
-        last_turn_only += sum(rewritten for _, rewritten in rows)
-        examples += _encode_rows([turns for turns, _ in rows], chat, cutting)
-        progress(min(start + ROWS_AT_ONCE, len(conversations)))
-    useful = [example for example in examples if example.targets]
+    encoded = _STAGES[stage](rows, chat, cutting, progress)
+    useful = [item for item in encoded.examples if item.targets]
     if not useful:
         raise BadData(
             "No row has a token to learn.",
             hint=f"cutoff_len is {cutting.cutoff_len}: does it cut every answer away?",
         )
-    return Encoded(useful, len(examples) - len(useful), last_turn_only)
+    skipped = len(encoded.examples) - len(useful)
+    return Encoded(useful, skipped, encoded.last_turn_only)
+
+
+def _conversations(
+    rows: Sequence[Conversation], chat: Chat, cutting: Cutting, progress: Progress
+) -> Encoded:
+    """Stage sft: all answers of a row."""
+    examples: list[Item] = []
+    last_turn_only = 0
+    for pieces, rewritten in _in_pieces(rows, chat, progress):
+        last_turn_only += rewritten
+        examples.append(cut(pieces, cutting))
+    return Encoded(examples, last_turn_only=last_turn_only)
+
+
+def _preferences(
+    rows: Sequence[Preference], chat: Chat, cutting: Cutting, progress: Progress
+) -> Encoded:
+    """Stages dpo and rm: both answers share what is kept of the question."""
+    sides = [side for row in rows for side in (row.chosen, row.rejected)]
+    pieces = _in_pieces(sides, chat, lambda done: progress(done // 2))
+    found: list[Item] = []
+    for (chosen, _), (rejected, _) in zip(pieces, pieces, strict=True):
+        asked, good = one_turn(chosen)
+        _, bad = one_turn(rejected)
+        kept, room = share(len(asked), max(len(good), len(bad)), cutting.cutoff_len)
+        found.append(Pair(answer(asked[:kept], good[:room]), answer(asked[:kept], bad[:room])))
+    return Encoded(found)
+
+
+def _opinions(rows: Sequence[Opinion], chat: Chat, cutting: Cutting, progress: Progress) -> Encoded:
+    """Stage kto. A row's mismatched answer is that of the row before it; the first has the last's.
+
+    Source: behaviour of LLaMA-Factory 0.9.5, data/processor/feedback.py (there by 1,000 rows).
+    """
+    answered = [row.answered for row in rows]
+    others = [
+        replace(row, messages=[*row.asked, answered[i - 1].messages[-1]])
+        for i, row in enumerate(answered)
+    ]
+    both = [side for pair in zip(answered, others, strict=True) for side in pair]
+    pieces = _in_pieces(both, chat, lambda done: progress(done // 2))
+    found: list[Item] = []
+    for row, (own, _), (other, _) in zip(rows, pieces, pieces, strict=True):
+        example, mismatched = (_cut_answer(each, cutting.cutoff_len) for each in (own, other))
+        found.append(Labelled(example, mismatched, row.wanted))
+    return Encoded(found)
+
+
+def _cut_answer(pieces: Sequence[Piece], cutoff_len: int) -> Example:
+    asked, said = one_turn(pieces)
+    kept, room = share(len(asked), len(said), cutoff_len)
+    return answer(asked[:kept], said[:room])
+
+
+def _texts(rows: Sequence[Text], chat: Chat, cutting: Cutting, progress: Progress) -> Encoded:
+    """Stage pt: every token but a sequence's first is learned; each text ends with eos.
+
+    It begins with what the tokenizer puts before a text. In blocks, texts follow one another and
+    are cut every cutoff_len tokens; the rest is kept.
+    Source: behaviour of LLaMA-Factory 0.9.5, data/processor/pretrain.py; there the rest is
+    dropped, and a block's first token makes way for bos.
+    """
+    tokenizer, width = chat.tokenizer, cutting.cutoff_len
+    begin = tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
+    sequences: list[list[int]] = []
+    flat: list[int] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        texts = [row.text for row in rows[start : start + ROWS_AT_ONCE]]
+        for ids in chat.encode(texts):
+            whole = [*begin, *ids, tokenizer.eos_token_id]
+            if cutting.blocks:
+                flat += whole
+            else:
+                sequences.append(whole[:width])
+        progress(min(start + ROWS_AT_ONCE, len(rows)))
+    sequences += [flat[start : start + width] for start in range(0, len(flat), width)]
+    return Encoded([Example(ids, list(ids)) for ids in sequences])
+
+
+_STAGES: Mapping[str, Callable[[Any, Chat, Cutting, Progress], Encoded]] = {
+    "sft": _conversations,
+    "pt": _texts,
+    "rm": _preferences,
+    "dpo": _preferences,
+    "kto": _opinions,
+}
+
+
+def answer(asked: list[int], said: list[int]) -> Example:
+    """A question that is given and an answer that is learned."""
+    return Example(asked + said, [IGNORED] * len(asked) + said)
+
+
+def one_turn(pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
+    """All that stands before the last answer, and the answer."""
+    before = [ids for source, target, _ in pieces[:-1] for ids in (source, target)]
+    source, target, _ = pieces[-1]
+    return [i for ids in (*before, source) for i in ids], target
+
+
+def _in_pieces(
+    rows: Sequence[Conversation], chat: Chat, progress: Progress
+) -> Iterator[tuple[list[Piece], bool]]:
+    """Each conversation's turns as token ids; whether only the last could be told apart."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        split = [_turns(each, chat) for each in rows[start : start + ROWS_AT_ONCE]]
+        pieces = _encode_rows([turns for turns, _ in split], chat)
+        for each, (_, rewritten) in zip(pieces, split, strict=True):
+            yield each, rewritten
+        progress(min(start + ROWS_AT_ONCE, len(rows)))
 
 
 def _turns(conversation: Conversation, chat: Chat) -> tuple[list[Turn], bool]:
@@ -117,8 +272,8 @@ def _rendered(
 ) -> tuple[str, str]:
     """The text up to the last answer, and the text with it."""
     tools, line = conversation.tools, conversation.line
-    prompt = chat.render(messages[:-1], generation_prompt=True, tools=tools, line=line)
-    whole = chat.render(messages, tools=tools, line=line)
+    prompt = chat.render(messages[:-1], generation_prompt=True, tools=tools, line=line, seams=True)
+    whole = chat.render(messages, tools=tools, line=line, seams=True)
     if whole.startswith(prompt):
         return prompt, whole
     raise BadSpec(
@@ -128,7 +283,7 @@ def _rendered(
     )
 
 
-def _encode_rows(rows: list[list[Turn]], chat: Chat, cutting: Cutting) -> Iterator[Example]:
+def _encode_rows(rows: list[list[Turn]], chat: Chat) -> Iterator[list[Piece]]:
     """Sources and targets are tokenised apart, as generating does: no token spans the border."""
     texts = [text for turns in rows for turn in turns for text in (turn.source, turn.target)]
     ids = iter(chat.encode(texts))
@@ -139,7 +294,7 @@ def _encode_rows(rows: list[list[Turn]], chat: Chat, cutting: Cutting) -> Iterat
             source = after + next(ids)
             target, after = _closed(next(ids), chat)
             pieces.append((source, target, turn.trained))
-        yield cut(pieces, cutting)
+        yield pieces
 
 
 def _closed(target: list[int], chat: Chat) -> tuple[list[int], list[int]]:
@@ -150,7 +305,7 @@ def _closed(target: list[int], chat: Chat) -> tuple[list[int], list[int]]:
     """
     if chat.closing_id is None:
         return [*target, chat.tokenizer.eos_token_id], []
-    if chat.whole_turns:
+    if chat.seamed:
         return target, []
     end = len(target) - 1
     while end >= 0 and target[end] not in chat.special_ids:
@@ -158,10 +313,6 @@ def _closed(target: list[int], chat: Chat) -> tuple[list[int], list[int]]:
     if end < 0:
         return [*target, chat.closing_id], []
     return target[: end + 1], target[end + 1 :]
-
-
-Piece = tuple[list[int], list[int], bool]
-"""Source ids, target ids, whether the target is trained."""
 
 
 def cut(pieces: Sequence[Piece], cutting: Cutting) -> Example:

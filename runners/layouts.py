@@ -36,10 +36,19 @@ class Layout:
     thought: str = ""
 
 
-def jinja(layout: Layout, *, default_system: str | None = None) -> str:
-    """The layout as a chat template; default_system: in the place of the layout's own."""
+SEAM = "\0"
+"""No row holds it."""
+
+
+def jinja(layout: Layout, *, default_system: str | None = None, seams: bool = False) -> str:
+    """The layout as a chat template; default_system: in the place of the layout's own.
+
+    seams: it writes SEAM where LLaMA-Factory tokenises two texts apart, so that no token spans
+    them; other borders are special tokens.
+    """
     if default_system is not None:
         layout = replace(layout, default_system=default_system)
+    seam = SEAM if seams else ""
     tool = layout.tool or layout.user
     lead = "(system if loop.index0 == 0 else '') ~ " if layout.system_in_user else ""
     return "".join(
@@ -52,11 +61,11 @@ def jinja(layout: Layout, *, default_system: str | None = None) -> str:
             "{% set system = system ~ tool_text %}",
             f"{{% set system = {_written(layout.system, 'system')} %}}{{% endif %}}",
             f"{{{{ {_written(layout.prefix, '')} }}}}" if layout.prefix else "",
-            "" if layout.system_in_user else "{{ system }}",
+            "" if layout.system_in_user else f"{{{{ system ~ {json.dumps(seam)} }}}}",
             "{% for m in (messages[1:] if leads else messages) %}",
             "{% if m['role'] == 'assistant' %}",
             _calls(layout),
-            _thought(layout),
+            _thought(layout.thought, seam),
             f"{{{{ {_written(layout.assistant, 'said')} }}}}",
             "{% elif m['role'] in ('tool', 'function') %}",
             f"{{{{ {_written(tool, _content(lead))} }}}}",
@@ -98,12 +107,13 @@ def _calls(layout: Layout) -> str:
     )
 
 
-def _thought(layout: Layout) -> str:
-    if not layout.thought:
+def _thought(thought: str, seam: str) -> str:
+    """What leads an answer that has no thoughts with an empty one."""
+    if not thought:
         return ""
     return (
         "{% if '<think>' not in said and '</think>' not in said %}"
-        f"{{% set said = {json.dumps(layout.thought)} ~ said %}}{{% endif %}}"
+        f"{{% set said = {json.dumps(thought + seam)} ~ said %}}{{% endif %}}"
     )
 
 
@@ -125,8 +135,8 @@ _TOOLS: Mapping[str | None, str] = {
         "{{ \"): \" ~ what['description'] }}"
         "{% if what['enum'] %}"
         '{{ ", should be one of [" ~ what[\'enum\'] | join(", ") ~ "]" }}{% endif %}'
-        "{% if what['items'] %}"
-        "{{ \", where each item should be \" ~ what['items']['type'] }}{% endif %}"
+        "{% if what.get('items') %}"
+        "{{ \", where each item should be \" ~ what.get('items')['type'] }}{% endif %}"
         '{{ "\\n" }}{% endfor %}{{ "\\n" }}{% endfor %}'
         '{{ "Use the following format if using a tool:\\n```\\nAction: tool name (one of [" }}'
         '{{ names.all ~ "])\\nAction Input: the input to the tool, in a JSON format representing '

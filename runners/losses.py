@@ -1,33 +1,87 @@
 """What a step minimises. A stage is one objective; the loop is the same for all."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from tuneyard.runners.batches import Batch
-from tuneyard.runners.examples import IGNORED, Example
+from tuneyard.runners.examples import IGNORED, Item
+
+
+class Measure(NamedTuple):
+    """Something to look at beside the loss: a sum, and over how many it is one."""
+
+    total: torch.Tensor
+    over: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Objective:
-    """loss: the *sum* over a group of rows; units: how many terms of that sum a row brings.
+class Outcome:
+    """loss: the *sum* over a group of items, of as many terms as they have units."""
 
-    The loop divides by the units of the whole step, however it was split into groups.
-    """
-
-    loss: Callable[[Any, Batch], torch.Tensor]
-    units: Callable[[Example], int]
+    loss: torch.Tensor
+    measures: Mapping[str, Measure] = field(default_factory=dict)
 
 
-def token_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Sum of -log p over the targets. Logits [rows, positions, vocabulary] are widened to fp32."""
+@dataclass
+class RunningMean:
+    """The mean of all rewards that were seen while training: bco's baseline."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def take(self, value: torch.Tensor, *, keep: bool) -> float:
+        """The mean with this value in it; ``keep``: it stays in."""
+        total, count = self.total + float(value), self.count + 1
+        if keep:
+            self.total, self.count = total, count
+        return total / count
+
+
+class Objective(Protocol):
+    """The loop divides by the units of the whole step, however it was split into groups."""
+
+    def loss(self, model: Any, batch: Batch) -> Outcome:
+        """The loss of a group of items, with its graph."""
+
+    def units(self, item: Item) -> int:
+        """How many terms of the sum an item brings."""
+
+
+def means(outcomes: Iterable[Outcome]) -> dict[str, torch.Tensor]:
+    """Each measure over all groups together; one that nothing counted for is left out."""
+    totals: dict[str, torch.Tensor] = {}
+    counts: dict[str, torch.Tensor] = {}
+    for outcome in outcomes:
+        for name, measure in outcome.measures.items():
+            totals[name] = totals.get(name, 0) + measure.total.detach().double()
+            counts[name] = counts.get(name, 0) + measure.over
+    return {name: total / counts[name] for name, total in totals.items() if counts[name]}
+
+
+def token_losses(model: Any, batch: Batch) -> torch.Tensor:
+    """-log p of each target, [sequences, positions] in fp32; 0 where there is no target."""
     logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.positions).logits
-    return cross_entropy(
-        logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    flat = cross_entropy(
+        logits.float().flatten(0, 1),
+        batch.targets.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
     )
+    return flat.view_as(batch.targets)
 
 
-SFT = Objective(loss=token_loss, units=lambda example: example.targets)
+@dataclass(frozen=True)
+class TokenLoss:
+    """Stages sft and pt: the mean of -log p over all targets of a step."""
+
+    def loss(self, model: Any, batch: Batch) -> Outcome:
+        """The sum over the targets."""
+        return Outcome(token_losses(model, batch).sum())
+
+    def units(self, item: Item) -> int:
+        """Its targets."""
+        return item.targets

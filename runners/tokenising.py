@@ -10,8 +10,8 @@ from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import load_tokenizer, tokenizer_files
 from tuneyard.runners.chat import Chat, chat_of
 from tuneyard.runners.data_files import data_file
-from tuneyard.runners.examples import Cutting, Encoded, Example, encode_conversations
-from tuneyard.runners.rows import Conversation, read_conversations
+from tuneyard.runners.examples import Cutting, Encoded, Item, encode
+from tuneyard.runners.rows import StageRow, read_stage
 from tuneyard.runners.tokens import (
     HELD_OUT,
     TRAINING,
@@ -29,24 +29,29 @@ SPLITS = {TRAINING: "dataset", HELD_OUT: "eval_dataset"}
 
 @dataclass(frozen=True)
 class Tokenised:
-    """All examples of a run. digest: of those to learn from."""
+    """All items of a run. digest: of those to learn from."""
 
-    examples: Sequence[Example]
-    held_out: Sequence[Example]
+    examples: Sequence[Item]
+    held_out: Sequence[Item]
     digest: str
 
 
 def load_chat(model: Path, arguments: RowsSpec, attempt: Attempt) -> Chat:
     """The base's tokenizer, speaking through the template that was asked for."""
     wanted = arguments.template
-    chat = chat_of(load_tokenizer(model), template=wanted, default_system=arguments.default_system)
+    chat = chat_of(
+        load_tokenizer(model),
+        template=wanted,
+        default_system=arguments.default_system,
+        needed=arguments.stage != "pt",
+    )
     if wanted and chat.name == "tokenizer":
         note = f"template {wanted!r}: the base brings its own chat template, which is used."
         attempt.events.warn("own_template", note)
     return chat
 
 
-def read_rows_of(attempt: Attempt, arguments: RowsSpec) -> Mapping[str, list[Conversation]]:
+def read_rows_of(attempt: Attempt, arguments: RowsSpec) -> Mapping[str, Sequence[StageRow]]:
     """The rows of each split that there is. Raises: BadData, InputGone."""
     picked = {TRAINING: arguments.data_file, HELD_OUT: arguments.eval_data_file}
     files = {
@@ -55,15 +60,22 @@ def read_rows_of(attempt: Attempt, arguments: RowsSpec) -> Mapping[str, list[Con
         if name in attempt.spec.inputs
     }
     limit = arguments.max_samples
-    return {split: read_conversations(file, limit=limit) for split, file in files.items()}
+    stage = arguments.stage
+    return {split: read_stage(file, stage, limit=limit) for split, file in files.items()}
 
 
 def encode_split(
-    rows: Sequence[Conversation], arguments: RowsSpec, chat: Chat, attempt: Attempt
+    rows: Sequence[StageRow], arguments: RowsSpec, chat: Chat, attempt: Attempt
 ) -> Encoded:
     """Tokenise the rows of a split, with progress where it takes a while."""
-    cutting = Cutting(arguments.cutoff_len, arguments.train_on_prompt, arguments.mask_history)
-    encoded = encode_conversations(rows, chat, cutting, progress=_progress(attempt, len(rows)))
+    cutting = Cutting(
+        arguments.cutoff_len,
+        arguments.train_on_prompt,
+        arguments.mask_history,
+        blocks=arguments.packing is not False,
+    )
+    progress = _progress(attempt, len(rows))
+    encoded = encode(rows, chat, cutting, stage=arguments.stage, progress=progress)
     for code, note in notes_on(encoded, len(rows)):
         attempt.events.warn(code, note)
     return encoded
@@ -90,7 +102,7 @@ def notes_on(encoded: Encoded, total: int) -> list[tuple[str, str]]:
 
 
 def tokenise(
-    rows: Mapping[str, Sequence[Conversation]],
+    rows: Mapping[str, Sequence[StageRow]],
     arguments: RowsSpec,
     chat: Chat,
     attempt: Attempt,
@@ -123,8 +135,10 @@ def made_from(arguments: RowsSpec, model: Path, chat: Chat) -> dict[str, Any]:
     for file in tokenizer_files(model):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return {
+        "stage": arguments.stage,
+        "packing": arguments.packing,
         "template": chat.template,
-        "whole_turns": chat.whole_turns,
+        "seamed": chat.seamed,
         "default_system": arguments.default_system,
         "cutoff_len": arguments.cutoff_len,
         "train_on_prompt": arguments.train_on_prompt,

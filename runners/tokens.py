@@ -1,7 +1,8 @@
 """Rows as tokens, kept in a folder: made once on a CPU, read piece by piece where they are learned.
 
-Each split is a safetensors file of three flat arrays: ``ids`` and ``labels`` (int32, all rows one
-after the other) and ``ends`` (int64, where each row ends). tokens.json says what made them.
+Each split is a safetensors file of flat arrays: ``ids`` and ``labels`` (int32, all sequences one
+after the other) and ``ends`` (int64, where each ends). Of pairs and labelled answers two sequences
+make an item; ``wanted`` (uint8, one an item) tells the latter. tokens.json says what made them.
 """
 
 import hashlib
@@ -15,51 +16,67 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tuneyard.runners.examples import Example
+from tuneyard.runners.examples import Example, Item, Labelled, Pair, sequences_of
 from tuneyard.runners.failures import BadSpec
 
 ABOUT_FILE = "tokens.json"
 TRAINING, HELD_OUT = "training", "held_out"
 
 
-class TokenRows(Sequence[Example]):
-    """The examples of a file, each read when it is asked for."""
+class TokenRows(Sequence[Item]):
+    """The items of a file, each read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, framework="np")
         self._ids, self._labels = self._file.get_slice("ids"), self._file.get_slice("labels")
         self._ends = self._file.get_tensor("ends")
+        names = self._file.keys()
+        self._wanted = self._file.get_tensor("wanted") if "wanted" in names else None
+        self._paired = "paired" in names or self._wanted is not None
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._ends) // (2 if self._paired else 1)
 
     @overload
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Item: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
+        if not self._paired:
+            return self._sequence(index)
+        first, second = self._sequence(2 * index), self._sequence(2 * index + 1)
+        if self._wanted is None:
+            return Pair(first, second)
+        return Labelled(first, second, bool(self._wanted[index]))
+
+    def _sequence(self, index: int) -> Example:
         start = int(self._ends[index - 1]) if index else 0
         end = int(self._ends[index])
         return Example(self._ids[start:end].tolist(), self._labels[start:end].tolist())
 
 
 class RowWriter:
-    """Collects examples of one split in flat arrays."""
+    """Collects the items of one split in flat arrays."""
 
     def __init__(self) -> None:
         self._ids, self._labels, self._ends = array("i"), array("i"), array("q")
+        self._wanted, self._paired = array("B"), False
 
-    def add(self, examples: Iterable[Example]) -> None:
-        """Append examples."""
-        for example in examples:
-            self._ids.extend(example.ids)
-            self._labels.extend(example.labels)
-            self._ends.append(len(self._ids))
+    def add(self, items: Iterable[Item]) -> None:
+        """Append items, all of one form."""
+        for item in items:
+            self._paired |= not isinstance(item, Example)
+            if isinstance(item, Labelled):
+                self._wanted.append(item.wanted)
+            for sequence in sequences_of(item):
+                self._ids.extend(sequence.ids)
+                self._labels.extend(sequence.labels)
+                self._ends.append(len(self._ids))
 
     @property
     def tokens(self) -> int:
@@ -68,21 +85,26 @@ class RowWriter:
 
     def write(self, path: Path) -> None:
         """Write the file."""
-        save_file(
-            {
-                "ids": np.frombuffer(self._ids, np.int32),
-                "labels": np.frombuffer(self._labels, np.int32),
-                "ends": np.frombuffer(self._ends, np.int64),
-            },
-            path,
-        )
+        arrays: dict[str, np.ndarray[Any, Any]] = {
+            "ids": np.frombuffer(self._ids, np.int32),
+            "labels": np.frombuffer(self._labels, np.int32),
+            "ends": np.frombuffer(self._ends, np.int64),
+        }
+        if self._wanted:
+            arrays["wanted"] = np.frombuffer(self._wanted, np.uint8)
+        elif self._paired:
+            arrays["paired"] = np.ones(1, np.uint8)
+        save_file(arrays, path)
 
 
-def digest_of(examples: Iterable[Example]) -> str:
-    """What tells the examples of two runs apart."""
+def digest_of(items: Iterable[Item]) -> str:
+    """What tells the items of two runs apart."""
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(array("q", [len(example.ids), *example.ids, *example.labels]).tobytes())
+    for item in items:
+        for each in sequences_of(item):
+            digest.update(array("q", [len(each.ids), *each.ids, *each.labels]).tobytes())
+        if isinstance(item, Labelled):
+            digest.update(bytes([item.wanted]))
     return digest.hexdigest()
 
 

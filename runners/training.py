@@ -27,9 +27,9 @@ from tuneyard.runners.checkpoint import (
     write_checkpoint,
 )
 from tuneyard.runners.events import EventLog
-from tuneyard.runners.examples import Example
+from tuneyard.runners.examples import Item
 from tuneyard.runners.failures import LossNotFinite, Stopped
-from tuneyard.runners.losses import Objective
+from tuneyard.runners.losses import Objective, Outcome, means
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.retention import RESUME_POINT_S, drop_old
 from tuneyard.runners.schedules import Schedule
@@ -70,11 +70,11 @@ def _divides(every: int | None, step: int) -> bool:
 
 @dataclass(frozen=True)
 class Data:
-    """Examples to learn from, in what order, and examples to measure on."""
+    """Items to learn from, in what order, and items to measure on."""
 
-    examples: Sequence[Example]
+    examples: Sequence[Item]
     order: Order
-    held_out: Sequence[Example]
+    held_out: Sequence[Item]
     pad_id: int
 
 
@@ -83,6 +83,7 @@ class Step:
     """What a step did. ``seconds`` are wall time; ``tokens`` include those that are no target."""
 
     loss: float
+    measures: Mapping[str, float]
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -158,12 +159,12 @@ class Trainer:
             parts.append(self._backward(batch, units))
             tokens += batch.tokens
         learning_rate = self.schedule(self.at.step)
-        loss = float(torch.stack(parts).sum())  # the GPU is waited for once a step
+        loss, measures = _summary(parts)  # the GPU is waited for here, once a step
         grad_norm = self._update(learning_rate, loss)
         self.at.examples += len(rows)
-        return Step(loss, grad_norm, learning_rate, tokens, time.monotonic() - began)
+        return Step(loss, measures, grad_norm, learning_rate, tokens, time.monotonic() - began)
 
-    def _backward(self, batch: Batch, units: int) -> torch.Tensor:
+    def _backward(self, batch: Batch, units: int) -> Outcome:
         """Add a group's share to the gradients; returns its share of the step's loss."""
         device = self.running.device
         batch = batch.to(device)
@@ -171,9 +172,10 @@ class Trainer:
             self.noise.lengths = batch.lengths
         scaler = self.running.scaler
         with torch.autocast(device, torch.float16, enabled=scaler.is_enabled()):
-            loss = self.objective.loss(self.running.model, batch) / units
+            outcome = self.objective.loss(self.running.model, batch)
+        loss = outcome.loss / units
         scaler.scale(loss).backward()
-        return loss.detach()
+        return Outcome(loss.detach(), outcome.measures)
 
     def _update(self, learning_rate: float, loss: float) -> float:
         """Clip, move the parameters, forget the gradients; returns the norm before clipping."""
@@ -215,9 +217,11 @@ class Trainer:
             "tokens": self.at.tokens,
             "tokens_per_s": step.tokens / step.seconds,
         }
+        values |= step.measures
         self.events.metric(self.at.step, **values, **memory(self.running.device))
         if _divides(self.plan.log_every, self.at.step) or self.at.step == self.plan.steps:
-            self._log(loss=step.loss, lr=step.learning_rate, grad_norm=step.grad_norm)
+            shown = {"loss": step.loss, "lr": step.learning_rate, "grad_norm": step.grad_norm}
+            self._log(**shown, **step.measures)
 
     def _log(self, **values: float) -> None:
         """A line of trainer_log.jsonl. No times: the same run writes the same file."""
@@ -236,28 +240,33 @@ class Trainer:
         return self.at.evaluated_step < self.at.step and self.plan.eval_due(self.at.step)
 
     def _evaluate(self) -> None:
-        loss = self._measure()
+        loss, measures = self._measure()
         self.at.evaluated_step, self.at.eval_loss = self.at.step, loss
         if self.at.step and (self.at.best_loss is None or loss < self.at.best_loss):
             self.at.best_loss, self.at.best_step = loss, self.at.step
-        self.events.metric(self.at.step, eval_loss=loss)
-        self._log(eval_loss=loss)
+        found = {"eval_loss": loss} | {f"eval_{name}": value for name, value in measures.items()}
+        self.events.metric(self.at.step, **found)
+        self._log(**found)
 
     @torch.no_grad()
-    def _measure(self) -> float:
-        """The loss over all units of the held-out rows together."""
+    def _measure(self) -> tuple[float, dict[str, float]]:
+        """The loss over all units of the held-out rows together, and the measures beside it."""
         model, size = self.running.model, self.plan.eval_rows_per_batch
-        rows, total = self.data.held_out, 0.0
+        rows, units, parts = self.data.held_out, 0, []
         model.eval()
         for start in range(0, len(rows), size):
             self._give_way()
-            batch = collate(rows[start : start + size], self.data.pad_id).to(self.running.device)
+            group = rows[start : start + size]
+            units += sum(map(self.objective.units, group))
+            batch = collate(group, self.data.pad_id).to(self.running.device)
             with torch.autocast(
                 self.running.device, torch.float16, enabled=self.running.scaler.is_enabled()
             ):
-                total += float(self.objective.loss(model, batch))
+                outcome = self.objective.loss(model, batch)
+            parts.append(Outcome(outcome.loss.double(), outcome.measures))
         model.train()
-        return total / sum(map(self.objective.units, rows))
+        loss, measures = _summary(parts)
+        return loss / units, measures
 
     def _save_due(self) -> bool:
         asked = self.stops.take_checkpoint_asked()
@@ -292,6 +301,12 @@ class Trainer:
     def _give_way(self) -> None:
         if self.stops.stop_asked:
             raise _Interrupted
+
+
+def _summary(parts: Sequence[Outcome]) -> tuple[float, dict[str, float]]:
+    """The sum of the losses of all groups, and the mean of each measure over them."""
+    measures = {name: float(value) for name, value in means(parts).items()}
+    return float(torch.stack([part.loss for part in parts]).sum()), measures
 
 
 def memory(device: str) -> dict[str, int]:

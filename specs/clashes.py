@@ -10,6 +10,7 @@ from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.llamafactory import TEMPLATE_NAMES
 from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.optimizing import SCHEDULE_OPTIONS
+from tuneyard.specs.preferences import preference_clashes
 from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.sources import read_source
 
@@ -30,6 +31,7 @@ def clashes_of(spec: Spec) -> list[InputError]:
         found += _template(spec.template)
     if isinstance(spec, FinetuneSpec):
         found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
+        found += preference_clashes(spec, spec.stage)
         if spec.max_steps == 0:
             message, hint = "max_steps = 0 trains nothing.", "-1 counts epochs"
             found.append(problem("nothing_to_do", message, "max_steps", hint))
@@ -39,6 +41,22 @@ def clashes_of(spec: Spec) -> list[InputError]:
 def _row_pairs(spec: RowsSpec) -> Iterator[InputError]:
     if spec.train_on_prompt and spec.mask_history:
         yield _exclude("train_on_prompt", "mask_history")
+    for name in ("train_on_prompt", "mask_history"):
+        if getattr(spec, name) and spec.stage != "sft":
+            yield _of_stage(name, spec.stage, "sft")
+    if spec.packing and spec.stage == "sft":
+        message, hint = (
+            "packing = True is not supported yet.",
+            "leave it out: rows are learned one by one",
+        )
+        yield problem("not_supported_yet", message, "packing", hint)
+    if spec.packing and spec.stage not in ("sft", "pt"):
+        yield _of_stage("packing", spec.stage, "pt")
+
+
+def _of_stage(name: str, stage: str, right: str) -> InputError:
+    message = f"{name} has no meaning in stage {stage}."
+    return problem("conflicting_fields", message, name, f"leave it out, or stage: {right}")
 
 
 def _template(template: str | None) -> Iterator[InputError]:

@@ -8,6 +8,7 @@ from tuneyard.specs.evaluating import EvaluatingFields
 from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Spec, Text
 from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizing import OptimizingFields
+from tuneyard.specs.preferences import PreferenceFields
 from tuneyard.specs.tuning import TuningFields
 
 TEMPLATES = (
@@ -17,6 +18,9 @@ TEMPLATES = (
     "smollm", "smollm2", "starchat", "vicuna", "yi", "zephyr",
 )  # fmt: skip
 """Chat templates that come along: they write what LLaMA-Factory's of these names write."""
+
+
+Stage = Literal["sft", "pt", "rm", "dpo", "kto"]
 
 
 class RowsSpec(Spec):
@@ -33,7 +37,7 @@ class RowsSpec(Spec):
     )
     eval_dataset: FileRef | None = Field(None, description="Rows to evaluate on.")
     eval_data_file: DataFile | None = Field(None, description="The same for eval_dataset.")
-    stage: Literal["sft"] = Field("sft", description="What is learned from the rows.")
+    stage: Stage = Field("sft", description="What is learned from the rows.")
     template: Text | None = Field(
         None,
         description="Chat template, by LLaMA-Factory's name, or jinja; unset: the tokenizer's own.",
@@ -42,10 +46,13 @@ class RowsSpec(Spec):
     cutoff_len: int = Field(2048, ge=8, le=1_048_576, description="Tokens kept of a row.")
     train_on_prompt: bool = Field(False, description="Learn questions as well as answers.")
     mask_history: bool = Field(False, description="Learn a row's last answer only.")
+    packing: bool | None = Field(
+        None, description="Stage pt: join texts and cut them every cutoff_len tokens; unset: yes."
+    )
     max_samples: Positive | None = Field(None, description="Rows used at most.")
 
 
-class FinetuneSpec(EvaluatingFields, OptimizingFields, TuningFields, RowsSpec):
+class FinetuneSpec(EvaluatingFields, OptimizingFields, PreferenceFields, TuningFields, RowsSpec):
     """Tune a base model on a data set."""
 
     kind: Literal["finetune"] = "finetune"

@@ -20,7 +20,7 @@ EXPECTED = (
 )
 COLUMNS = (
     "instruction", "input", "output", "system", "history", "prompt", "completion", "messages",
-    "conversations", "tools", "text", "chosen", "rejected",
+    "conversations", "tools", "text", "chosen", "rejected", "kto_tag", "label",
 )  # fmt: skip
 SPEAKERS = {
     "human": "user",
@@ -33,8 +33,35 @@ SPEAKERS = {
 }
 """ShareGPT's ``from`` -> role."""
 
-TRAINABLE = frozenset({"alpaca", "openai", "sharegpt"})
-"""Forms that hold answers to learn from, as stage sft does."""
+ANSWERS = frozenset({"alpaca", "openai", "sharegpt"})
+
+TRAINABLE: Mapping[str, frozenset[str]] = {
+    "sft": ANSWERS,
+    "pt": frozenset({"text"}),
+    "rm": frozenset({"preference"}),
+    "dpo": frozenset({"preference"}),
+    "kto": frozenset({"kto"}),
+}
+"""Stage -> forms of rows that it learns from."""
+
+NEEDS: Mapping[str, str] = {
+    "sft": "answers",
+    "pt": "texts",
+    "rm": "chosen and rejected answers",
+    "dpo": "chosen and rejected answers",
+    "kto": "answers with a label",
+}
+"""Stage -> what its rows must hold, in words."""
+
+STAGE_OF: Mapping[str, str] = {
+    "text": "rows of text are for stage pt",
+    "preference": "rows of chosen and rejected are for stage dpo or rm",
+    "kto": "rows with a label are for stage kto",
+    "alpaca": "rows with one answer are for stage sft",
+    "openai": "rows with one answer are for stage sft",
+    "sharegpt": "rows with one answer are for stage sft",
+}
+"""Form of a row -> where it belongs."""
 
 
 def each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -89,14 +116,68 @@ def check_row(row: Any) -> Judged:
 
 
 def _preference(row: Row) -> Judged:
+    """A question and two answers: each a text, a message, or messages that end with it."""
     if "rejected" not in row:
         raise MissingColumn(row, "rejected")
-    for column in ("chosen", "rejected"):
-        answer = row[column]
-        if isinstance(answer, Mapping):
-            answer = answer.get("value", answer.get("content"))
-        check_text(answer, column)
-    return Judged("preference")
+    asked = _roles_asked(row)
+    answers = [_answer(row[column], column) for column in ("chosen", "rejected")]
+    before = [roles for roles, _ in answers]
+    if before[0] != before[1]:
+        message = "chosen and rejected answer different questions."
+        raise InputError(
+            message, code="bad_turns", field="rejected", hint="one question, two answers"
+        )
+    _check_question(row, asked + before[0])
+    return Judged("preference", any(text.strip() for _, text in answers))
+
+
+def _check_question(row: Row, roles: list[str]) -> None:
+    """Somebody asks before the answer that is judged."""
+    if not roles:
+        raise MissingColumn(row, "prompt")
+    if roles[-1] == "assistant":
+        message = "An answer stands where the question should be."
+        hint = "end the prompt with a question"
+        raise InputError(message, code="bad_turns", field="prompt", hint=hint)
+    _check_turns([*roles, "assistant"], "prompt")
+
+
+def _roles_asked(row: Row) -> list[str]:
+    """Who speaks before the answers; the columns are checked on the way."""
+    if "messages" in row or "conversations" in row or isinstance(row.get("prompt"), list):
+        name = next(n for n in ("messages", "conversations", "prompt") if n in row)
+        _check_list(row[name], name)
+        if name == "conversations":
+            speakers = [_speaker(turn, f"{name}[{i}]") for i, turn in enumerate(row[name])]
+            return _system(row) + [SPEAKERS[each] for each in speakers]
+        return [_role(message, f"{name}[{i}]") for i, message in enumerate(row[name])]
+    question = "instruction" if "instruction" in row else "prompt"
+    if question not in row:
+        return []
+    check_text(row[question], question)
+    _check_beside(row)
+    return [*_system(row), "user"]
+
+
+def _role(message: Any, field: str) -> str:
+    check_role(message, field)
+    _check_content(message, field)
+    return "system" if message["role"] == "developer" else str(message["role"])
+
+
+def _answer(value: Any, field: str) -> tuple[list[str], str]:
+    """The roles that stand before an answer, and its text."""
+    if isinstance(value, list):
+        _check_list(value, field)
+        roles = [_role(message, f"{field}[{i}]") for i, message in enumerate(value)]
+        if roles[-1] != "assistant":
+            message = f"The last message of {field} is not the assistant's."
+            raise InputError(message, code="bad_turns", field=field, hint="end with the answer")
+        return roles[:-1], _text_of(value[-1].get("content"))
+    if isinstance(value, Mapping):
+        value = value.get("value", value.get("content"))
+    check_text(value, field)
+    return [], str(value)
 
 
 def _messages(row: Row) -> Judged:
@@ -117,7 +198,7 @@ def _messages(row: Row) -> Judged:
     _check_turns(roles, "messages")
     _check_tools(row.get("tools"))
     answers = [m for m in messages if m["role"] == "assistant" and m.get("weight", 1)]
-    teaches = any(m.get("tool_calls") or _has_text(m["content"]) for m in answers)
+    teaches = any(m.get("tool_calls") or _text_of(m["content"]).strip() for m in answers)
     return Judged("kto" if _labelled(row) else "openai", teaches)
 
 
@@ -133,9 +214,9 @@ def _check_content(message: Row, field: str) -> None:
         check_text(text, f"{field}.content[{position}].text")
 
 
-def _has_text(content: Any) -> bool:
+def _text_of(content: Any) -> str:
     parts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
-    return any(part.strip() for part in parts)
+    return "".join(parts)
 
 
 TOOLS = 'a list as OpenAI has it: [{"type": "function", "function": {…}}]'
@@ -156,21 +237,13 @@ def _conversations(row: Row) -> Judged:
     turns = row["conversations"]
     _check_list(turns, "conversations")
     speakers = [_speaker(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
-    system = ["system"] if row.get("system") else []
-    _check_turns(system + [SPEAKERS[each] for each in speakers], "conversations")
-    if row.get("system") is not None:
-        check_text(row["system"], "system")
+    _check_turns(_system(row) + [SPEAKERS[each] for each in speakers], "conversations")
     _check_tools(row.get("tools"))
-    for position, (speaker, turn) in enumerate(zip(speakers, turns, strict=True)):
-        if speaker == "function_call":
-            read_calls(turn["value"], f"conversations[{position}].value")
     teaches = any(
         SPEAKERS[speaker] == "assistant" and turn["value"].strip()
         for speaker, turn in zip(speakers, turns, strict=True)
     )
-    if _labelled(row):
-        return Judged("kto", teaches)
-    return Judged("sharegpt", teaches)
+    return Judged("kto" if _labelled(row) else "sharegpt", teaches)
 
 
 CALL = 'for example {"name": "weather", "arguments": {"city": "Rome"}}, or a list of such'
@@ -191,6 +264,12 @@ def read_calls(text: str, field: str) -> list[dict[str, Any]]:
     return calls
 
 
+def _system(row: Row) -> list[str]:
+    if row.get("system") is not None:
+        check_text(row["system"], "system")
+    return ["system"] if row.get("system") else []
+
+
 def _speaker(turn: Any, field: str) -> str:
     if not isinstance(turn, Mapping) or "from" not in turn:
         message = f"{field} has no `from`."
@@ -201,6 +280,8 @@ def _speaker(turn: Any, field: str) -> str:
         hint = f"one of {', '.join(SPEAKERS)}"
         raise InputError(text, code="unknown_role", field=field, hint=hint)
     check_text(turn.get("value"), f"{field}.value")
+    if speaker == "function_call":
+        read_calls(turn["value"], f"{field}.value")
     return speaker
 
 
@@ -232,12 +313,17 @@ def _alpaca(row: Row) -> Judged:
         raise MissingColumn(row, "output")
     check_text(row["instruction"], "instruction")
     check_text(row["output"], "output")
+    _check_beside(row)
+    kind = "kto" if _labelled(row) else "alpaca"
+    return Judged(kind, bool(row["output"].strip()))
+
+
+def _check_beside(row: Row) -> None:
+    """What may stand beside a question."""
     for column in ("input", "system"):
         if row.get(column) is not None:
             check_text(row[column], column)
     _check_history(row.get("history"))
-    kind = "kto" if _labelled(row) else "alpaca"
-    return Judged(kind, bool(row["output"].strip()))
 
 
 def _check_history(history: Any) -> None:
@@ -258,9 +344,10 @@ def _check_history(history: Any) -> None:
 def _completion(row: Row) -> Judged:
     if "completion" not in row:
         raise MissingColumn(row, "completion")
-    check_text(row["prompt"], "prompt")
-    check_text(row["completion"], "completion")
-    return Judged("alpaca", bool(row["completion"].strip()))
+    asked = _roles_asked(row)
+    before, text = _answer(row["completion"], "completion")
+    _check_question(row, asked + before)
+    return Judged("kto" if _labelled(row) else "alpaca", bool(text.strip()))
 
 
 def _text(row: Row) -> Judged:
@@ -269,6 +356,10 @@ def _text(row: Row) -> Judged:
 
 
 def _labelled(row: Row) -> bool:
+    """Whether a row says of its answer that it is wanted or not."""
+    if "kto_tag" in row and not isinstance(row["kto_tag"], bool):
+        message = "kto_tag must be true or false."
+        raise InputError(message, code="wrong_type", field="kto_tag", hint="without quotes")
     return isinstance(row.get("kto_tag", row.get("label")), bool)
 
 

@@ -21,7 +21,7 @@ from tuneyard.specs.errors import InputError
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.jobs import read_spec
-from tuneyard.specs.rows import SPEAKERS, TRAINABLE, check_row
+from tuneyard.specs.rows import ANSWERS, SPEAKERS, check_row
 
 ROW = '{"instruction": "a", "output": "b"}'
 
@@ -236,7 +236,7 @@ def test_what_is_accepted_for_training_is_what_the_runner_reads(tmp_path: Path) 
     path.write_text("\n".join(map(json.dumps, ROWS)))
     found = report_on(path, purpose="dataset")
     assert found["ok"], found["problems"]
-    assert set(found["kinds"]) <= TRAINABLE
+    assert set(found["kinds"]) <= ANSWERS
     assert len(read_conversations(path)) == len(ROWS)
 
 
@@ -265,7 +265,7 @@ COLUMN_VALUES = {
 @given(st.fixed_dictionaries({}, optional=COLUMN_VALUES) | JUNK)
 def test_a_row_is_accepted_for_training_exactly_if_the_runner_reads_it(row: Any) -> None:
     try:
-        accepted = check_row(row).kind in TRAINABLE
+        accepted = check_row(row).kind in ANSWERS
     except InputError:
         accepted = False
     with tempfile.NamedTemporaryFile("w") as file:

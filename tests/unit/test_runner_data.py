@@ -10,7 +10,7 @@ from support.tiny_models import CHATML, LLAMA, a_tiny_base
 from tuneyard.runners.base_model import load_tokenizer, read_config
 from tuneyard.runners.batches import Order, collate, split, steps_of
 from tuneyard.runners.chat import Chat, chat_of
-from tuneyard.runners.examples import IGNORED, Cutting, Example, cut, encode_conversations, share
+from tuneyard.runners.examples import IGNORED, Cutting, Example, cut, encode, share
 from tuneyard.runners.failures import BadData, BadSpec, InputGone
 from tuneyard.runners.prompts import read_prompts
 from tuneyard.runners.rows import Conversation, read_conversations
@@ -45,8 +45,8 @@ def conversation(*turns: str, trained: tuple[bool, ...] | None = None) -> Conver
     return Conversation(messages, trained or (True,) * (len(turns) // 2), line=1)
 
 
-def encode(chat: Chat, *conversations: Conversation, **cutting) -> list[Example]:
-    return encode_conversations(conversations, chat, Cutting(**cutting)).examples
+def examples_of(chat: Chat, *conversations: Conversation, **cutting) -> list[Example]:
+    return encode(conversations, chat, Cutting(**cutting)).examples
 
 
 def written(tmp_path, text: str | bytes):
@@ -139,14 +139,14 @@ def test_an_empty_file_is_refused(tmp_path, text):
 
 def test_targets_are_the_answer_and_what_closes_it(chatml, llama):
     for chat, end in ((chatml, "<|im_end|>"), (llama, "<|eot|>")):
-        (example,) = encode(chat, conversation("ask", "answer"))
+        (example,) = examples_of(chat, conversation("ask", "answer"))
         assert targets_of(chat, example) == f"answer{end}"
         assert example.ids[-1] == chat.closing_id
 
 
 def test_labels_are_set_by_position_where_pad_is_eos(chatml):
     assert chatml.tokenizer.pad_token_id == chatml.tokenizer.eos_token_id
-    rows = encode(chatml, conversation("ask", "a"), conversation("ask", "a longer answer"))
+    rows = examples_of(chatml, conversation("ask", "a"), conversation("ask", "a longer answer"))
     batch = collate(rows, chatml.tokenizer.pad_token_id)
     ends = (batch.targets == chatml.closing_id).sum(1)
     assert ends.tolist() == [1, 1]  # the end of the turn is learned, the padding is not
@@ -154,42 +154,42 @@ def test_labels_are_set_by_position_where_pad_is_eos(chatml):
 
 
 def test_a_rendered_text_has_one_bos_or_none(chatml, llama):
-    (with_bos,) = encode(llama, conversation("ask", "answer", "again", "more"))
+    (with_bos,) = examples_of(llama, conversation("ask", "answer", "again", "more"))
     assert with_bos.ids.count(llama.tokenizer.bos_token_id) == 1
     assert llama.tokenizer("x").input_ids[0] == llama.tokenizer.bos_token_id  # it would add one
-    (without,) = encode(chatml, conversation("ask", "answer"))
+    (without,) = examples_of(chatml, conversation("ask", "answer"))
     assert text_of(chatml, without.ids).startswith("<|im_start|>user\nask<|im_end|>\n")
 
 
 def test_ids_are_those_of_the_rendered_text(chatml):
     turns = conversation("ask", "answer", "again", "more")
-    (example,) = encode(chatml, turns)
+    (example,) = examples_of(chatml, turns)
     whole = chatml.render(turns.messages)
     assert text_of(chatml, example.ids) + "\n" == whole
 
 
 def test_each_turn_is_trained_or_the_last_or_all(chatml):
     turns = conversation("ask", "one", "more", "two")
-    (each,) = encode(chatml, turns)
+    (each,) = examples_of(chatml, turns)
     assert targets_of(chatml, each) == "one<|im_end|>two<|im_end|>"
-    (last,) = encode(chatml, turns, mask_history=True)
+    (last,) = examples_of(chatml, turns, mask_history=True)
     assert targets_of(chatml, last) == "two<|im_end|>"
     assert last.ids == each.ids
-    (all_,) = encode(chatml, turns, train_on_prompt=True)
+    (all_,) = examples_of(chatml, turns, train_on_prompt=True)
     assert all_.labels == all_.ids == each.ids
 
 
 def test_weight_0_leaves_an_answer_out(chatml):
-    (example,) = encode(chatml, conversation("a", "one", "b", "two", trained=(False, True)))
+    (example,) = examples_of(chatml, conversation("a", "one", "b", "two", trained=(False, True)))
     assert targets_of(chatml, example) == "two<|im_end|>"
 
 
 def test_a_row_whose_answer_is_cut_away_is_counted_and_skipped(chatml):
     kept, gone = conversation("ask", "answer"), conversation("ask", "a", trained=(False,))
-    encoded = encode_conversations([kept, gone], chatml, Cutting())
+    encoded = encode([kept, gone], chatml, Cutting())
     assert (len(encoded.examples), encoded.skipped) == (1, 1)
     with pytest.raises(BadData, match="No row has a token to learn"):
-        encode_conversations([gone], chatml, Cutting())
+        encode([gone], chatml, Cutting())
 
 
 def test_the_default_system_message_yields_to_a_rows_own(chatml):
@@ -208,7 +208,7 @@ REWRITING = CHATML.replace(
 
 def test_where_a_template_rewrites_earlier_answers_the_last_alone_is_trained(chatml):
     chat = Chat(chatml.tokenizer, REWRITING)
-    encoded = encode_conversations([conversation("a", "one", "b", "two")], chat, Cutting())
+    encoded = encode([conversation("a", "one", "b", "two")], chat, Cutting())
     assert encoded.last_turn_only == 1
     assert targets_of(chat, encoded.examples[0]) == "two<|im_end|>"
     assert "ONE" in text_of(chat, encoded.examples[0].ids)
@@ -221,14 +221,14 @@ def test_a_base_without_template_is_refused_with_the_list(tmp_path):
     assert caught.value.field == "template"
     assert "alpaca" in str(caught.value.hint)
     alpaca = chat_of(tokenizer, template="alpaca", default_system=None)
-    (example,) = encode(alpaca, conversation("ask", "answer"))
+    (example,) = examples_of(alpaca, conversation("ask", "answer"))
     assert targets_of(alpaca, example) == "answer<|im_end|>\n\n"
 
 
 def test_what_the_template_refuses_is_bad_data(chatml):
     chat = Chat(chatml.tokenizer, "{{ raise_exception('only two turns') }}")
     with pytest.raises(BadData, match="only two turns"):
-        encode(chat, conversation("a", "b"))
+        examples_of(chat, conversation("a", "b"))
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 200))

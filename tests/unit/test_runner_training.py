@@ -16,10 +16,10 @@ from tuneyard.runners.arguments import FinetuneArguments, InferArguments
 from tuneyard.runners.base_model import load_tokenizer
 from tuneyard.runners.batches import collate
 from tuneyard.runners.chat import chat_of
-from tuneyard.runners.examples import IGNORED, Cutting, Example, encode_conversations
+from tuneyard.runners.examples import IGNORED, Cutting, Example, encode
 from tuneyard.runners.finetune import finetune
 from tuneyard.runners.infer import infer
-from tuneyard.runners.losses import SFT, token_loss
+from tuneyard.runners.losses import TokenLoss
 from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.rows import read_conversations
 from tuneyard.runners.schedules import DECAYS, schedule, warmup_steps
@@ -73,7 +73,7 @@ def tune(tmp_path, base, dataset):
 
 def examples_of(base: Path, dataset: Path, **cutting) -> list[Example]:
     chat = chat_of(load_tokenizer(base), template=None, default_system=None)
-    return encode_conversations(read_conversations(dataset), chat, Cutting(**cutting)).examples
+    return encode(read_conversations(dataset), chat, Cutting(**cutting)).examples
 
 
 def a_model(
@@ -117,11 +117,10 @@ def test_gradients_are_those_of_the_plain_recipe(base, dataset, rows_per_batch, 
     expected_loss = plain_loss(model, examples)
     expected_loss.backward()
     expected, expected_loss = gradients(model), expected_loss.detach()
-    units, loss = sum(map(SFT.units, examples)), 0.0
+    units, loss = sum(map(TokenLoss().units, examples)), 0.0
     for start in range(0, 8, rows_per_batch):
-        part = (
-            token_loss(model, collate(examples[start : start + rows_per_batch], pad_id=2)) / units
-        )
+        batch = collate(examples[start : start + rows_per_batch], pad_id=2)
+        part = TokenLoss().loss(model, batch).loss / units
         part.backward()
         loss += float(part.detach())
     assert loss == pytest.approx(float(expected_loss), rel=1e-6)
@@ -133,7 +132,7 @@ def test_gradients_are_those_of_the_plain_recipe(base, dataset, rows_per_batch, 
 def test_a_batch_without_any_target_has_loss_0_and_gradients_0(base):
     model = a_model(base)
     empty = Example([5, 6, 7], [IGNORED] * 3)
-    loss = token_loss(model, collate([empty, empty], pad_id=2))
+    loss = TokenLoss().loss(model, collate([empty, empty], pad_id=2)).loss
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert all(float(g.abs().max()) == 0.0 for g in gradients(model).values())

@@ -141,7 +141,7 @@ def test_all_mistakes_are_named_at_once_with_the_nearest_real_name() -> None:
     found = problems(
         FINETUNE
         | {"lora_rnak": 8, "learning-rate": 1, "Epochs": 3, "per_device_batch_size": 2}
-        | {"use_galor": True, "lora_dropout": 2, "state": "x", "stage": "dpo", "zzzzzz": 1}
+        | {"use_galor": True, "lora_dropout": 2, "state": "x", "stage": "ppo", "zzzzzz": 1}
     )
     assert found["lora_rnak"] == ("unknown_field", "did you mean lora_rank?")
     assert found["learning-rate"] == ("unknown_field", "did you mean learning_rate?")
@@ -151,7 +151,10 @@ def test_all_mistakes_are_named_at_once_with_the_nearest_real_name() -> None:
     assert found["zzzzzz"][0] == "unknown_field"
     assert found["lora_dropout"][0] == "out_of_range"
     assert found["state"][0] == "read_only_field"
-    assert found["stage"] == ("not_supported_yet", "use sft")
+    code, hint = found["stage"]
+    assert code == "not_supported_yet"
+    assert hint is not None
+    assert hint.startswith("use dpo or kto")
 
 
 @pytest.mark.parametrize("name", ["state", "team_id", "token", "node", "id", "created_at"])
@@ -195,7 +198,7 @@ def test_a_rank_of_another_type_is_refused(value: object) -> None:
         ({"gpus": 0}, "gpus", "out_of_range"),
         ({"gpus": 2}, "gpus", "not_supported_yet"),
         ({"device": "tpu"}, "device", "bad_choice"),
-        ({"stage": "dpo"}, "stage", "not_supported_yet"),
+        ({"stage": "ppo"}, "stage", "not_supported_yet"),
         ({"stage": "sfd"}, "stage", "bad_choice"),
         ({"finetuning_type": "full"}, "finetuning_type", "not_supported_yet"),
         ({"quantization_bit": 4}, "quantization_bit", "not_supported_yet"),
@@ -607,6 +610,8 @@ def test_texts_are_told_from_numbers_by_the_field() -> None:
 def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_survives_it() -> None:
     # How long, how fast, how exactly and how often: a checkpoint may go on with other ones.
     survived = """
+        dpo_label_smoothing kto_chosen_weight kto_rejected_weight ld_alpha pref_bco_weight
+        pref_beta pref_ftx pref_loss ref_model simpo_gamma
         adam_beta1 adam_beta2 adam_epsilon bf16 disable_gradient_checkpointing disable_shuffling
         eval_data_file eval_dataset eval_steps eval_strategy fp16 gradient_accumulation_steps
         gradient_checkpointing learning_rate logging_steps lora_dropout lr_scheduler_kwargs

@@ -1,0 +1,61 @@
+"""How a fine-tune learns from judged answers: stages rm, dpo and kto, by LLaMA-Factory's names."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tuneyard.specs.errors import InputError
+from tuneyard.specs.fields import ModelRef, Spec
+from tuneyard.specs.problems import problem
+
+WITHOUT_REFERENCE = frozenset({"orpo", "simpo"})
+"""Losses of stage dpo that compare with no other model."""
+
+Weight = Annotated[float, Field(ge=0, le=1000)]
+
+
+class PreferenceFields(Spec):
+    """What a fine-tune says of judged answers."""
+
+    pref_loss: Literal["sigmoid", "hinge", "ipo", "orpo", "simpo"] = Field(
+        "sigmoid", description="Loss of stage dpo."
+    )
+    pref_beta: float = Field(
+        0.1, gt=0, le=100, description="Stages dpo and kto: how far to go from the reference."
+    )
+    pref_ftx: Weight = Field(
+        0.0, description="Stages dpo and kto: weight of the wanted answers' own loss."
+    )
+    pref_bco_weight: Weight = Field(0.0, description="Stage dpo: weight of the bco loss beside it.")
+    dpo_label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="pref_loss sigmoid: share of pairs the wrong way round."
+    )
+    ld_alpha: float | None = Field(
+        None, ge=0, le=1, description="Stage dpo: weight of what the longer answer has more."
+    )
+    simpo_gamma: float = Field(0.5, ge=0, le=100, description="pref_loss simpo: the margin.")
+    kto_chosen_weight: Weight = Field(1.0, description="Stage kto: weight of wanted answers.")
+    kto_rejected_weight: Weight = Field(1.0, description="Stage kto: weight of the others.")
+    ref_model: ModelRef | None = Field(
+        None, description="Stages dpo and kto: the model to compare with; unset: the base."
+    )
+
+
+def preference_clashes(spec: PreferenceFields, stage: str) -> Iterator[InputError]:
+    """What a stage or a loss does not look at, or cannot do."""
+    told = spec.model_fields_set
+    if "dpo_label_smoothing" in told and spec.dpo_label_smoothing and spec.pref_loss != "sigmoid":
+        message = f"dpo_label_smoothing has no meaning for pref_loss {spec.pref_loss}."
+        yield problem("conflicting_fields", message, "dpo_label_smoothing", "pref_loss: sigmoid")
+    alone = stage == "dpo" and spec.pref_loss in WITHOUT_REFERENCE
+    if spec.pref_bco_weight and alone:
+        message = f"pref_bco_weight compares with a reference, and {spec.pref_loss} has none."
+        yield problem("conflicting_fields", message, "pref_bco_weight", "pref_loss: sigmoid")
+    if spec.ref_model is not None and (alone or stage not in ("dpo", "kto")):
+        what = f"pref_loss {spec.pref_loss}" if alone else f"stage {stage}"
+        message = f"{what} compares with no reference."
+        yield problem("conflicting_fields", message, "ref_model", "leave it out")
+    if spec.ld_alpha is not None and spec.pref_loss in ("ipo", *WITHOUT_REFERENCE):
+        message = f"pref_loss {spec.pref_loss} takes the mean of an answer already."
+        yield problem("conflicting_fields", message, "ld_alpha", "pref_loss: sigmoid or hinge")
