@@ -11,9 +11,10 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test unit integration hubs e2e docs demo clean
-.PHONY: test-methods test-browser wheel-check test-merge-memory test-transformers4
+.PHONY: compare-llamafactory test-breaks test-methods test-browser wheel-check test-merge-memory test-transformers4
 
 TRANSFORMERS4 := .venv-transformers4
+LLAMAFACTORY := .venv-llamafactory
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z/-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -77,6 +78,18 @@ $(TRANSFORMERS4)/.installed:
 	    > $$($(TRANSFORMERS4)/bin/python -c "import site; print(site.getsitepackages()[0])")/torch.pth
 	@touch $@
 
+compare-llamafactory: setup $(LLAMAFACTORY)/.installed ## tokens, losses and times beside LLaMA-Factory's: DATA=its data folder
+	@test -d "$(DATA)" || { echo "name the folder of its data sets: make $@ DATA=FOLDER" >&2; exit 2; }
+	$(BIN)/python bench/compare_llamafactory.py --python $(LLAMAFACTORY)/bin/python --data "$(DATA)" $(ASKED)
+
+$(LLAMAFACTORY)/.installed: bench/llamafactory.txt
+	$(PYTHON) -m venv --clear $(LLAMAFACTORY)
+	$(LLAMAFACTORY)/bin/pip install --disable-pip-version-check --quiet "torch==2.13.0"
+	$(LLAMAFACTORY)/bin/pip install --disable-pip-version-check --quiet --no-deps --requirement $<
+	@# It imports torchaudio at its start, and calls it for sound alone.
+	@touch $$($(LLAMAFACTORY)/bin/python -c "import site; print(site.getsitepackages()[0])")/torchaudio.py
+	@touch $@
+
 wheel-check: setup ## install the wheel as the images do, compare it with git, run the servers' test on it
 	$(BIN)/pytest tests/wheel
 
@@ -87,4 +100,4 @@ demo: setup ## install, start everything, download, tune, merge and ask a small 
 	$(BIN)/python examples/demo.py
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(TRANSFORMERS4) .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRANSFORMERS4) $(LLAMAFACTORY) .demo .pytest_cache .mypy_cache .ruff_cache
