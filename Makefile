@@ -57,6 +57,9 @@ test: check unit integration hubs e2e ## everything that CI runs
 test-methods: setup ## every way to tune, exact: minutes of small models
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/methods
 
+test-breaks: setup ## break each thing that training must get right, see its test fail
+	$(BIN)/pytest tests/breaks
+
 test-browser: setup ## a real browser logs in and looks at Flower; needs chromium
 	@command -v chromium >/dev/null || { echo "there is no chromium: apt-get install chromium" >&2; exit 1; }
 	@$(BIN)/python -c "import playwright" 2>/dev/null || \

@@ -14,6 +14,9 @@ from tuneyard.runners.rows import Message
 DATE = "26 Jul 2024"
 """What a template that prints the day is given: a run must not depend on when it runs."""
 
+_CLOCK = f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro %}}"
+"""Before each template: transformers 5.23 hands functions over no more, and its own tells the day."""
+
 _MARK = "answer7f3a9c"
 
 
@@ -42,15 +45,15 @@ class Chat:
         seams: bool = False,
     ) -> str:
         """The conversation as text. Raises: BadData when the template refuses it."""
+        template = self.seamed if seams and self.seamed else self.template
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=list(tools) if tools or (tools is not None and self.seamed) else None,
-                chat_template=self.seamed if seams and self.seamed else self.template,
+                chat_template=_CLOCK + template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
                 date_string=DATE,
-                strftime_now=lambda _format: DATE,
             )
         except (TemplateError, TypeError) as error:  # a template that adds None to a text
             raise BadData(f"The chat template refuses this: {error}", line=line) from None
