@@ -93,22 +93,12 @@ def main() -> int:
         bench = Bench(Path(folder), asked.device, asked.steps)
         base = Path(folder, "base")
         write_tiny_llama(base, hidden=asked.hidden, layers=asked.layers)
-        print(
-            f"{torch.cuda.get_device_name() if asked.device == 'gpu' else 'CPU'}, torch "
-            f"{torch.__version__}, base of {_parameters(base) / 1e6:.0f} M parameters"
-        )
-        start = (
-            bench.run(
-                finetune,
-                {"model": base, "dataset": asked.rows},
-                precision="fp32",
-                max_steps=30,
-                lora_rank=16,
-                learning_rate=1e-3,
-                cutoff_len=512,
-            )
-            / "output"
-        )
+        print(f"{torch.cuda.get_device_name() if asked.device == 'gpu' else 'CPU'}, torch "
+              f"{torch.__version__}, base of {_parameters(base) / 1e6:.0f} M parameters")
+        start = bench.run(
+            finetune, {"model": base, "dataset": asked.rows},
+            precision="fp32", max_steps=30, lora_rank=16, learning_rate=1e-3, cutoff_len=512,
+        ) / "output"
         held = [
             measure(bench, name, base, start, asked.pairs if name == "dpo" else asked.rows)
             for name in asked.methods
@@ -133,11 +123,10 @@ def measure(bench: Bench, name: str, base: Path, start: Path, data: Path) -> boo
         found: list[dict[str, torch.Tensor]] = []
         bench.run(look_at(found), inputs, precision=precision, **arguments)
         gradients[precision], plain[precision] = found
-    pace, memory = (
-        metric(run, "tokens_per_s"),
-        metric(run, "gpu_bytes" if bench.device == "gpu" else "rss_bytes"),
+    pace, memory = metric(run, "tokens_per_s"), metric(run, "gpu_bytes" if bench.device == "gpu" else "rss_bytes")
+    distance = max(
+        abs(a - b) / abs(a) for a, b in zip(losses["fp32"], losses["bf16"], strict=True)
     )
-    distance = max(abs(a - b) / abs(a) for a, b in zip(losses["fp32"], losses["bf16"], strict=True))
     ours = least_cosine(gradients["bf16"], gradients["fp32"])
     theirs = least_cosine(plain["bf16"], plain["fp32"])
     held = distance <= LOSS_BOUND and (ours >= COSINE_BOUND or ours >= theirs)
@@ -157,9 +146,7 @@ def look_at(found: list[dict[str, torch.Tensor]]) -> Callable[[Attempt], None]:
         asked = read_asked(attempt)
         rows = read_rows_of(attempt, asked.arguments)
         chat = load_chat(asked.model, asked.arguments, attempt)
-        trainer = build_trainer(
-            asked, attempt, chat, tokenise(rows, asked.arguments, chat, attempt)
-        )
+        trainer = build_trainer(asked, attempt, chat, tokenise(rows, asked.arguments, chat, attempt))
         trainer.running.model.train()
         items = list(trainer.data.examples[:8])
         units = sum(map(trainer.objective.units, items))
@@ -261,13 +248,7 @@ def compare(
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
         x, y = (model(input_ids=ids).logits[0].float() for model in (a, b))
         far = max(far, float((x - y).abs().max()))
-        kl.append(
-            float(
-                kl_div(log_softmax(y, -1), log_softmax(x, -1), log_target=True, reduction="none")
-                .sum(-1)
-                .mean()
-            )
-        )
+        kl.append(float(kl_div(log_softmax(y, -1), log_softmax(x, -1), log_target=True, reduction="none").sum(-1).mean()))
         answers = [m.generate(input_ids=ids, max_new_tokens=32, do_sample=False) for m in (a, b)]
         same += torch.equal(*answers)
     return far, sum(kl) / len(kl), same / len(prompts)

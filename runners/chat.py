@@ -15,7 +15,7 @@ DATE = "26 Jul 2024"
 """What a template that prints the day is given: a run must not depend on when it runs."""
 
 _CLOCK = f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro %}}"
-"""Before each template: transformers 5.23 hands functions over no more, and its own tells the day."""
+"""Before each template: transformers 5.23 hands no functions over, and its own tells the day."""
 
 _MARK = "answer7f3a9c"
 
