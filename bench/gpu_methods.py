@@ -1,11 +1,11 @@
-"""Tuning in bf16 on a GPU within its bounds: lora, qlora, full and dpo against fp32 and the plain recipe.
+"""Tuning in bf16 on a GPU, within its bounds of fp32 and of the plain recipe.
 
-    python -P bench/gpu_methods.py ROWS.json PAIRS.json [--hidden 2048 --layers 16 --steps 100]
+    python -P bench/gpu_methods.py ROWS.json PAIRS.json [--hidden 2048 --layers 16 --heads 16]
 
 Makes a random Llama in bf16 and, by a first fine-tune in fp32, one adapter that lora, qlora and dpo
 go on from. For each method it prints:
 
-- the loss of each of the steps in bf16 against the same run in fp32, the greatest relative distance;
+- the loss of each step in bf16 against the same run in fp32, the greatest relative distance;
 - the gradients of eight rows in bf16 against fp32, the least cosine of a tensor, and that of the
   plain recipe (one row at a time, whole logits) in bf16;
 - steps a second, and the most GPU memory that was reserved;
@@ -84,6 +84,7 @@ def main() -> int:
     parser.add_argument("pairs", type=Path)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
@@ -92,13 +93,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), asked.device, asked.steps)
         base = Path(folder, "base")
-        write_tiny_llama(base, hidden=asked.hidden, layers=asked.layers)
-        print(f"{torch.cuda.get_device_name() if asked.device == 'gpu' else 'CPU'}, torch "
-              f"{torch.__version__}, base of {_parameters(base) / 1e6:.0f} M parameters")
-        start = bench.run(
-            finetune, {"model": base, "dataset": asked.rows},
-            precision="fp32", max_steps=30, lora_rank=16, learning_rate=1e-3, cutoff_len=512,
-        ) / "output"
+        write_tiny_llama(base, hidden=asked.hidden, layers=asked.layers, heads=asked.heads)
+        print(
+            f"{torch.cuda.get_device_name() if asked.device == 'gpu' else 'CPU'}, torch "
+            f"{torch.__version__}, base of {_parameters(base) / 1e6:.0f} M parameters"
+        )
+        start = (
+            bench.run(
+                finetune,
+                {"model": base, "dataset": asked.rows},
+                precision="fp32",
+                max_steps=30,
+                lora_rank=16,
+                learning_rate=1e-3,
+                cutoff_len=512,
+            )
+            / "output"
+        )
         held = [
             measure(bench, name, base, start, asked.pairs if name == "dpo" else asked.rows)
             for name in asked.methods
@@ -123,16 +134,15 @@ def measure(bench: Bench, name: str, base: Path, start: Path, data: Path) -> boo
         found: list[dict[str, torch.Tensor]] = []
         bench.run(look_at(found), inputs, precision=precision, **arguments)
         gradients[precision], plain[precision] = found
-    pace, memory = metric(run, "tokens_per_s"), metric(run, "gpu_bytes" if bench.device == "gpu" else "rss_bytes")
-    distance = max(
-        abs(a - b) / abs(a) for a, b in zip(losses["fp32"], losses["bf16"], strict=True)
-    )
+    pace = metric(run, "tokens_per_s")
+    memory = metric(run, "gpu_bytes" if bench.device == "gpu" else "rss_bytes")
+    distance = max(abs(a - b) / abs(a) for a, b in zip(losses["fp32"], losses["bf16"], strict=True))
     ours = least_cosine(gradients["bf16"], gradients["fp32"])
     theirs = least_cosine(plain["bf16"], plain["fp32"])
     held = distance <= LOSS_BOUND and (ours >= COSINE_BOUND or ours >= theirs)
     print(
         f"{name}: loss {losses['bf16'][0]:.4f} -> {losses['bf16'][-1]:.4f}, at most {distance:.1e} "
-        f"from fp32 over {len(losses['bf16'])} steps; least cosine of a gradient {ours:.6f}, of the "
+        f"from fp32 over {bench.steps} steps; least cosine of a gradient {ours:.6f}, of the "
         f"plain recipe {theirs:.6f}; {sorted(pace)[len(pace) // 2]:,.0f} tokens/s, "
         f"{max(memory) / 1e9:.1f} GB: {'held' if held else 'NOT HELD'}"
     )
@@ -146,12 +156,13 @@ def look_at(found: list[dict[str, torch.Tensor]]) -> Callable[[Attempt], None]:
         asked = read_asked(attempt)
         rows = read_rows_of(attempt, asked.arguments)
         chat = load_chat(asked.model, asked.arguments, attempt)
-        trainer = build_trainer(asked, attempt, chat, tokenise(rows, asked.arguments, chat, attempt))
+        tokenised = tokenise(rows, asked.arguments, chat, attempt)
+        trainer = build_trainer(asked, attempt, chat, tokenised)
         trainer.running.model.train()
         items = list(trainer.data.examples[:8])
         units = sum(map(trainer.objective.units, items))
         for start in (0, 4):
-            trainer._backward(collate(items[start : start + 4], trainer.data.pad_id), units)  # noqa: SLF001
+            trainer._backward(collate(items[start : start + 4], trainer.data.pad_id), units)
         found.append(taken_gradients(trainer))
         for item in items:
             with trainer.running.casting():
@@ -248,7 +259,8 @@ def compare(
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
         x, y = (model(input_ids=ids).logits[0].float() for model in (a, b))
         far = max(far, float((x - y).abs().max()))
-        kl.append(float(kl_div(log_softmax(y, -1), log_softmax(x, -1), log_target=True, reduction="none").sum(-1).mean()))
+        apart = kl_div(log_softmax(y, -1), log_softmax(x, -1), log_target=True, reduction="none")
+        kl.append(float(apart.sum(-1).mean()))
         answers = [m.generate(input_ids=ids, max_new_tokens=32, do_sample=False) for m in (a, b)]
         same += torch.equal(*answers)
     return far, sum(kl) / len(kl), same / len(prompts)

@@ -80,12 +80,16 @@ def load_weights(
     dtype: Any,
     device: str,
     scoring: bool = False,
+    quantisation: Any = None,
 ) -> Any:
     """The base in ``dtype``, in evaluation mode, from its safetensors alone.
 
     scoring: with a fresh head of one score a sequence, as transformers' reward models have it.
+    quantisation: how transformers is to quantise it while it is loaded.
     """
     more: dict[str, Any] = {"device_map": {"": device}} if device != "cpu" else {}
+    if quantisation is not None:
+        more = {"device_map": {"": device}, "quantization_config": quantisation}
     if scoring:
         more["num_labels"] = 1
     return load_class(config, scoring=scoring).from_pretrained(

@@ -1,6 +1,8 @@
 """Checkpoints: everything that a run needs to go on as if nothing had happened. No pickle.
 
 adapter_model.safetensors  adapter_config.json    the adapter, in peft's format
+trained.safetensors                               what learned, where that is not all of it
+allocation.safetensors                            what adalora knows of its ranks
 optimizer.safetensors                             moments and step of each parameter
 random.safetensors                                states of torch's generators
 state.json                                        where the run is, and what it ran on
@@ -17,8 +19,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tuneyard.runners.adapter import restore_adapter, save_adapter, trained_parameters
+from tuneyard.runners.adapter import trained_parameters
+from tuneyard.runners.allocation import RankAllocation
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.learned import restore_learned, save_learned
 from tuneyard.runners.losses import RunningMean
 from tuneyard.runners.retention import checkpoint_meta
 from tuneyard.specs.runner import CHECKPOINTS
@@ -49,12 +53,22 @@ class Position:
 
 @dataclass(frozen=True)
 class Running:
-    """The parts of a run that change with every step."""
+    """The parts of a run that change with every step.
+
+    cast_to: what products are computed in where it is not the weights' own format.
+    """
 
     model: Any
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     device: str
+    cast_to: torch.dtype | None = None
+    allocation: RankAllocation | None = None
+
+    def casting(self) -> torch.autocast:
+        """The context in which the model computes."""
+        on = self.cast_to is not None
+        return torch.autocast(self.device, self.cast_to or torch.float16, enabled=on)
 
 
 RandomState = Mapping[str, torch.Tensor]
@@ -86,7 +100,7 @@ def write_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        save_adapter(running.model, aside, base_id=base_id)
+        save_learned(running.model, aside, base_id=base_id)
         save_file(_optimizer_tensors(running), aside / OPTIMIZER_FILE)
         save_file(dict(random), aside / RANDOM_FILE)
         _write_state(aside, running, position, run)
@@ -120,7 +134,7 @@ def read_checkpoint(folder: Path, running: Running, *, run: Mapping[str, Any]) -
     verify_folder(folder)
     state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     _compare(state.pop("run"), run)
-    restore_adapter(running.model, folder)
+    restore_learned(running.model, folder)
     _restore_optimizer(running, load_file(folder / OPTIMIZER_FILE))
     _restore_random(load_file(folder / RANDOM_FILE), running.device)
     if scaler := state.pop("scaler"):
@@ -167,13 +181,15 @@ def _optimizer_tensors(running: Running) -> dict[str, torch.Tensor]:
 
 
 def _restore_optimizer(running: Running, tensors: Mapping[str, torch.Tensor]) -> None:
-    numbers = {name: i for i, name in enumerate(trained_parameters(running.model))}
+    groups = running.optimizer.param_groups
+    places = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
+    numbers = {name: places[id(p)] for name, p in trained_parameters(running.model).items()}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(":")
         state.setdefault(numbers[name], {})[part] = tensor
-    groups = running.optimizer.state_dict()["param_groups"]
-    running.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    said = running.optimizer.state_dict()["param_groups"]
+    running.optimizer.load_state_dict({"state": state, "param_groups": said})
 
 
 def _restore_random(states: Mapping[str, torch.Tensor], device: str) -> None:

@@ -170,17 +170,18 @@ class Trainer:
         batch = batch.to(device)
         if self.noise is not None:
             self.noise.lengths = batch.lengths
-        scaler = self.running.scaler
-        with torch.autocast(device, torch.float16, enabled=scaler.is_enabled()):
+        with self.running.casting():
             outcome = self.objective.loss(self.running.model, batch)
         loss = outcome.loss / units
-        scaler.scale(loss).backward()
+        self.running.scaler.scale(loss).backward()
         return Outcome(loss.detach(), outcome.measures)
 
     def _update(self, learning_rate: float, loss: float) -> float:
         """Clip, move the parameters, forget the gradients; returns the norm before clipping."""
         optimizer, scaler = self.running.optimizer, self.running.scaler
         scaler.unscale_(optimizer)
+        if (allocation := self.running.allocation) is not None:
+            allocation.add_penalty()
         limit = self.plan.max_grad_norm or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         if not scaler.is_enabled():
@@ -188,8 +189,10 @@ class Trainer:
         elif not math.isfinite(grad_norm):
             self.at.skipped_steps += 1  # the scaler leaves the parameters alone and scales less
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         scaler.step(optimizer)
+        if allocation is not None:
+            allocation.after_step(self.at.step + 1)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return grad_norm
@@ -259,9 +262,7 @@ class Trainer:
             group = rows[start : start + size]
             units += sum(map(self.objective.units, group))
             batch = collate(group, self.data.pad_id).to(self.running.device)
-            with torch.autocast(
-                self.running.device, torch.float16, enabled=self.running.scaler.is_enabled()
-            ):
+            with self.running.casting():
                 outcome = self.objective.loss(model, batch)
             parts.append(Outcome(outcome.loss.double(), outcome.measures))
         model.train()

@@ -14,7 +14,7 @@ from support.tiny_models import ANIMALS, LLAMA, a_dataset, a_tiny_base
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
-from tuneyard.runners.adapter import add_adapter, restore_adapter, trained_parameters
+from tuneyard.runners.adapter import add_adapter, trained_parameters
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.base_model import load_tokenizer, load_weights, read_config
 from tuneyard.runners.batches import collate
@@ -22,6 +22,7 @@ from tuneyard.runners.chat import chat_of
 from tuneyard.runners.examples import Cutting, Example, Item, Labelled, Pair, encode
 from tuneyard.runners.finetune import finetune
 from tuneyard.runners.infer import infer
+from tuneyard.runners.learned import restore_adapter
 from tuneyard.runners.losses import RunningMean, TokenLoss
 from tuneyard.runners.precision import Precision
 from tuneyard.runners.preferences import LabelLoss, PairLoss, Reference, RewardLoss, scores
