@@ -313,7 +313,7 @@ def compare_losses(place: Place, asked: argparse.Namespace) -> bool:
         }
         given = place.arguments("tiny", dataset, **said, adapter_name_or_path=str(adapter))
         theirs = [log["loss"] for log in place.theirs("train", {"runs": [given]})["logs"]]
-        ours = losses_of(our_run(place, "tiny", dataset, said))
+        ours = losses_of(our_run(place, "tiny", dataset, said, adapter=str(adapter)))
         apart = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs[:STEPS], strict=True))
         near &= apart <= BOUND
         print(
@@ -326,16 +326,21 @@ def compare_losses(place: Place, asked: argparse.Namespace) -> bool:
 
 
 def an_adapter(place: Place) -> Path:
-    """The adapter that our runs begin with, saved."""
+    """An adapter that has learned something: none of its factors is 0."""
     import torch
     from transformers import LlamaForCausalLM
 
-    from tuneyard.runners.adapter import add_adapter, save_adapter
+    from tuneyard.runners.adapter import add_adapter, trained_parameters
     from tuneyard.runners.arguments import FinetuneArguments
+    from tuneyard.runners.learned import save_adapter
     from tuneyard.runners.precision import Precision
 
     base = LlamaForCausalLM.from_pretrained(place.model("tiny"), dtype=torch.float32)
     model = add_adapter(base, FinetuneArguments(), seed=42, precision=Precision("float32"))
+    torch.manual_seed(1)
+    for name, parameter in trained_parameters(model).items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.05)
     folder = place.folder / "adapter"
     folder.mkdir()
     save_adapter(model, folder, base_id="tiny")
@@ -343,7 +348,7 @@ def an_adapter(place: Place) -> Path:
 
 
 def our_run(
-    place: Place, model: str, dataset: str, said: Mapping[str, Any]
+    place: Place, model: str, dataset: str, said: Mapping[str, Any], **inputs: str
 ) -> list[dict[str, Any]]:
     """The events of our runner on the same rows."""
     workdir = place.folder / f"ours-{len(list(place.folder.glob('ours-*')))}"
@@ -351,7 +356,7 @@ def our_run(
     return runner(
         "finetune",
         workdir,
-        inputs={"model": str(place.model(model)), "dataset": str(file)},
+        inputs={"model": str(place.model(model)), "dataset": str(file), **inputs},
         seed=42,
         arguments={"stage": STAGES.get(dataset, "sft"), "precision": "fp32", **said},
     )

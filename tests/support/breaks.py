@@ -196,7 +196,7 @@ BREAKS = (
     ),
     Break(
         "the adapter begins from the one stream that all else draws from",
-        "runners/adapter.py",
+        "runners/beginnings.py",
         'torch.Generator().manual_seed(stream_seed(seed, "adapter", name))',
         "torch.default_generator",
         f"{TRAINING}::test_the_adapter_begins_the_same_however_the_run_is_made",
