@@ -102,3 +102,31 @@ def test_a_tuned_model_is_merged_and_answers_as_before(http: httpx.Client, tmp_p
     assert said["adapter"]["id"] == model["adapter"]
     assert (said["base"]["id"], said["base"]["revision"]) == ("tiny", "r1")
     assert model["artifact"] == artifact["id"]
+
+
+def test_whole_weights_and_one_that_goes_on_are_asked_by_their_names(
+    http: httpx.Client, tmp_path: Path
+) -> None:
+    with a_dataset(tmp_path / "rows.jsonl").open("rb") as file:
+        rows = http.post("/files", files={"file": file}).json()["id"]
+    tune = {
+        "kind": "finetune", "model": "tiny", "dataset": rows, "learning_rate": 0.02,
+        "device": "cpu", "finetuning_type": "freeze", "freeze_trainable_layers": 1,
+    }  # fmt: skip
+    whole = finish(http, **tune, name="whole", max_steps=2)
+    path = f"/jobs/{whole['id']}/artifacts"
+    (artifact,) = http.get(path).json()["data"]
+    assert artifact["kind"] == "model"
+    files = {each["path"] for each in http.get(f"{path}/{artifact['id']}/files").json()["data"]}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "tuneyard.json"} <= files
+    assert len(answers(http, "whole").splitlines()) == len(QUESTIONS)
+    refused = http.post("/jobs", json=tune | {"freeze_trainable_modules": "mpl"}).json()["error"]
+    assert refused["hint"].startswith("did you mean mlp")  # by the headers of the base
+    lora = tune | {"finetuning_type": "lora"}
+    first = finish(http, **lora, name="first", max_steps=1)
+    on = finish(http, **lora, name="second", adapter="first", create_new_adapter=True, max_steps=1)
+    (kept,) = http.get(f"/jobs/{on['id']}/artifacts").json()["data"]
+    path = f"/jobs/{on['id']}/artifacts/{kept['id']}/files"
+    (below,) = http.get(f"/jobs/{first['id']}/artifacts").json()["data"]
+    assert http.get(f"{path}/tuneyard.json").json()["adapters"] == [below["id"]]
+    assert http.get(f"{path}/adapter_config.json").json()["r"] == 16  # both of them

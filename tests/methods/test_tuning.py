@@ -147,6 +147,9 @@ def test_merged_it_says_the_same(tmp_path, ran, base, name):
     inputs = {"model": base, "adapter": adapter}
     merged = run_here(tmp_path, merge, kind="merge", inputs=inputs, arguments={"dtype": "float32"})
     assert merged.code == ExitCode.DONE, merged.failure
+    said = json.loads((merged.workdir / "output" / "tuneyard.json").read_text())
+    bits = TUNINGS[name].get("quantization_bit")
+    assert said["adapter"].get("trained_over_bits") == bits
     tuned = logits(PeftModel.from_pretrained(plain_base(base), str(adapter)).eval())
     assert (logits(plain_base(merged.workdir / "output")) - tuned).abs().max() < 1e-4
     assert (logits(plain_base(base)) - tuned).abs().max() > 1e-3

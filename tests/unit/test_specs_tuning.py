@@ -126,6 +126,7 @@ def test_what_is_loras_alone_is_refused_elsewhere(kind: str, field: str) -> None
          "conflicting_fields", "lora"),
         ({"finetuning_type": "full", "stage": "rm"}, "finetuning_type",
          "conflicting_fields", "lora"),
+        ({"adapter": "a", "stage": "rm"}, "adapter", "conflicting_fields", "merge the other first"),
         ({"pissa_init": True, "stage": "kto"}, "pissa_init", "conflicting_fields", "leave it out"),
         ({"finetuning_type": "adalora", "adalora_init_rank": 8}, "adalora_init_rank",
          "out_of_range", "above 8"),
@@ -175,6 +176,7 @@ def test_preferences_over_an_adapter_say_what_they_are_compared_with() -> None:
 def test_an_adapters_maker_decides_what_it_is_fit_for() -> None:
     assert use_refused("merge", {}) is None
     assert use_refused("merge", {"finetuning_type": "prefix"})
+    assert use_refused("merge", {"stage": "rm"}) == use_refused("lora", {"stage": "rm"})
     assert use_refused("lora", {"use_dora": True}) is None
     assert use_refused("sum", {"use_dora": True})
     assert use_refused("oft", {"finetuning_type": "oft"}) is None
