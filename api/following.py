@@ -9,7 +9,7 @@ from fastapi.responses import StreamingResponse
 from tuneyard.api.access import TheCaller, TheYard, path_id
 from tuneyard.api.examples import BAD_REQUEST
 from tuneyard.api.logs import LogReader
-from tuneyard.api.ranges import part_of
+from tuneyard.api.ranges import PARTS, part_of
 from tuneyard.api.streams import Stream
 from tuneyard.models import logs, reading
 from tuneyard.specs.errors import InputError
@@ -51,9 +51,9 @@ def events(
     caller: TheCaller,
     yard: TheYard,
     request: Request,
-    after: Annotated[int, Query(ge=0, le=MAX_NUMBER)] = 0,
+    after: Annotated[int, Query(ge=0, le=MAX_NUMBER, description="Events after this one.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
-    accept: Annotated[str, Header()] = "",
+    accept: Annotated[str, Header(description="`text/event-stream` follows the job.")] = "",
     last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
 ) -> Any:
     """A job's timeline.
@@ -86,8 +86,10 @@ def metrics(
     caller: TheCaller,
     yard: TheYard,
     name: Annotated[list[str] | None, Query(description="Repeat it for several.")] = None,
-    attempt: Annotated[int | None, Query(ge=1, le=10_000)] = None,
-    after: Annotated[int, Query(ge=-1, le=MAX_NUMBER)] = -1,
+    attempt: Annotated[
+        int | None, Query(ge=1, le=10_000, description="Only this attempt's.")
+    ] = None,
+    after: Annotated[int, Query(ge=-1, le=MAX_NUMBER, description="Steps after this one.")] = -1,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> MetricList:
     """What was measured, by step; a step that was done again counts as the newest attempt did it.
@@ -108,7 +110,7 @@ def metrics(
     response_class=StreamingResponse,
     responses={
         200: {"content": {"text/plain": {"example": "step 40 loss 1.83\n"}}},
-        206: {"description": "The part that the header Range asked for."},
+        **PARTS,
     },
 )
 def job_logs(
@@ -116,12 +118,14 @@ def job_logs(
     caller: TheCaller,
     yard: TheYard,
     request: Request,
-    attempt: Annotated[int | None, Query(ge=1, le=10_000)] = None,
-    tail: Annotated[int | None, Query(ge=0, le=100_000)] = None,
+    attempt: Annotated[
+        int | None, Query(ge=1, le=10_000, description="Only this attempt's.")
+    ] = None,
+    tail: Annotated[int | None, Query(ge=0, le=100_000, description="Only the last lines.")] = None,
     start: Annotated[
         int | None, Query(ge=0, le=MAX_NUMBER, description="From this byte on.")
     ] = None,
-    follow: bool = False,
+    follow: Annotated[bool, Query(description="As it grows, to the job's end.")] = False,
     range_: Annotated[str | None, Header(alias="Range")] = None,
 ) -> StreamingResponse:
     """The log of all attempts, or of one: a Range of its bytes, its last lines, or as it grows.

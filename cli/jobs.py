@@ -33,7 +33,10 @@ Job = Annotated[str, typer.Argument(help="The job's id, or its name if only one 
 JobOrPipeline = Annotated[
     str, typer.Argument(help="The id of a job or pipeline, or the name of a job.")
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="key=value over the document.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Over the document; may stand several times."),
+]
 
 
 def register(app: typer.Typer) -> None:
