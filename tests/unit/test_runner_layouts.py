@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support.breaks import DOCS
 from support.tiny_models import a_tiny_base
 
 from tuneyard.runners.base_model import load_tokenizer
@@ -163,6 +164,12 @@ def test_a_call_that_is_no_json_is_refused_with_its_place(tmp_path, tokenizer, v
     with pytest.raises(BadData) as caught:
         encoded(tmp_path, chat(tokenizer, "chatml"), row)
     assert caught.value.field == "conversations[1].value"
+
+
+def test_the_documentation_lists_the_layouts():
+    page = DOCS.read_text(encoding="utf-8")
+    listed = page.partition("included. The template goes")[2].split("```")[1]
+    assert listed.removeprefix("text").replace(",", " ").split() == sorted(LAYOUTS)
 
 
 def test_seams_are_in_no_text_that_is_kept(tokenizer):
