@@ -240,8 +240,8 @@ BREAKS = (
     Break(
         "the base is not measured before the first step",
         "runners/training.py",
-        "step in (0, self.steps)",
-        "step == self.steps",
+        "step in (0, self.steps) or",
+        "step == self.steps or step > 0 and",
         f"{TRAINING}::test_evaluation_alters_nothing_and_begins_with_the_base",
     ),
     # Preferences
