@@ -21,6 +21,7 @@ def finetune(attempt: Attempt) -> None:
     # Not before the data are known to be good: torch and transformers take seconds to import.
     from tuneyard.runners.adapter_folder import publish_adapter
     from tuneyard.runners.assembly import build_trainer
+    from tuneyard.runners.tracking import tracked
 
     chat = load_chat(asked.model, asked.arguments, attempt)
     if prepared:
@@ -30,7 +31,8 @@ def finetune(attempt: Attempt) -> None:
         tokenised = tokenise(rows, asked.arguments, chat, attempt)
     trainer = build_trainer(asked, attempt, chat, tokenised)
     attempt.events.emit("phase", phase="running")
-    trainer.train()
+    with tracked(asked, attempt, trainer):
+        trainer.train()
     publish_adapter(asked, attempt, chat, trainer)
 
 

@@ -9,6 +9,7 @@ from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Reference, Spec, 
 from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.preferences import PreferenceFields
+from tuneyard.specs.tracking import TrackingFields
 from tuneyard.specs.tuning import SHAPING, TuningFields
 
 TEMPLATES = (
@@ -52,7 +53,9 @@ class RowsSpec(Spec):
     max_samples: Positive | None = Field(None, description="Rows used at most.")
 
 
-class FinetuneSpec(EvaluatingFields, OptimizingFields, PreferenceFields, TuningFields, RowsSpec):
+class FinetuneSpec(
+    TrackingFields, EvaluatingFields, OptimizingFields, PreferenceFields, TuningFields, RowsSpec
+):
     """Tune a base model on a data set."""
 
     kind: Literal["finetune"] = "finetune"
@@ -76,7 +79,11 @@ class FinetuneSpec(EvaluatingFields, OptimizingFields, PreferenceFields, TuningF
             use = self.finetuning_type if last else "sum"
             adapters.append(Reference(field=field, what="adapter", value=value, use=use))
         fits = tuple(each.field for each in adapters)
-        found = [r.model_copy(update={"fits": fits}) if r.field == "model" else r for r in found]
+        under = {"model": fits}
+        if self.ref_model_adapters is not None:
+            compared = "model" if self.ref_model is None else "ref_model"
+            under[compared] = (*under.get(compared, ()), "ref_model_adapters")
+        found = [r.model_copy(update={"fits": under.get(r.field, ())}) for r in found]
         return [*found, *adapters]
 
 

@@ -186,6 +186,8 @@ class _Reading:
             self._refuse("conflicting_fields", message, written, "give one of them")
             return
         self._written[name] = written
+        if written == "adapter_name_or_path" and self.model is FinetuneSpec:
+            self.values.setdefault("reference", "base")
         if written == "evaluation_strategy":
             self._note(written, "evaluation_strategy is called eval_strategy now")
         if isinstance(value, str) and value in LATER.get(name, ()):
@@ -322,7 +324,8 @@ def _notes_on(spec: Spec) -> list[Note]:
     compares = spec.stage == "kto" or (
         spec.stage == "dpo" and spec.pref_loss not in WITHOUT_REFERENCE
     )
-    if spec.goes_on and compares and spec.ref_model is None:
+    named = spec.ref_model or spec.ref_model_adapters
+    if spec.goes_on and compares and not named and spec.reference == "base":
         message = "answers are compared with the bare base, not with the adapter as it was: "
         message += "create_new_adapter: true compares with that"
         found.append(Note(field="adapter", message=message))
