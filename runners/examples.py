@@ -308,6 +308,7 @@ def _turns(conversation: Conversation, chat: Chat) -> tuple[list[Turn], bool]:
     then the text up to the last question is all source.
     """
     messages = chat.with_system(conversation.messages)
+    _check_calls(conversation, chat)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     turns, written = [], ""
     for number, i in enumerate(answers):
@@ -321,13 +322,24 @@ def _turns(conversation: Conversation, chat: Chat) -> tuple[list[Turn], bool]:
     return turns, False
 
 
+def _check_calls(conversation: Conversation, chat: Chat) -> None:
+    """Refuse to learn empty answers where the template leaves out what they call."""
+    calls = any(message.get("tool_calls") for message in conversation.messages)
+    if calls and not chat.writes_calls:
+        raise BadSpec(
+            f"Line {conversation.line} calls a function, and the chat template writes no calls.",
+            field="template",
+            hint="set template to one that does: chatml, qwen, or jinja of your own",
+        )
+
+
 def _rendered(
     conversation: Conversation, messages: Sequence[Message], chat: Chat
 ) -> tuple[str, str]:
     """The text up to the last answer, and the text with it."""
     tools, line = conversation.tools, conversation.line
-    prompt = chat.render(messages[:-1], generation_prompt=True, tools=tools, line=line)
-    whole = chat.render(messages, tools=tools, line=line)
+    prompt = chat.render(messages[:-1], generation_prompt=True, tools=tools, line=line, seams=True)
+    whole = chat.render(messages, tools=tools, line=line, seams=True)
     if whole.startswith(prompt):
         return prompt, whole
     raise BadSpec(
@@ -355,9 +367,12 @@ def _closed(target: list[int], chat: Chat) -> tuple[list[int], list[int]]:
     """An answer up to its closing token, and what the template writes after it.
 
     What follows ("\\n", mostly) is context of the next turn and no target: nobody generates it.
+    Under a name of LLaMA-Factory's it is a target, as there.
     """
     if chat.closing_id is None:
         return [*target, chat.tokenizer.eos_token_id], []
+    if chat.seamed:
+        return target, []
     end = len(target) - 1
     while end >= 0 and target[end] not in chat.special_ids:
         end -= 1

@@ -13,8 +13,13 @@ from tuneyard.specs.rewards import RewardFields
 from tuneyard.specs.tracking import TrackingFields
 from tuneyard.specs.tuning import SHAPING, TuningFields
 
-TEMPLATES = ("alpaca", "chatml")
-"""Chat templates that come along, for bases that have none."""
+TEMPLATES = (
+    "alpaca", "chatml", "chatml_de", "cohere", "cpm4", "deepseek", "deepseek3", "default",
+    "exaone", "falcon_h1", "gemma", "gemma3", "granite3", "llama2", "llama3", "mistral", "olmo",
+    "openchat", "opencoder", "phi", "phi4", "phi4_mini", "qwen", "qwen3", "qwen3_nothink",
+    "smollm", "smollm2", "starchat", "vicuna", "yi", "zephyr",
+)  # fmt: skip
+"""Chat templates that come along: they write what LLaMA-Factory's of these names write."""
 
 
 Stage = Literal["sft", "pt", "rm", "dpo", "kto", "grpo", "rloo"]
@@ -37,8 +42,7 @@ class RowsSpec(Spec):
     stage: Stage = Field("sft", description="What is learned from the rows.")
     template: Text | None = Field(
         None,
-        description="Chat template of a base that has none: alpaca, chatml, or jinja; unset: "
-        "the tokenizer's own.",
+        description="Chat template, by LLaMA-Factory's name, or jinja; unset: the tokenizer's own.",
     )
     default_system: Text | None = Field(None, description="System text where a row has none.")
     cutoff_len: int = Field(2048, ge=8, le=1_048_576, description="Tokens kept of a row.")

@@ -65,7 +65,6 @@ STAGE_OF: Mapping[str, str] = {
     "alpaca": "rows with one answer are for stage sft",
     "openai": "rows with one answer are for stage sft",
     "sharegpt": "rows with one answer are for stage sft",
-    "sharegpt_tools": "conversations with tools go into messages, tool_calls and tools",
 }
 """Form of a row -> where it belongs."""
 
@@ -254,14 +253,30 @@ def _conversations(row: Row) -> Judged:
     if roles[-1] in ASKING:
         return _question(roles, "conversations", turns[-1]["value"])
     _check_turns(roles, "conversations")
+    _check_tools(row.get("tools"))
     teaches = any(
         SPEAKERS[speaker] == "assistant" and turn["value"].strip()
         for speaker, turn in zip(speakers, turns, strict=True)
     )
-    if _labelled(row):
-        return Judged("kto", teaches)
-    tools = "function_call" in speakers or "observation" in speakers
-    return Judged("sharegpt_tools" if tools else "sharegpt", teaches)
+    return Judged("kto" if _labelled(row) else "sharegpt", teaches)
+
+
+CALL = 'for example {"name": "weather", "arguments": {"city": "Rome"}}, or a list of such'
+
+
+def read_calls(text: str, field: str) -> list[dict[str, Any]]:
+    """The functions that a ``function_call`` turn calls. Raises: InputError."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    for call in calls:
+        named = isinstance(call, Mapping) and isinstance(call.get("name"), str)
+        if not named or "arguments" not in call:
+            message = f"{field} is no call of a function in JSON."
+            raise InputError(message, code="wrong_type", field=field, hint=CALL)
+    return calls
 
 
 def _system(row: Row) -> list[str]:
@@ -280,6 +295,8 @@ def _speaker(turn: Any, field: str) -> str:
         hint = f"one of {', '.join(SPEAKERS)}"
         raise InputError(text, code="unknown_role", field=field, hint=hint)
     check_text(turn.get("value"), f"{field}.value")
+    if speaker == "function_call":
+        read_calls(turn["value"], f"{field}.value")
     return speaker
 
 

@@ -45,8 +45,9 @@ def report(tmp_path: Path, content: bytes | str, *, purpose: str = "dataset") ->
         ('{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}',
          "sharegpt", 1),
         ('{"conversations": [{"from": "human", "value": "a"}, {"from": "function_call",'
-         ' "value": "f"}, {"from": "observation", "value": "o"}, {"from": "gpt", "value": "b"}]}',
-         "sharegpt_tools", 1),
+         ' "value": "{\\"name\\": \\"f\\", \\"arguments\\": {}}"},'
+         ' {"from": "observation", "value": "o"}, {"from": "gpt", "value": "b"}], "tools": "[]"}',
+         "sharegpt", 1),
         ('{"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content":'
          ' [{"text": "a"}]}, {"role": "assistant", "content": null, "tool_calls": [{}]},'
          ' {"role": "tool", "content": "t"},'
@@ -425,7 +426,7 @@ def finetune(changes: dict[str, Any]) -> FinetuneSpec:
         ({"cutoff_len": 999}, GOOD, FACTS, "too_long"),
         ({"layers_to_transform": [2]}, GOOD, FACTS, "out_of_range"),
         ({}, GOOD, PLAIN, "no_template"),
-        ({"template": "llama3"}, GOOD, PLAIN, "unknown_template"),
+        ({"template": "glm4"}, GOOD, PLAIN, "unknown_template"),
         ({"val_size": 0.01}, GOOD, FACTS, "too_few_rows"),
         ({"val_size": 10}, GOOD, FACTS, "too_few_rows"),
         ({"val_size": 5, "max_samples": 5}, GOOD, FACTS, "too_few_rows"),
@@ -487,7 +488,8 @@ def test_what_rewards_may_read_is_counted(tmp_path: Path) -> None:
         ({}, FACTS),
         ({"lora_target": "q_proj,model.layers.0.v_proj"}, FACTS),
         ({"lora_target": "all-linear", "additional_target": ["lm_head"]}, FACTS),
-        ({"template": "llama3"}, FACTS),
+        ({"template": "glm4"}, FACTS),
+        ({"template": "llama3"}, PLAIN),
         ({"template": "chatml"}, PLAIN),
         ({"template": "{{ messages }}"}, PLAIN),
         ({"layers_to_transform": [0, 1], "val_size": 0.1, "cutoff_len": 128}, FACTS),

@@ -224,7 +224,7 @@ def test_a_base_without_template_is_refused_with_the_list(tmp_path):
     assert "alpaca" in str(caught.value.hint)
     alpaca = chat_of(tokenizer, template="alpaca", default_system=None)
     (example,) = examples_of(alpaca, conversation("ask", "answer"))
-    assert targets_of(alpaca, example) == "answer<|im_end|>"
+    assert targets_of(alpaca, example) == "answer<|im_end|>\n\n"
 
 
 def test_what_the_template_refuses_is_bad_data(chatml):

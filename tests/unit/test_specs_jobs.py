@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneyard.runners.chat import TEMPLATES as RUNNERS_TEMPLATES
+from tuneyard.runners.layouts import LAYOUTS
 from tuneyard.runners.schedules import DECAYS
 from tuneyard.specs.documents import read_yaml
 from tuneyard.specs.errors import InputError, SpecRejected
@@ -93,7 +93,7 @@ def test_a_tutorials_yaml_runs_unchanged_and_notes_what_has_no_effect() -> None:
     assert spec.arguments()["gradient_accumulation_steps"] == 8
     assert {note.field for note in found} == {
         "output_dir", "overwrite_cache", "preprocessing_num_workers", "ddp_timeout",
-        "flash_attn", "group_by_length", "evaluation_strategy", "template",
+        "flash_attn", "group_by_length", "evaluation_strategy",
     }  # fmt: skip
 
 
@@ -367,7 +367,7 @@ def test_llama_factorys_export_is_a_merge_unchanged() -> None:
         "saves/llama3-8b/lora/sft",
     )
     assert (spec.export_size, spec.export_dir, spec.dtype) == (2, "megred-model-path", "auto")
-    assert {note.field for note in found} == {"export_dir", "export_legacy_format", "template"}
+    assert {note.field for note in found} == {"export_dir", "export_legacy_format"}
     assert spec.wants_gpu is False
     assert "export_dir" not in spec.arguments()
     assert read_spec(spec.document())[0] == spec
@@ -506,10 +506,10 @@ def test_what_is_probably_not_meant_is_noted() -> None:
     assert "val_size" in notes(FINETUNE | {"val_size": 0.99999, "eval_strategy": "epoch"})
 
 
-def test_llama_factorys_template_names_mean_the_bases_own_and_others_are_refused() -> None:
+def test_template_names_not_written_here_mean_the_bases_own_and_others_are_refused() -> None:
     for document in (FINETUNE, INFERENCE):
-        assert "template" in notes(document | {"template": "llama3"})
-        assert "template" not in notes(document | {"template": "chatml"})
+        assert "template" in notes(document | {"template": "glm4"})
+        assert "template" not in notes(document | {"template": "llama3"})
         assert "template" not in notes(document | {"template": "{{ messages }}"})
         found = problems(document | {"template": "lama3"})
         assert found == {"template": ("unknown_template", "did you mean llama3?")}
@@ -595,7 +595,7 @@ def test_every_field_has_a_sentence_a_type_and_a_default() -> None:
 
 
 def test_the_runners_know_the_same_templates_and_schedules() -> None:
-    assert set(TEMPLATES) == set(RUNNERS_TEMPLATES)
+    assert set(TEMPLATES) == set(LAYOUTS)
     assert set(SCHEDULE_OPTIONS) <= set(DECAYS)
 
 
