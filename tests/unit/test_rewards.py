@@ -211,25 +211,23 @@ def test_what_has_no_effect_is_noted():
 
 
 PAGE = (Path(__file__).parents[2] / "docs/howto/rewards.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+ENDS = ("ROWS", "SPEC")
 
 
 def test_what_the_page_on_rewards_shows_is_accepted(tmp_path):
-    (spec,) = blocks("yaml")
+    rows, spec = (re.search(rf"<<'{end}'\n(.*?){end}\n", PAGE, re.DOTALL)[1] for end in ENDS)
     read, notes = read_spec(read_yaml(spec) | {"dataset": "sums"})
-    assert [function.name for function in read.reward_funcs] == ["format", "numeric_equality"]
+    assert [function.name for function in read.reward_funcs] == ["length", "numeric_equality"]
     assert notes == []
-    rows, pipeline = blocks("json")
     path = tmp_path / "questions.jsonl"
     path.write_text(rows, encoding="utf-8")
     asked = read_stage(path, "grpo")
     assert [row.messages[-1]["role"] for row in asked] == ["user"] * 4
     check_columns(read.reward_funcs, [row.columns for row in asked], [1, 2, 3, 4])
-    steps = read_pipeline(json.loads(pipeline.replace(".jsonl", "")))
-    assert len(steps) == 2
+    (pipeline,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    assert len(read_pipeline(json.loads(pipeline.replace(".jsonl", "")))) == 2
+    (inline,) = re.findall(r"`(reward_funcs: .*?\])`", PAGE)
+    assert read_spec(GRPO | read_yaml(inline))[0].reward_funcs[1].tag == "answer"
 
 
 def test_the_page_on_rewards_names_every_function_and_option():
