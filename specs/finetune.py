@@ -8,8 +8,10 @@ from tuneyard.specs.evaluating import EvaluatingFields
 from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Reference, Spec, Text
 from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizing import OptimizingFields
+from tuneyard.specs.predicting import PredictingFields
 from tuneyard.specs.preferences import PreferenceFields
 from tuneyard.specs.tuning import SHAPING, TuningFields
+from tuneyard.specs.watching import WatchingFields
 
 TEMPLATES = ("alpaca", "chatml")
 """Chat templates that come along, for bases that have none."""
@@ -48,7 +50,15 @@ class RowsSpec(Spec):
     max_samples: Positive | None = Field(None, description="Rows used at most.")
 
 
-class FinetuneSpec(EvaluatingFields, OptimizingFields, PreferenceFields, TuningFields, RowsSpec):
+class FinetuneSpec(
+    WatchingFields,
+    PredictingFields,
+    EvaluatingFields,
+    OptimizingFields,
+    PreferenceFields,
+    TuningFields,
+    RowsSpec,
+):
     """Tune a base model on a data set."""
 
     kind: Literal["finetune"] = "finetune"
@@ -61,6 +71,11 @@ class FinetuneSpec(EvaluatingFields, OptimizingFields, PreferenceFields, TuningF
     def wants_gpu(self) -> bool:
         """Tuning goes to a GPU where there is one."""
         return True
+
+    @property
+    def measures(self) -> bool:
+        """Whether held-out rows are measured at all."""
+        return self.do_eval or self.eval_strategy != "no"
 
     def references(self) -> list[Reference]:
         """The base and the data, then the adapters to go on from: adapter, adapter_2, …"""
