@@ -11,9 +11,10 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test unit integration hubs e2e docs demo clean
-.PHONY: test-methods test-browser wheel-check test-merge-memory test-transformers4
+.PHONY: test-methods test-browser wheel-check test-merge-memory test-transformers4 test-trackers
 
 TRANSFORMERS4 := .venv-transformers4
+TRACKERS := .venv-trackers
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z/-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -77,6 +78,18 @@ $(TRANSFORMERS4)/.installed:
 	    > $$($(TRANSFORMERS4)/bin/python -c "import site; print(site.getsitepackages()[0])")/torch.pth
 	@touch $@
 
+test-trackers: setup $(TRACKERS)/.installed ## runs followed by wandb, MLflow, SwanLab and trackio themselves
+	$(TRACKERS)/bin/python -P -m pytest -W default tests/trackers
+
+$(TRACKERS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TRACKERS)
+	$(TRACKERS)/bin/pip install --disable-pip-version-check --quiet \
+	    "mlflow-skinny==3.17.2" "swanlab==0.10.3" "trackio==0.43.0" "wandb==0.31.0"
+	@# All else is that of $(VENV), whose own releases these need not agree with.
+	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" \
+	    > $$($(TRACKERS)/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
+	@touch $@
+
 wheel-check: setup ## install the wheel as the images do, compare it with git, run the servers' test on it
 	$(BIN)/pytest tests/wheel
 
@@ -87,4 +100,4 @@ demo: setup ## install, start everything, download, tune, merge and ask a small 
 	$(BIN)/python examples/demo.py
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(TRANSFORMERS4) .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRANSFORMERS4) $(TRACKERS) .demo .pytest_cache .mypy_cache .ruff_cache

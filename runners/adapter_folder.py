@@ -14,6 +14,7 @@ from tuneyard.runners.checkpoint import LOG_FILE, Position, write_log
 from tuneyard.runners.learned import is_adapter, save_adapter
 from tuneyard.runners.origin import WEIGHTS_FILE
 from tuneyard.runners.results import write_texts
+from tuneyard.runners.run_files import write_run_files
 from tuneyard.runners.tensor_files import SINGLE_FILE
 from tuneyard.runners.training import Trainer
 from tuneyard.runners.tuned_folder import write_tuned
@@ -37,6 +38,8 @@ def publish_adapter(
     position, model = trainer.at, trainer.running.model
     aside = attempt.fresh_aside()
     about = origin(asked, attempt, chat, position)
+    if (reference := getattr(trainer.objective, "reference", None)) is not None:
+        about["reference"] = reference.said
     meta: dict[str, Any] = {"base": asked.base_id, "steps": position.step}
     if is_adapter(model):
         save_adapter(model, aside, base_id=asked.base_id)
@@ -48,6 +51,7 @@ def publish_adapter(
         meta |= {"kind": "model", "lineage": lineage}
     write_log(aside / LOG_FILE, position.log)
     write_texts(aside, beside or {})
+    write_run_files(aside, asked, attempt, trainer, measured=measured or {})
     text = json.dumps(about, indent=1, sort_keys=True)
     (aside / TUNEYARD_FILE).write_text(text + "\n", encoding="utf-8")
     manifest = publish_folder(aside, attempt.output, meta)

@@ -46,6 +46,7 @@ class FinetuneArguments(FinetuneSpec):
     model_config = _BY_HAND
     model: Any = None
     ref_model: Any = None
+    ref_model_adapters: Any = None
     dataset: Any = None
     seed: int | None = None  # type: ignore[assignment]  # None: the spec's
     precision: Precision = "auto"

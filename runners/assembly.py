@@ -4,7 +4,6 @@ import importlib.util
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ from tuneyard.runners.checkpoint import (
 from tuneyard.runners.continuing import go_on
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.noise import EmbeddingNoise
-from tuneyard.runners.objectives import load_reference, objective_of
+from tuneyard.runners.objectives import compares, objective_of
 from tuneyard.runners.origin import read_origin
 from tuneyard.runners.precision import Precision, choose_precision
+from tuneyard.runners.reference import Reference, load_reference
 from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
@@ -67,15 +67,8 @@ def build_trainer(
     torch.manual_seed(stream_seed(asked.seed, "dropout"))
     run = description(asked, tokenised.digest, len(examples), device, job=attempt.spec.job)
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
+    reference = reference_of(asked, attempt, model, precision)
     at = resume(attempt, running, run)
-    reference = partial(
-        load_reference,
-        model,
-        attempt.input("ref_model") if "ref_model" in attempt.spec.inputs else None,
-        asked.model,
-        dtype=getattr(torch, precision.weights),
-        device=device,
-    )
     return Trainer(
         running=running,
         data=Data(examples, order, held_out, chat.tokenizer.pad_token_id),
@@ -90,6 +83,19 @@ def build_trainer(
         run=run,
         base_id=asked.base_id,
     )
+
+
+def reference_of(
+    asked: Asked, attempt: Attempt, model: Any, precision: Precision
+) -> Reference | None:
+    """What the stage compares with, if it does; before a checkpoint is gone to."""
+    if not compares(asked.arguments):
+        return None
+    dtype = getattr(torch, precision.weights)
+    quantisation = quantisation_of(
+        asked.arguments, asked.arguments.ref_model_quantization_bit, dtype
+    )
+    return load_reference(asked, attempt, model, dtype=dtype, quantisation=quantisation)
 
 
 def pick_precision(asked: Asked, attempt: Attempt) -> Precision:
@@ -119,13 +125,8 @@ def load_model(asked: Asked, precision: Precision, device: str, *, steps: int) -
         dtype=dtype,
         device=device,
         scoring=arguments.stage == "rm",
-        quantisation=quantisation_of(arguments, dtype),
+        quantisation=quantisation_of(arguments, arguments.quantization_bit, dtype),
     )
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks its weights in the first evaluation, for sums in bf16 that no
-            # gradient passes: what follows would learn another base, or nothing.
-            module.support_avx512bf16_for_cpu = False
     if arguments.gradient_checkpointing and not arguments.disable_gradient_checkpointing:
         # Not reentrant: it needs no gradient at the input, so layers below the first adapter
         # still take no part in the backward pass.
@@ -135,13 +136,13 @@ def load_model(asked: Asked, precision: Precision, device: str, *, steps: int) -
     return tune(base, arguments, seed=asked.seed, precision=precision, steps=steps)
 
 
-def quantisation_of(arguments: FinetuneArguments, dtype: torch.dtype) -> Any:
+def quantisation_of(arguments: FinetuneArguments, bits: int | None, dtype: torch.dtype) -> Any:
     """How the base is quantised while it is loaded: products are computed in the weights' format.
 
     Norms, embedding and output stay as they are: peft's prepare_model_for_kbit_training would widen
     them to fp32, which is slow and costs 4 GiB at 8B. Raises: BadSpec without bitsandbytes.
     """
-    if arguments.quantization_bit is None:
+    if bits is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         message = "This node's runner has no bitsandbytes."
@@ -149,7 +150,7 @@ def quantisation_of(arguments: FinetuneArguments, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if arguments.quantization_bit == 8:
+    if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -92,7 +92,7 @@ def load_weights(
         more = {"device_map": {"": device}, "quantization_config": quantisation}
     if scoring:
         more["num_labels"] = 1
-    return load_class(config, scoring=scoring).from_pretrained(
+    model = load_class(config, scoring=scoring).from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation="sdpa",
@@ -100,6 +100,12 @@ def load_weights(
         use_safetensors=True,
         **more,
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks its weights in the first evaluation, for sums in bf16 that no
+            # gradient passes: what follows would learn another base, or nothing.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:

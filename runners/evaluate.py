@@ -57,18 +57,17 @@ def evaluate(attempt: Attempt) -> None:
         cutoff = arguments.cutoff_len
         questions = questions_of(rows, chat, cutoff_len=cutoff, longest=speaker.limit)
     attempt.events.emit("phase", phase="running")
-    values: dict[str, float] = {}
-    files: dict[str, str] = {}
+    measured: dict[str, dict[str, float]] = {"eval": {}, "predict": {}}
+    said: dict[str, str] = {}
     if arguments.do_eval:
-        values |= measure(rows, arguments, speaker, attempt)
-        files["eval_results.json"] = as_json(values)
+        measured["eval"] |= measure(rows, arguments, speaker, attempt)
     if questions:
         size, progress = arguments.per_device_eval_batch_size, tell_progress(attempt)
         found = predict(questions, speaker, batch_size=size, progress=progress)
         prefix = "predict" if arguments.do_predict else "eval"
-        values |= found.values(prefix)
-        files |= found.files(prefix)
-    publish(attempt, arguments, values, files | {"all_results.json": as_json(values)}, settings)
+        measured[prefix] |= found.values(prefix)
+        said = found.files
+    publish(attempt, arguments, measured, said, settings)
 
 
 def read_arguments(attempt: Attempt) -> EvaluateArguments:
@@ -145,15 +144,17 @@ def as_json(values: dict[str, float]) -> str:
 def publish(
     attempt: Attempt,
     arguments: EvaluateArguments,
-    values: dict[str, float],
-    files: dict[str, str],
+    measured: dict[str, dict[str, float]],
+    said: dict[str, str],
     settings: Any,
 ) -> None:
     """Write output/, and say what was measured."""
     attempt.stops.defer()  # until here a stop loses nothing that could be kept
+    values = measured["eval"] | measured["predict"]
     attempt.events.metric(0, **values)
     aside = attempt.fresh_aside()
-    write_texts(aside, files)
+    results = {f"{name}_results.json": as_json(each) for name, each in measured.items() if each}
+    write_texts(aside, said | results | {"all_results.json": as_json(values)})
     meta: dict[str, Any] = {"kind": "results", "inputs": dict(attempt.spec.input_ids)}
     if arguments.generates:
         meta["settings"] = asdict(settings)

@@ -22,6 +22,7 @@ def finetune(attempt: Attempt) -> None:
     from tuneyard.runners.adapter_folder import publish_adapter
     from tuneyard.runners.assembly import build_trainer
     from tuneyard.runners.saying import Saying
+    from tuneyard.runners.tracking import tracked
 
     chat = load_chat(asked.model, asked.arguments, attempt)
     if prepared:
@@ -32,8 +33,9 @@ def finetune(attempt: Attempt) -> None:
     trainer = build_trainer(asked, attempt, chat, tokenised)
     saying = Saying(asked, attempt, chat, trainer, rows=len(tokenised.examples))
     attempt.events.emit("phase", phase="running")
-    trainer.train()
-    predictions = saying.predict()
+    with tracked(asked, attempt, trainer):
+        trainer.train()
+        predictions = saying.predict()
     beside = saying.files(predictions)
     measured = predictions.values(saying.prefix) if predictions else {}
     publish_adapter(asked, attempt, chat, trainer, beside=beside, measured=measured)

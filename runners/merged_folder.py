@@ -15,6 +15,7 @@ from typing import Any
 from tuneyard.runners.base_model import PICKLED, end_ids
 from tuneyard.runners.chat import TEMPLATES
 from tuneyard.runners.origin import CONFIG_FILE, WEIGHTS_FILE
+from tuneyard.runners.run_files import RUN_FILES
 from tuneyard.runners.tensor_files import INDEX_FILE
 from tuneyard.specs.runner import TUNEYARD_FILE
 from tuneyard.store.folder import MANIFEST_FILE, is_safe_name
@@ -25,7 +26,7 @@ ADAPTER_FOLDER = "adapter"
 TEMPLATE_FILE = "chat_template.jinja"
 
 _NOT_COPIED = {*PICKLED, ".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".py"}
-_NOT_THE_BASES = {MANIFEST_FILE, INDEX_FILE, TUNEYARD_FILE, CONFIG_FILE, "README.md"}
+_NOT_THE_BASES = {MANIFEST_FILE, INDEX_FILE, TUNEYARD_FILE, CONFIG_FILE, "README.md", *RUN_FILES}
 _OF_AN_ADAPTER = (CONFIG_FILE, WEIGHTS_FILE, TUNEYARD_FILE, "trainer_log.jsonl")
 
 

@@ -3,7 +3,6 @@
 generated_predictions.jsonl has LLaMA-Factory's form: prompt (with special tokens), predict, label.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,12 +33,10 @@ class Predictions:
         """The means as metrics: predict_bleu-4, predict_rouge-1, …"""
         return {f"{prefix}_{name}": value for name, value in sorted(self.means.items())}
 
-    def files(self, prefix: str) -> dict[str, str]:
-        """File name -> content, as LLaMA-Factory leaves them; times are not in it."""
-        return {
-            PREDICTIONS_FILE: as_json_lines(self.lines),
-            f"{prefix}_results.json": json.dumps(self.values(prefix), indent=4) + "\n",
-        }
+    @property
+    def files(self) -> dict[str, str]:
+        """File name -> content, as LLaMA-Factory leaves it."""
+        return {PREDICTIONS_FILE: as_json_lines(self.lines)}
 
 
 def held_out_of(

@@ -109,7 +109,7 @@ class Saying:
 
     def files(self, predictions: Predictions | None) -> Mapping[str, str]:
         """What the result holds of it all."""
-        files = predictions.files(self.prefix) if predictions else {}
+        files = predictions.files if predictions else {}
         if self._trainer.watch is not None:
             files[WATCHED_FILE] = as_json_lines(self._trainer.at.answers)
         return files

@@ -248,6 +248,7 @@ class Trainer:
         line: dict[str, float] = {
             "current_steps": done,
             "total_steps": total,
+            "percentage": round(100 * done / total, 2),
             "total_tokens": self.at.tokens,
         }
         line |= {"epoch": round(done / self.plan.steps_per_epoch, 4), **values}

@@ -15,6 +15,7 @@ from tuneyard.specs.predicting import predicting_clashes
 from tuneyard.specs.preferences import preference_clashes
 from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.sources import read_source
+from tuneyard.specs.tracking import tracking_clashes
 from tuneyard.specs.tuning import tuning_clashes
 from tuneyard.specs.watching import watching_clashes
 
@@ -42,6 +43,7 @@ def clashes_of(spec: Spec) -> list[InputError]:
         found += watching_clashes(spec, stage=spec.stage)
         found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
         found += preference_clashes(spec, spec.stage)
+        found += tracking_clashes(spec)
         found += tuning_clashes(spec, spec.stage)
         if spec.max_steps == 0:
             message, hint = "max_steps = 0 trains nothing.", "-1 counts epochs"

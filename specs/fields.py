@@ -198,6 +198,7 @@ DATA_FILES = {"dataset": "data_file", "eval_dataset": "eval_data_file"}
 WHAT: dict[str, Literal["model", "adapter", "dataset", "prompts"]] = {
     "model": "model",
     "ref_model": "model",
+    "ref_model_adapters": "adapter",
     "adapter": "adapter",
     "dataset": "dataset",
     "eval_dataset": "dataset",

@@ -10,6 +10,7 @@ from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.predicting import PredictingFields
 from tuneyard.specs.preferences import PreferenceFields
+from tuneyard.specs.tracking import TrackingFields
 from tuneyard.specs.tuning import SHAPING, TuningFields
 from tuneyard.specs.watching import WatchingFields
 
@@ -51,6 +52,7 @@ class RowsSpec(Spec):
 
 
 class FinetuneSpec(
+    TrackingFields,
     WatchingFields,
     PredictingFields,
     EvaluatingFields,
@@ -87,7 +89,11 @@ class FinetuneSpec(
             use = self.finetuning_type if last else "sum"
             adapters.append(Reference(field=field, what="adapter", value=value, use=use))
         fits = tuple(each.field for each in adapters)
-        found = [r.model_copy(update={"fits": fits}) if r.field == "model" else r for r in found]
+        under = {"model": fits}
+        if self.ref_model_adapters is not None:
+            compared = "model" if self.ref_model is None else "ref_model"
+            under[compared] = (*under.get(compared, ()), "ref_model_adapters")
+        found = [r.model_copy(update={"fits": under.get(r.field, ())}) for r in found]
         return [*found, *adapters]
 
 

@@ -33,6 +33,7 @@ from tuneyard.specs.llamafactory import (
 )
 from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.optimizing import OptimizingFields
+from tuneyard.specs.predicting import idle_settings
 from tuneyard.specs.preferences import WITHOUT_REFERENCE, PreferenceFields
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
@@ -208,6 +209,8 @@ class _Reading:
             self._refuse("conflicting_fields", message, written, "give one of them")
             return
         self._written[name] = written
+        if written == "adapter_name_or_path" and self.model is FinetuneSpec:
+            self.values.setdefault("reference", "base")
         if written == "evaluation_strategy":
             self._note(written, "evaluation_strategy is called eval_strategy now")
         if isinstance(value, str) and value in LATER.get(name, ()):
@@ -344,7 +347,8 @@ def _notes_on(spec: Spec) -> list[Note]:
     compares = spec.stage == "kto" or (
         spec.stage == "dpo" and spec.pref_loss not in WITHOUT_REFERENCE
     )
-    if spec.goes_on and compares and spec.ref_model is None:
+    named = spec.ref_model or spec.ref_model_adapters
+    if spec.goes_on and compares and not named and spec.reference == "base":
         message = "answers are compared with the bare base, not with the adapter as it was: "
         message += "create_new_adapter: true compares with that"
         found.append(Note(field="adapter", message=message))
@@ -367,10 +371,8 @@ def _notes_on(spec: Spec) -> list[Note]:
     if spec.predict_with_generate and spec.eval_strategy != "no":
         message = "answers are made and BLEU and ROUGE measured at last; eval_loss is in between"
         found.append(Note(field="predict_with_generate", message=message))
-    if not spec.generates:
-        told = sorted(GENERATING & spec.model_fields_set)
-        message = "has no effect: a fine-tune answers rows where do_predict asks for it"
-        found += [Note(field=name, message=f"{name} {message}") for name in told]
+    message = "has no effect: a fine-tune answers rows where do_predict asks for it"
+    found += [Note(field=name, message=f"{name} {message}") for name in idle_settings(spec)]
     used = spec.measures or spec.generates
     if spec.compute_accuracy and not used:
         message = "compute_accuracy has no effect: nothing is evaluated"

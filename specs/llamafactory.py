@@ -22,7 +22,7 @@ SAME_AS = {
 _REASONS = {
     "results, logs and checkpoints have their place here; `tuneyard show` tells where": """
         data_shared_file_system logging_dir media_dir offload_folder output_dir
-        overwrite_output_dir save_on_each_node save_only_model cache_dir dataset_dir
+        overwrite_output_dir save_on_each_node save_only_model cache_dir dataset_dir swanlab_logdir
     """,
     "rows are read the same whatever this says": """
         dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
@@ -33,8 +33,8 @@ _REASONS = {
     "progress, metrics and logs are always recorded": """
         disable_tqdm include_effective_tokens_per_second include_for_metrics
         include_num_input_tokens_seen include_tokens_per_second log_level log_level_replica
-        log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy plot_loss
-        print_param_status project report_to run_name skip_memory_metrics trackio_space_id
+        log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy
+        print_param_status skip_memory_metrics
     """,
     "the scheduler and the worker see to it": """
         ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
@@ -45,7 +45,9 @@ _REASONS = {
         batch_eval_metrics eval_accumulation_steps eval_do_concat_batches eval_on_start
         eval_use_gather_object prediction_loss_only
     """,
-    "nothing is pushed to a hub": "hub_always_push hub_private_repo hub_strategy",
+    "nothing is pushed to a hub": """
+        hub_always_push hub_private_repo hub_strategy trackio_space_id
+    """,
     "a spec holds no secrets, so it was not kept": "hf_hub_token ms_hub_token om_hub_token",
     "the way of computing is chosen here": """
         flash_attn fp16_opt_level full_determinism tf32 torch_empty_cache_steps use_cache
@@ -144,6 +146,8 @@ INSTEAD: Mapping[str, str] = {
     "streaming": "leave it out; max_samples bounds what is read",
     "tokenized_path": "name the rows as dataset: they are tokenised when the job runs",
     "train_from_scratch": "leave it out: an adapter learns over the base",
+    "swanlab_api_key": "leave it out: name SWANLAB_API_KEY in the worker's tracker_variables",
+    "swanlab_lark_webhook_url": "leave it out: `tuneyard watch JOB` tells how a job ends",
     "use_unsloth": "leave it out",
 }
 """What to use in the place of something that is not there yet."""
@@ -320,8 +324,6 @@ NOT_YET: Mapping[str, Any] = {
     "recompute_granularity": None,
     "recompute_method": None,
     "recompute_num_layers": None,
-    "ref_model_adapters": None,
-    "ref_model_quantization_bit": None,
     "resize_vocab": False,
     "restore_callback_states_from_checkpoint": False,
     "resume_from_checkpoint": None,
@@ -344,11 +346,6 @@ NOT_YET: Mapping[str, Any] = {
     "swanlab_api_key": None,
     "swanlab_lark_secret": None,
     "swanlab_lark_webhook_url": None,
-    "swanlab_logdir": None,
-    "swanlab_mode": "cloud",
-    "swanlab_project": "llamafactory",
-    "swanlab_run_name": None,
-    "swanlab_workspace": None,
     "tensor_model_parallel_size": 1,
     "tokenized_path": None,
     "tool_format": None,
@@ -379,7 +376,6 @@ NOT_YET: Mapping[str, Any] = {
     "use_megatron_bridge": False,
     "use_muon": False,
     "use_packed_sequences": False,
-    "use_swanlab": False,
     "use_unsloth": False,
     "use_unsloth_gc": False,
     "use_v1_kernels": False,

@@ -47,6 +47,15 @@ class PredictingFields(Spec):
         return self.predict_with_generate and (self.do_predict or self.measures)
 
 
+SPEAKING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+"""How held-out rows are answered."""
+
+
+def idle_settings(spec: PredictingFields) -> list[str]:
+    """Settings of answers that were set and that nothing is answered by."""
+    return [] if spec.generates else [name for name in SPEAKING if name in spec.model_fields_set]
+
+
 def predicting_clashes(
     spec: PredictingFields, *, stage: str, held_out: bool
 ) -> Iterator[InputError]:

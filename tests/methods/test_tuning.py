@@ -26,6 +26,7 @@ from support.tunings import (
 )
 from transformers import BitsAndBytesConfig
 
+from tuneyard.runners.batches import split
 from tuneyard.runners.infer import infer
 from tuneyard.runners.merge import merge
 from tuneyard.specs.exits import ExitCode
@@ -111,8 +112,6 @@ def test_what_is_kept_says_what_was_trained(tmp_path, ran, base, name):
 
 
 def held_out(run: Ran, base: Path):
-    from tuneyard.runners.batches import split
-
     return list(split(examples_of(base, rows_of(run)), 4, seed=42)[1])
 
 

@@ -105,8 +105,8 @@ def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[st
 
 
 WORDS = """up down status api scheduler worker flower migrate health submit list show watch logs
-cancel retry merge infer chat nodes artifacts fetch download keys.create keys.list keys.revoke
-files.put files.list files.show files.rm models.list models.show fixtures.tiny-llama"""
+cancel retry merge infer chat nodes artifacts fetch bundle rerun download keys.create keys.list
+keys.revoke files.put files.list files.show files.rm models.list models.show fixtures.tiny-llama"""
 
 
 def test_the_commands_are_those_that_other_programs_rely_on() -> None:

@@ -196,6 +196,8 @@ def test_held_out_rows_are_answered_in_llamafactorys_form(tune, dataset):
     for name in ("bleu-4", "rouge-1", "rouge-2", "rouge-l"):
         assert values[f"predict_{name}"] == sum(row[name] for row in each) / 8
         assert ran.metric(f"predict_{name}") == {4: values[f"predict_{name}"]}
+    everything = json.loads((ran.workdir / "output" / "all_results.json").read_text())
+    assert everything.items() >= values.items()
     assert [e["done"] for e in ran.of_type("progress")][-1] == 4  # steps, again
 
 

@@ -92,9 +92,8 @@ def test_a_tutorials_yaml_runs_unchanged_and_notes_what_has_no_effect() -> None:
     assert (spec.eval_strategy, spec.eval_steps, spec.max_samples) == ("steps", 500, 1000)
     assert spec.arguments()["gradient_accumulation_steps"] == 8
     assert {note.field for note in found} == {
-        "output_dir", "overwrite_cache", "preprocessing_num_workers", "plot_loss", "report_to",
-        "ddp_timeout", "flash_attn", "group_by_length", "evaluation_strategy",
-        "template",
+        "output_dir", "overwrite_cache", "preprocessing_num_workers", "ddp_timeout",
+        "flash_attn", "group_by_length", "evaluation_strategy", "template",
     }  # fmt: skip
 
 
@@ -609,7 +608,8 @@ def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_surviv
     # How long, how fast, how exactly and how often: a checkpoint may go on with other ones.
     survived = """
         dpo_label_smoothing kto_chosen_weight kto_rejected_weight ld_alpha pref_bco_weight
-        pref_beta pref_ftx pref_loss ref_model simpo_gamma
+        pref_beta pref_ftx pref_loss ref_model ref_model_adapters ref_model_quantization_bit
+        reference simpo_gamma
         adam_beta1 adam_beta2 adam_epsilon bf16 disable_gradient_checkpointing disable_shuffling
         eval_data_file eval_dataset eval_steps eval_strategy fp16 gradient_accumulation_steps
         gradient_checkpointing learning_rate logging_steps lora_dropout lr_scheduler_kwargs
@@ -619,6 +619,8 @@ def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_surviv
         do_eval do_predict predict_with_generate compute_accuracy do_sample temperature top_p top_k
         repetition_penalty max_new_tokens watch_prompts watch_max_new_tokens
         save_total_limit warmup_ratio warmup_steps weight_decay
+        plot_loss project report_to run_name swanlab_mode swanlab_project swanlab_run_name
+        swanlab_workspace use_swanlab
     """
     decided = set(survived.split()) | (OF_THE_JOB - {"kind"})
     assert not decided & SHAPE_A_CHECKPOINT

@@ -166,8 +166,10 @@ def test_fields_that_a_way_to_tune_does_not_read_are_noted() -> None:
 
 
 def test_preferences_over_an_adapter_say_what_they_are_compared_with() -> None:
-    said = notes(adapter="a", stage="dpo")["adapter"]
+    said = notes(adapter_name_or_path="a", stage="dpo")["adapter"]
     assert "create_new_adapter: true" in said
+    assert notes(adapter="a", stage="dpo") == {}  # with itself as it began
+    assert notes(adapter_name_or_path="a", stage="dpo", reference="start") == {}
     assert notes(adapter="a", stage="dpo", create_new_adapter=True) == {}
     assert notes(adapter="a", stage="dpo", ref_model="b") == {}
     assert notes(adapter="a", stage="dpo", pref_loss="orpo") == {}
