@@ -1,4 +1,4 @@
-"""/api/v1/jobs/{job}/events, metrics, logs: what happened so far, and what happens now."""
+"""/api/v1/jobs/{job}/events, metrics, samples, logs: what happened so far, and what happens now."""
 
 import re
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from tuneyard.api.ranges import PARTS, part_of
 from tuneyard.api.streams import Stream
 from tuneyard.models import logs, reading
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.views import EventList, MetricList
+from tuneyard.specs.views import EventList, MetricList, SampleList
 from tuneyard.store.shelves import begun
 
 router = APIRouter(prefix="/api/v1/jobs/{job}", tags=["following"])
@@ -103,6 +103,26 @@ def metrics(
         points = reading.list_metrics(tx, job_id, wanted, after=after, limit=limit + 1)
     more, points = len(points) > limit, points[:limit]
     return MetricList(data=points, next_cursor=str(points[-1].step) if more else None)
+
+
+@router.get("/samples")
+def samples(
+    job: str,
+    caller: TheCaller,
+    yard: TheYard,
+    after: Annotated[int, Query(ge=-1, le=MAX_NUMBER)] = -1,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> SampleList:
+    """What the model answered to `watch_prompts`, by step: the base at step 0, then checkpoints.
+
+    The page after this one begins with `after` = next_cursor.
+    """
+    job_id = path_id("job", job)
+    with yard.begin(caller.team_id) as tx:
+        reading.standing(tx, job_id)
+        points = reading.list_samples(tx, job_id, after=after, limit=limit + 1)
+    more, points = len(points) > limit, points[:limit]
+    return SampleList(data=points, next_cursor=str(points[-1].step) if more else None)
 
 
 @router.get(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuneyard.specs.errors import InputError
+from tuneyard.specs.evaluate import EvaluateSpec
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.problems import problem
@@ -34,6 +35,17 @@ def check_finetune(
     return found
 
 
+def check_evaluate(spec: EvaluateSpec, reports: Mapping[str, Report | None]) -> list[InputError]:
+    """Whether the rows have answers, and val_size leaves some to measure."""
+    found: list[InputError] = []
+    for field, report in reports.items():
+        if report is not None:
+            found += _check_kinds(spec, report, field)
+    if (whole := reports.get("dataset")) is not None:
+        found += _check_split(spec, whole)
+    return found
+
+
 def check_inference(spec: InferenceSpec, facts: Mapping[str, Any] | None) -> list[InputError]:
     """Whether the base can write answers of that length; not judged where it is not known."""
     positions = (facts or {}).get("max_position_embeddings")
@@ -58,7 +70,7 @@ def check_serve(spec: ServeSpec, facts: Mapping[str, Any] | None) -> list[InputE
     return [] if facts is None else _check_template(spec, facts)
 
 
-def _check_kinds(spec: FinetuneSpec, report: Report, field: str) -> list[InputError]:
+def _check_kinds(spec: FinetuneSpec | EvaluateSpec, report: Report, field: str) -> list[InputError]:
     kinds = report.get("kinds") or {str(report.get("rows_kind")): {"line": 1}}
     wrong = [kind for kind in kinds if kind not in TRAINABLE[spec.stage]]
     if not wrong:
@@ -88,7 +100,7 @@ def _check_columns(spec: FinetuneSpec, report: Report) -> list[InputError]:
     return found
 
 
-def _check_split(spec: FinetuneSpec, report: Report) -> list[InputError]:
+def _check_split(spec: FinetuneSpec | EvaluateSpec, report: Report) -> list[InputError]:
     """The runner's own arithmetic: runners/batches.py, split."""
     rows = min(int(report.get("rows") or 0), spec.max_samples or 10**12)
     held_out = int(spec.val_size) if spec.val_size >= 1 else int(rows * spec.val_size)

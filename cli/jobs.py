@@ -17,6 +17,7 @@ from tuneyard.cli.watching import (
     failure_lines,
     leaving_alone,
     report_end,
+    said_lines,
     watch_job,
     watch_jobs,
 )
@@ -169,7 +170,7 @@ def show(job: JobOrPipeline, json: Json = False) -> None:
 
 
 def _show_job(client: Client, job: dict[str, Any]) -> None:
-    for line in _summary(job):
+    for line in (*_summary(job), *said_lines(client, job)):
         say(line)
     if job["state"] == JobState.SUCCEEDED:
         report_end(client, job["id"])

@@ -33,6 +33,7 @@ OUTPUTS = {
     "download": "base_model",
     "finetune": "adapter",
     "inference": "results",
+    "evaluate": "results",
     "merge": "model",
     "prepare": "tokens",
 }

@@ -229,6 +229,9 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         max_steps=arguments.max_steps,
     )
     eval_steps = arguments.eval_steps or arguments.logging_steps
+    eval_every = every(arguments.eval_strategy, eval_steps, epoch=epoch, total=steps)
+    if eval_every is None and arguments.do_eval:
+        eval_every = steps  # before the first and after the last
     return Plan(
         steps=steps,
         steps_per_epoch=epoch,
@@ -236,7 +239,7 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         rows_per_step=rows,
         eval_rows_per_batch=arguments.per_device_eval_batch_size,
         max_grad_norm=arguments.max_grad_norm,
-        eval_every=every(arguments.eval_strategy, eval_steps, epoch=epoch, total=steps),
+        eval_every=eval_every,
         save_every=every(arguments.save_strategy, arguments.save_steps, epoch=epoch, total=steps),
         log_every=every("steps", arguments.logging_steps, epoch=epoch, total=steps) or 1,
         keep=arguments.save_total_limit,

@@ -131,11 +131,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Encoded:
-    """All items that teach something, and how many rows did not or only in part."""
+    """All items that teach something, and how many rows did not or only in part.
+
+    kept: for each item the place of what it was made of.
+    """
 
     examples: list[Item]
     skipped: int = 0
     last_turn_only: int = 0
+    kept: Sequence[int] = ()
 
 
 Progress = Callable[[int], None]
@@ -151,14 +155,43 @@ def encode(
 ) -> Encoded:
     """Tokenise all rows. Raises: BadData when the template refuses one or nothing is left."""
     encoded = _STAGES[stage](rows, chat, cutting, progress)
-    useful = [item for item in encoded.examples if item.targets]
+    kept = [i for i, item in enumerate(encoded.examples) if item.targets]
+    useful = [encoded.examples[i] for i in kept]
     if not useful:
         raise BadData(
             "No row has a token to learn.",
             hint=f"cutoff_len is {cutting.cutoff_len}: does it cut every answer away?",
         )
     skipped = len(encoded.examples) - len(useful)
-    return Encoded(useful, skipped, encoded.last_turn_only)
+    return Encoded(useful, skipped, encoded.last_turn_only, kept)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row to be answered: all up to its last answer, and that answer."""
+
+    prompt: list[int]
+    label: list[int]
+
+
+def encode_questions(
+    rows: Sequence[Conversation],
+    chat: Chat,
+    cutoff_len: int,
+    *,
+    progress: Progress = lambda _: None,
+) -> list[Question]:
+    """Rows as prompts and labels, together at most cutoff_len tokens.
+
+    Source: behaviour of LLaMA-Factory 0.9.5, data/processor/unsupervised.py: one share for all
+    that comes before the last answer, which keeps its start.
+    """
+    found = []
+    for pieces, _ in _in_pieces(rows, chat, progress):
+        asked, said = one_turn(pieces)
+        kept, room = share(len(asked), len(said), cutoff_len)
+        found.append(Question(asked[:kept], said[:room]))
+    return found
 
 
 def _conversations(
@@ -250,7 +283,7 @@ def _texts(rows: Sequence[Text], chat: Chat, cutting: Cutting, progress: Progres
     dropped, and a block's first token makes way for bos.
     """
     tokenizer, width = chat.tokenizer, cutting.cutoff_len
-    begin = tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
+    begin = begin_of(chat)
     sequences: list[list[int]] = []
     flat: list[int] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -264,6 +297,11 @@ def _texts(rows: Sequence[Text], chat: Chat, cutting: Cutting, progress: Progres
         progress(min(start + ROWS_AT_ONCE, len(rows)))
     sequences += [flat[start : start + width] for start in range(0, len(flat), width)]
     return Encoded([Example(ids, list(ids)) for ids in sequences])
+
+
+def begin_of(chat: Chat) -> list[int]:
+    """What the tokenizer puts before a plain text."""
+    return list(chat.tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids)
 
 
 _STAGES: Mapping[str, Callable[[Any, Chat, Cutting, Progress], Encoded]] = {

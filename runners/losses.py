@@ -64,7 +64,18 @@ def means(outcomes: Iterable[Outcome]) -> dict[str, torch.Tensor]:
 
 def token_losses(model: Any, batch: Batch, *, temperature: float = 1.0) -> torch.Tensor:
     """-log p of each target, [sequences, positions] in fp32; 0 where there is no target."""
-    logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.positions).logits
+    return losses_of(token_logits(model, batch), batch)
+
+
+def token_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """[sequences, positions, vocabulary], where something is a target."""
+    output = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.positions)
+    found: torch.Tensor = output.logits
+    return found
+
+
+def losses_of(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """-log p of each target by its logits."""
     flat = cross_entropy(
         (logits.float() / temperature).flatten(0, 1),
         batch.targets.flatten(),
@@ -74,13 +85,33 @@ def token_losses(model: Any, batch: Batch, *, temperature: float = 1.0) -> torch
     return flat.view_as(batch.targets)
 
 
+def accuracy_of(logits: torch.Tensor, batch: Batch) -> Measure:
+    """Which share of a row's targets were the likeliest tokens: each row counts the same.
+
+    Source: behaviour of LLaMA-Factory 0.9.5, ComputeAccuracy in train/sft/metric.py.
+    """
+    wanted = batch.targets != IGNORED
+    hits = (logits.argmax(-1) == batch.targets) & wanted
+    counts = wanted.sum(1)
+    shares = hits.sum(1).double() / counts.clamp(min=1)
+    return Measure(shares.sum(), (counts > 0).sum())
+
+
 @dataclass(frozen=True)
 class TokenLoss:
-    """Stages sft and pt: the mean of -log p over all targets of a step."""
+    """Stages sft and pt: the mean of -log p over all targets of a step.
+
+    accuracy: measured beside it, where nothing is learned.
+    """
+
+    accuracy: bool = False
 
     def loss(self, model: Any, batch: Batch) -> Outcome:
         """The sum over the targets."""
-        return Outcome(token_losses(model, batch).sum())
+        logits = token_logits(model, batch)
+        measured = self.accuracy and not model.training
+        measures = {"accuracy": accuracy_of(logits.detach(), batch)} if measured else {}
+        return Outcome(losses_of(logits, batch).sum(), measures)
 
     def units(self, item: Item) -> int:
         """Its targets."""

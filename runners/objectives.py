@@ -22,7 +22,7 @@ def objective_of(
 ) -> Objective:
     """The objective of a stage. reference: what answers are compared with, where they are."""
     if arguments.stage in ("sft", "pt"):
-        return TokenLoss()
+        return TokenLoss(accuracy=arguments.compute_accuracy)
     if arguments.stage == "rm":
         return RewardLoss()
     if arguments.stage == "rloo":

@@ -1,7 +1,8 @@
 """What a fine-tune leaves for people beside its weights, under LLaMA-Factory's names.
 
 trainer_state.json                          as transformers reads it
-train_results.json  eval_results.json       the last measures; all_results.json has both
+train_results.json  eval_results.json       the last measures; all_results.json has them all
+predict_results.json                        of held-out rows that were answered
 training_args.yaml                          the arguments that applied, to be submitted again
 training_loss.png                           where plot_loss asks for it
 reproduction.json                           what the weights follow from: see `tuneyard rerun`
@@ -25,6 +26,7 @@ import yaml
 from tuneyard.runners.asked import Asked, adapter_names
 from tuneyard.runners.attempt import Attempt, library_versions
 from tuneyard.specs.finetune import FinetuneSpec
+from tuneyard.specs.predicting import idle_settings
 from tuneyard.specs.runner import REPRODUCTION_FILE
 from tuneyard.specs.tuning import idle_fields
 from tuneyard.store.folder import manifest_digest, read_manifest
@@ -39,7 +41,8 @@ PLOT_FILE = "training_loss.png"
 RUN_FILES = frozenset(
     {
         "trainer_log.jsonl", "train_results.json", "eval_results.json", STATE_FILE,
-        ALL_RESULTS_FILE, ARGUMENTS_FILE, PLOT_FILE, REPRODUCTION_FILE,
+        ALL_RESULTS_FILE, ARGUMENTS_FILE, PLOT_FILE, REPRODUCTION_FILE, "predict_results.json",
+        "generated_predictions.jsonl", "watch_prompts.jsonl",
     }
 )  # fmt: skip
 """They tell of one run, so nothing that is made of its model has them."""
@@ -47,9 +50,22 @@ RUN_FILES = frozenset(
 Line = Mapping[str, Any]
 
 
-def write_run_files(folder: Path, asked: Asked, attempt: Attempt, trainer: "Trainer") -> None:
-    """Write all of them into the folder that becomes output/."""
-    results = {name: values for name, values in _results(trainer).items() if values}
+def write_run_files(
+    folder: Path,
+    asked: Asked,
+    attempt: Attempt,
+    trainer: "Trainer",
+    *,
+    measured: Mapping[str, float],
+) -> None:
+    """Write all of them into the folder that becomes output/.
+
+    measured: what the answers to held-out rows came to, as predict_… or eval_….
+    """
+    found = _results(trainer) | {"predict": {}}
+    for name, value in measured.items():
+        found[name.partition("_")[0]][name] = value
+    results = {name: values for name, values in found.items() if values}
     for name, values in results.items():
         _write_json(folder / f"{name}_results.json", values)
     together = {name: value for values in results.values() for name, value in values.items()}
@@ -126,7 +142,7 @@ def effective_arguments(asked: Asked, attempt: Attempt) -> dict[str, Any]:
     arguments, ids = asked.arguments, attempt.spec.input_ids
     every = set(FinetuneSpec.model_fields)
     full = FinetuneSpec.model_construct(every, **{name: getattr(arguments, name) for name in every})
-    fields = every - {*idle_fields(full), "adapter"}
+    fields = every - {*idle_fields(full), *idle_settings(full), "adapter"}
     said = arguments.of_the_runner() | {"seed": asked.seed}
     if "lora_alpha" in fields:
         said["lora_alpha"] = arguments.alpha

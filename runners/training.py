@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -29,6 +29,7 @@ from tuneyard.runners.checkpoint import (
 from tuneyard.runners.events import EventLog
 from tuneyard.runners.examples import Item
 from tuneyard.runners.failures import LossNotFinite, Stopped
+from tuneyard.runners.generation import undisturbed
 from tuneyard.runners.losses import Objective, Outcome, means
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.retention import RESUME_POINT_S, drop_old
@@ -36,6 +37,8 @@ from tuneyard.runners.schedules import Schedule
 from tuneyard.runners.stops import Stops
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class Plan:
     def save_due(self, step: int) -> bool:
         """As often as was asked."""
         return step > 0 and _divides(self.save_every, step)
+
+    def watch_due(self, step: int) -> bool:
+        """Before the first step, at checkpoints that were asked for, and after the last."""
+        return step in (0, self.steps) or self.save_due(step)
 
 
 def _divides(every: int | None, step: int) -> bool:
@@ -106,8 +113,8 @@ class Step:
     seconds: float
 
 
-class _Interrupted(Exception):
-    """SIGTERM came between two batches."""
+class Interrupted(Exception):
+    """SIGTERM came between two batches, or two tokens."""
 
 
 @dataclass
@@ -115,6 +122,7 @@ class Trainer:
     """One run, from wherever ``at`` is to its end.
 
     run: what a resumed run must agree with, and what it runs on; base_id: what files call the base.
+    watch: given a step, what the model says then.
     """
 
     running: Running
@@ -130,6 +138,7 @@ class Trainer:
     run: Mapping[str, Any]
     base_id: str
     draw: Draw | None = None
+    watch: Callable[[int], list[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
         self.parameters = list(trained_parameters(self.running.model).values())
@@ -144,26 +153,33 @@ class Trainer:
         Raises: LossNotFinite; Stopped, after a checkpoint if there is anything to keep.
         """
         self.running.model.train()
+        self.interruptible(self._run)
+
+    def interruptible(self, work: Callable[[], Answer]) -> Answer:
+        """Work that gives way. Raises: Stopped, after a checkpoint if there is anything to keep."""
         self.stops.defer()
         try:
-            self._run()
-        except _Interrupted:
-            self._save()
+            return work()
+        except Interrupted:
+            self.save()
             raise Stopped(at_checkpoint=self.at.step > 0) from None
 
     def _run(self) -> None:
         while True:
-            self._report_progress()
+            self.report_progress()
             if self.data.held_out and self._eval_due():
                 self._evaluate()
-            if self._save_due():
-                self._save()
+            saving = self._save_due()
+            if self.watch is not None and self._watch_due(saving=saving):
+                self._answer(self.watch)
+            if saving:
+                self.save()
             if self.at.step >= self.plan.steps:
                 return
             self._finish(self._step())
 
     def _step(self) -> Step:
-        """One optimizer step. Raises: _Interrupted, with nothing changed but gradients."""
+        """One optimizer step. Raises: Interrupted, with nothing changed but gradients."""
         began = time.monotonic()
         size = self.plan.rows_per_batch
         rows = self.data.order.take(self.at.examples, self.plan.rows_per_step)
@@ -171,7 +187,7 @@ class Trainer:
         units = max(1, sum(map(self.objective.units, examples)))
         parts, tokens = [], 0
         for start in range(0, len(examples), size):
-            self._give_way()
+            self.give_way()
             batch = collate(examples[start : start + size], self.data.pad_id)
             parts.append(self._backward(batch, units))
             tokens += batch.tokens
@@ -297,7 +313,7 @@ class Trainer:
         rows, units, parts = self.data.held_out, 0, []
         model.eval()
         for start in range(0, len(rows), size):
-            self._give_way()
+            self.give_way()
             group = rows[start : start + size]
             units += sum(map(self.objective.units, group))
             batch = collate(group, self.data.pad_id).to(self.running.device)
@@ -308,12 +324,31 @@ class Trainer:
         loss, measures = _summary(parts)
         return loss / units, measures
 
+    def _watch_due(self, *, saving: bool) -> bool:
+        due = saving or self.plan.watch_due(self.at.step)
+        return due and self.at.watched_step < self.at.step
+
+    def _answer(self, watch: Callable[[int], list[dict[str, Any]]]) -> None:
+        """Before the checkpoint of this step, which holds the answers then: nothing comes twice.
+
+        Those at a resume point, which comes when it comes, are told and not kept: the same run
+        leaves the same file.
+        """
+        model, device = self.running.model, self.running.device
+        with undisturbed(model, device, half=self.running.scaler.is_enabled()):
+            lines = watch(self.at.step)
+        for line in lines:
+            self.events.emit("sample", **line)
+        self.at.watched_step = self.at.step
+        if self.plan.watch_due(self.at.step):
+            self.at.answers += lines
+
     def _save_due(self) -> bool:
         asked = self.stops.take_checkpoint_asked()
         old = time.monotonic() - self.saved_at > RESUME_POINT_S
         return asked or old or self.plan.save_due(self.at.step)
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Write a checkpoint of the last whole step, unless it is there already."""
         if self.at.step == self.saved_step:
             return
@@ -330,7 +365,8 @@ class Trainer:
         best = self.at.best_step
         drop_old(self.workdir, newest=self.at.step, best=best, limit=self.plan.keep)
 
-    def _report_progress(self) -> None:
+    def report_progress(self) -> None:
+        """Say how many steps are done."""
         left, mean = self.plan.steps - self.at.step, 0.0
         if self.durations:
             mean = sum(self.durations) / len(self.durations)
@@ -338,9 +374,10 @@ class Trainer:
         done, total = self.at.step, self.plan.steps
         self.events.emit("progress", done=done, total=total, unit="steps", eta_s=eta_s)
 
-    def _give_way(self) -> None:
+    def give_way(self) -> None:
+        """Between two pieces of work. Raises: Interrupted when the runner was asked to stop."""
         if self.stops.stop_asked:
-            raise _Interrupted
+            raise Interrupted
 
 
 def _summary(parts: Sequence[Outcome]) -> tuple[float, dict[str, float]]:

@@ -4,18 +4,21 @@ from collections.abc import Iterator
 
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError
+from tuneyard.specs.evaluate import EvaluateSpec, evaluate_clashes
 from tuneyard.specs.fields import Spec
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec, RowsSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.llamafactory import TEMPLATE_NAMES
 from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.optimizing import SCHEDULE_OPTIONS
+from tuneyard.specs.predicting import predicting_clashes
 from tuneyard.specs.preferences import preference_clashes
 from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.rewards import reward_clashes
 from tuneyard.specs.sources import read_source
 from tuneyard.specs.tracking import tracking_clashes
 from tuneyard.specs.tuning import tuning_clashes
+from tuneyard.specs.watching import watching_clashes
 
 
 def clashes_of(spec: Spec) -> list[InputError]:
@@ -32,7 +35,13 @@ def clashes_of(spec: Spec) -> list[InputError]:
         found += _row_pairs(spec)
     if isinstance(spec, RowsSpec | InferenceSpec):
         found += _template(spec.template)
+    if isinstance(spec, EvaluateSpec):
+        separate = spec.eval_dataset is not None
+        found += evaluate_clashes(spec, held_out=spec.held_out, separate=separate)
     if isinstance(spec, FinetuneSpec):
+        held_out = spec.val_size > 0 or spec.eval_dataset is not None
+        found += predicting_clashes(spec, stage=spec.stage, held_out=held_out)
+        found += watching_clashes(spec, stage=spec.stage)
         found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
         found += [*preference_clashes(spec, spec.stage), *reward_clashes(spec)]
         found += tracking_clashes(spec)

@@ -8,10 +8,12 @@ from tuneyard.specs.evaluating import EvaluatingFields
 from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Reference, Spec, Text
 from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizing import OptimizingFields
+from tuneyard.specs.predicting import PredictingFields
 from tuneyard.specs.preferences import PreferenceFields
 from tuneyard.specs.rewards import RewardFields
 from tuneyard.specs.tracking import TrackingFields
 from tuneyard.specs.tuning import SHAPING, TuningFields
+from tuneyard.specs.watching import WatchingFields
 
 TEMPLATES = (
     "alpaca", "chatml", "chatml_de", "cohere", "cpm4", "deepseek", "deepseek3", "default",
@@ -56,6 +58,8 @@ class RowsSpec(Spec):
 
 class FinetuneSpec(
     TrackingFields,
+    WatchingFields,
+    PredictingFields,
     EvaluatingFields,
     OptimizingFields,
     PreferenceFields,
@@ -75,6 +79,11 @@ class FinetuneSpec(
     def wants_gpu(self) -> bool:
         """Tuning goes to a GPU where there is one."""
         return True
+
+    @property
+    def measures(self) -> bool:
+        """Whether held-out rows are measured at all."""
+        return self.do_eval or self.eval_strategy != "no"
 
     def references(self) -> list[Reference]:
         """The base and the data, then the adapters to go on from: adapter, adapter_2, …"""

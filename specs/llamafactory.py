@@ -42,7 +42,7 @@ _REASONS = {
         ray_num_workers
     """,
     "the held-out rows are evaluated as eval_strategy says, and once before the first step": """
-        batch_eval_metrics do_eval eval_accumulation_steps eval_do_concat_batches eval_on_start
+        batch_eval_metrics eval_accumulation_steps eval_do_concat_batches eval_on_start
         eval_use_gather_object prediction_loss_only
     """,
     "nothing is pushed to a hub": """
@@ -92,7 +92,7 @@ TEMPLATE_NAMES = frozenset(
 GENERATING = frozenset(
     {"do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "repetition_penalty"}
 )
-"""Fields of an inference job that a training file may carry without effect."""
+"""How a model speaks: a merge's file may carry it without effect."""
 
 TUNING = frozenset(
     {"stage", "finetuning_type", "cutoff_len", "create_new_adapter"}
@@ -128,10 +128,11 @@ LATER: Mapping[str, tuple[str, ...]] = {
 """Field -> values that LLaMA-Factory knows and this version does not."""
 
 INSTEAD: Mapping[str, str] = {
-    "compute_accuracy": "use eval_strategy with val_size; eval_loss is measured",
     "deepspeed": "leave it out; gradient_checkpointing: true saves memory on one GPU",
-    "do_predict": "submit a job of kind inference",
-    "do_train": "submit a job of kind inference",
+    "do_train": "do_eval or do_predict measures without training; kind: inference answers prompts",
+    "eval_num_beams": "leave it out: answers are drawn, or greedy with do_sample: false",
+    "generation_num_beams": "leave it out: answers are drawn, or greedy with do_sample: false",
+    "num_beams": "leave it out: answers are drawn, or greedy with do_sample: false",
     "early_stopping_steps": "use eval_strategy, and take the checkpoint that was best",
     "export_hub_model_id": "leave it out; `tuneyard fetch JOB` fetches the model to be pushed",
     "export_quantization_bit": "leave it out: merge first, then quantise the folder",
@@ -144,7 +145,6 @@ INSTEAD: Mapping[str, str] = {
     "max_prompt_length": "cutoff_len bounds questions, too",
     "num_iterations": "leave it out: each answer is learned once",
     "optim": "adamw_torch",
-    "predict_with_generate": "submit a job of kind inference with the adapter",
     "quantization_bit": "leave it out: the base is taken as it is stored",
     "resume_from_checkpoint": "`tuneyard retry JOB` goes on from its newest checkpoint",
     "pref_loss": "stage: kto, whose rows have a label each",
@@ -215,7 +215,6 @@ NOT_YET: Mapping[str, Any] = {
     "bias_activation_fusion": None,
     "buffer_size": 16384,
     "calculate_per_token_loss": None,
-    "compute_accuracy": False,
     "context_parallel_size": 1,
     "crop_to_patches": False,
     "cross_entropy_loss_fusion": None,
@@ -223,7 +222,6 @@ NOT_YET: Mapping[str, Any] = {
     "dataloader_drop_last": False,
     "debug": "",
     "deepspeed": None,
-    "do_predict": False,
     "do_train": True,
     "eaft_alpha": 1.0,
     "early_stopping_steps": None,
@@ -322,7 +320,6 @@ NOT_YET: Mapping[str, Any] = {
     "ppo_score_norm": False,
     "ppo_target": 6.0,
     "ppo_whiten_rewards": False,
-    "predict_with_generate": False,
     "preserve_thinking": False,
     "profile_modules": None,
     "profiler_active_steps": 1,

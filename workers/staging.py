@@ -275,6 +275,7 @@ def _fetch_checkpoint(errand: Errand, workdir: Path, store: Store) -> tuple[Path
 RUNNER_MODULES = {
     "finetune": "tuneyard.runners.finetune",
     "inference": "tuneyard.runners.infer",
+    "evaluate": "tuneyard.runners.evaluate",
     "merge": "tuneyard.runners.merge",
     "download": "tuneyard.runners.download",
     "prepare": "tuneyard.runners.prepare",
