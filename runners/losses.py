@@ -64,7 +64,10 @@ def means(outcomes: Iterable[Outcome]) -> dict[str, torch.Tensor]:
 
 def token_losses(model: Any, batch: Batch, *, temperature: float = 1.0) -> torch.Tensor:
     """-log p of each target, [sequences, positions] in fp32; 0 where there is no target."""
-    return losses_of(token_logits(model, batch), batch)
+    logits = token_logits(model, batch)
+    if temperature != 1.0:
+        logits = logits.float() / temperature
+    return losses_of(logits, batch)
 
 
 def token_logits(model: Any, batch: Batch) -> torch.Tensor:
@@ -77,7 +80,7 @@ def token_logits(model: Any, batch: Batch) -> torch.Tensor:
 def losses_of(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """-log p of each target by its logits."""
     flat = cross_entropy(
-        (logits.float() / temperature).flatten(0, 1),
+        logits.float().flatten(0, 1),
         batch.targets.flatten(),
         ignore_index=IGNORED,
         reduction="none",
