@@ -338,9 +338,6 @@ def _notes_on(spec: Spec) -> list[Note]:
         found.append(Note(field="template", message=message))
     if not isinstance(spec, FinetuneSpec):
         return found
-    if spec.temperature is not None and spec.stage not in ONLINE:
-        message = f"temperature has no effect: stage {spec.stage} draws no answers to learn from"
-        found.append(Note(field="temperature", message=message))
     for name in idle_fields(spec):
         message = f"{name} has no effect with finetuning_type {spec.finetuning_type}"
         found.append(Note(field=name, message=message))
@@ -377,7 +374,8 @@ def _notes_on(spec: Spec) -> list[Note]:
         message = "answers are made and BLEU and ROUGE measured at last; eval_loss is in between"
         found.append(Note(field="predict_with_generate", message=message))
     message = "has no effect: a fine-tune answers rows where do_predict asks for it"
-    found += [Note(field=name, message=f"{name} {message}") for name in idle_settings(spec)]
+    idle = idle_settings(spec, stage=spec.stage)
+    found += [Note(field=name, message=f"{name} {message}") for name in idle]
     used = spec.measures or spec.generates
     if spec.compute_accuracy and not used:
         message = "compute_accuracy has no effect: nothing is evaluated"

@@ -204,9 +204,6 @@ class RewardFields(Spec):
     max_completion_length: int = Field(
         512, ge=1, le=1_048_576, description="Tokens of a drawn answer at most."
     )
-    temperature: float | None = Field(
-        None, ge=0, le=100, description="Of the answers that are drawn; unset: 1."
-    )
     beta: float | None = Field(
         None,
         ge=0,
@@ -237,11 +234,6 @@ class RewardFields(Spec):
         return (0.05 if self._is_rloo else 0.0) if self.beta is None else self.beta
 
     @property
-    def drawn_at(self) -> float:
-        """The temperature of the answers."""
-        return 1.0 if self.temperature is None else self.temperature
-
-    @property
     def _is_rloo(self) -> bool:
         return getattr(self, "stage", None) == "rloo"
 
@@ -258,9 +250,8 @@ def reward_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
     told = [name for name in told if _differs(spec, name)]
     if spec.stage not in ONLINE:
         for name in told:
-            if name != "temperature":
-                message = f"{name} is of stages grpo and rloo, and this is {spec.stage}."
-                yield _clash(message, name, "leave it out, or set stage")
+            message = f"{name} is of stages grpo and rloo, and this is {spec.stage}."
+            yield _clash(message, name, "leave it out, or set stage")
         return
     yield from _source_of_rewards(spec)
     yield from _groups(spec)
