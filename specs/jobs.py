@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tuneyard.specs.base_models import WITHOUT_ITS_CODE
 from tuneyard.specs.clashes import clashes_of
 from tuneyard.specs.conversations import UNSTORABLE, all_within
 from tuneyard.specs.download import DownloadSpec
@@ -205,7 +206,8 @@ class _Reading:
         if is_default(written, value):
             return
         if written == "trust_remote_code":
-            message, hint = "Code of a model's own is not run here.", "leave it out"
+            message = "Code of a model's own is not run here."
+            hint = f"leave it out; {WITHOUT_ITS_CODE}"
             refused = Forbidden(message, code="remote_code_forbidden", field=written, hint=hint)
             self.problems.append(refused)
         elif written in PATHS and isinstance(value, str) and re.search(r"[/\\~]", value):
