@@ -57,16 +57,31 @@ class Labelled:
         return self.example.targets
 
 
-Item = Example | Pair | Labelled
-"""What a row of training data becomes, by stage."""
+@dataclass(frozen=True)
+class Pack:
+    """Several examples that count as one. apart: none sees another, as with neat_packing."""
+
+    parts: tuple[Example, ...]
+    apart: bool
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learned; the first of each example is nobody's target."""
+        return sum(part.targets for part in self.parts)
+
+
+Item = Example | Pair | Labelled | Pack
+"""What a row of training data becomes, by stage; or several of them together."""
 
 
 def sequences_of(item: Item) -> tuple[Example, ...]:
-    """The token sequences of an item, in the order in which they are stored."""
+    """The token sequences of an item, in the order in which they are stored or laid out."""
     if isinstance(item, Pair):
         return item.chosen, item.rejected
     if isinstance(item, Labelled):
         return item.example, item.mismatched
+    if isinstance(item, Pack):
+        return item.parts
     return (item,)
 
 

@@ -44,6 +44,10 @@ class RunningMean:
 class Objective(Protocol):
     """The loop divides by the units of the whole step, however it was split into groups."""
 
+    @property
+    def grouped(self) -> bool:
+        """Whether it counts which items of a step stand in one group."""
+
     def loss(self, model: Any, batch: Batch) -> Outcome:
         """The loss of a group of items, with its graph."""
 
@@ -64,19 +68,24 @@ def means(outcomes: Iterable[Outcome]) -> dict[str, torch.Tensor]:
 
 def token_losses(model: Any, batch: Batch) -> torch.Tensor:
     """-log p of each target, [sequences, positions] in fp32; 0 where there is no target."""
-    logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.positions).logits
-    flat = cross_entropy(
-        logits.float().flatten(0, 1),
-        batch.targets.flatten(),
-        ignore_index=IGNORED,
-        reduction="none",
-    )
+    logits = batch.read_by(model, logits_to_keep=batch.positions).logits.float().flatten(0, 1)
+    targets = batch.targets.flatten()
+    if batch.kept is None:
+        flat = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    else:
+        found = cross_entropy(logits, targets[batch.kept], reduction="none")
+        flat = found.new_zeros(len(targets)).index_copy(0, batch.kept, found)
     return flat.view_as(batch.targets)
 
 
 @dataclass(frozen=True)
 class TokenLoss:
     """Stages sft and pt: the mean of -log p over all targets of a step."""
+
+    @property
+    def grouped(self) -> bool:
+        """Each token is for itself."""
+        return False
 
     def loss(self, model: Any, batch: Batch) -> Outcome:
         """The sum over the targets."""

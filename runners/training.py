@@ -30,7 +30,7 @@ from tuneyard.runners.events import EventLog
 from tuneyard.runners.examples import Item
 from tuneyard.runners.failures import LossNotFinite, Stopped
 from tuneyard.runners.losses import Objective, Outcome, means
-from tuneyard.runners.noise import EmbeddingNoise
+from tuneyard.runners.packing import filled_groups
 from tuneyard.runners.retention import RESUME_POINT_S, drop_old
 from tuneyard.runners.schedules import Schedule
 from tuneyard.runners.stops import Stops
@@ -98,7 +98,8 @@ class _Interrupted(Exception):
 class Trainer:
     """One run, from wherever ``at`` is to its end.
 
-    run: what a resumed run must agree with, and what it runs on; base_id: what files call the base.
+    run: what a resumed run must agree with, and what it runs on; base_id: what files call the base;
+    shared: the model keeps sequences apart that stand in one row.
     """
 
     running: Running
@@ -106,13 +107,13 @@ class Trainer:
     plan: Plan
     objective: Objective
     schedule: Schedule
-    noise: EmbeddingNoise | None
     at: Position
     events: EventLog
     stops: Stops
     workdir: Path
     run: Mapping[str, Any]
     base_id: str
+    shared: bool = False
 
     def __post_init__(self) -> None:
         self.parameters = list(trained_parameters(self.running.model).values())
@@ -153,9 +154,9 @@ class Trainer:
         examples = [self.data.examples[i] for i in rows]
         units = max(1, sum(map(self.objective.units, examples)))
         parts, tokens = [], 0
-        for start in range(0, len(examples), size):
+        for group in self._groups(examples):
             self._give_way()
-            batch = collate(examples[start : start + size], self.data.pad_id)
+            batch = collate(group, self.data.pad_id, shared=self.shared)
             parts.append(self._backward(batch, units))
             tokens += batch.tokens
         learning_rate = self.schedule(self.at.step)
@@ -164,12 +165,17 @@ class Trainer:
         self.at.examples += len(rows)
         return Step(loss, measures, grad_norm, learning_rate, tokens, time.monotonic() - began)
 
+    def _groups(self, examples: Sequence[Item]) -> Sequence[Sequence[Item]]:
+        """A step's items as they go through the model; rows that need no padding go as they fit."""
+        size = self.plan.rows_per_batch
+        if self.shared and not self.objective.grouped:
+            return filled_groups(examples, size)
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
+
     def _backward(self, batch: Batch, units: int) -> Outcome:
         """Add a group's share to the gradients; returns its share of the step's loss."""
         device = self.running.device
         batch = batch.to(device)
-        if self.noise is not None:
-            self.noise.lengths = batch.lengths
         with self.running.casting():
             outcome = self.objective.loss(self.running.model, batch)
         loss = outcome.loss / units
@@ -262,7 +268,7 @@ class Trainer:
             self._give_way()
             group = rows[start : start + size]
             units += sum(map(self.objective.units, group))
-            batch = collate(group, self.data.pad_id).to(self.running.device)
+            batch = collate(group, self.data.pad_id, shared=self.shared).to(self.running.device)
             with self.running.casting():
                 outcome = self.objective.loss(model, batch)
             parts.append(Outcome(outcome.loss.double(), outcome.measures))

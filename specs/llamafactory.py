@@ -295,7 +295,6 @@ NOT_YET: Mapping[str, Any] = {
     "moe_aux_loss_coef": None,
     "moe_grouped_gemm": None,
     "moe_token_dispatcher_type": None,
-    "neat_packing": False,
     "new_special_tokens_config": None,
     "num_beams": 1,
     "optim": "adamw_torch",
