@@ -29,6 +29,7 @@ from peft.utils.constants import (
 
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.beginnings import SCORE_HEAD, begin_by_singular_values, initialise
+from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.precision import Precision
 from tuneyard.runners.seeds import stream_seed
@@ -219,6 +220,12 @@ def find_targets(base: Any, asked: str | Sequence[str], *, field: str = "lora_ta
     known = {name.rpartition(".")[2] for name, _ in base.named_modules()} - {""}
     for name in names:
         if name.rpartition(".")[2] not in known:
+            if name.rpartition(".")[2] in experts_of(base):
+                raise BadSpec(
+                    f"{name} holds all experts of a layer in one tensor: no adapter is put there.",
+                    field="lora_target",
+                    hint=f"it has {', '.join(sorted(linear))}",
+                )
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             raise BadSpec(
                 f"No module of the base is named {name!r}.",

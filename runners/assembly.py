@@ -12,9 +12,10 @@ import torch
 from tuneyard.runners.adapter import computes_by_casting, parameter_groups, tune
 from tuneyard.runners.allocation import allocation_of
 from tuneyard.runners.answering import answerable, rollouts_of
-from tuneyard.runners.arguments import FinetuneArguments
+from tuneyard.runners.arguments import FinetuneArguments, Way
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
+from tuneyard.runners.attention import attend_by, choose_way
 from tuneyard.runners.base_model import load_weights
 from tuneyard.runners.batches import Order, split, steps_of
 from tuneyard.runners.chat import Chat
@@ -26,10 +27,13 @@ from tuneyard.runners.checkpoint import (
     read_checkpoint,
 )
 from tuneyard.runners.continuing import go_on
+from tuneyard.runners.examples import Item
+from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.objectives import compares, objective_of
 from tuneyard.runners.origin import read_origin
+from tuneyard.runners.packing import Packs
 from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.reference import Reference, load_reference
 from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
@@ -55,23 +59,30 @@ def build_trainer(
         examples, held_out = (answerable(each, asked, attempt) for each in (examples, held_out))
     if not held_out:
         examples, held_out = split(examples, arguments.val_size, seed=asked.seed)
+    examples, held_out = packed(examples, arguments), packed(held_out, arguments)
     precision = pick_precision(asked, attempt)
     plan = plan_of(arguments, len(examples))
     model = load_model(asked, precision, device, steps=plan.steps)
     warn_of_another_template(asked, chat, attempt)
-    noise = EmbeddingNoise(model, a) if (a := arguments.neftune_noise_alpha) else None
+    warn_of_experts(model, attempt)
+    reference = reference_of(asked, attempt, model, precision)
+    computed = casting_of(model, precision)
+    models = [model] if reference is None or reference.frozen is None else [model, reference.frozen]
+    way = pick_attention(models, asked, attempt, computed=computed)
+    if arguments.neftune_noise_alpha:
+        EmbeddingNoise(model, arguments.neftune_noise_alpha)
     running = Running(
         model,
         adamw(parameter_groups(model, arguments), arguments, device),
         scaler_of(precision),
         device,
-        cast_to=casting_of(model, precision),
+        cast_to=computed,
         allocation=allocation_of(model),
     )
     torch.manual_seed(stream_seed(asked.seed, "dropout"))
     run = description(asked, tokenised.digest, len(examples), device, job=attempt.spec.job)
+    run["platform"]["attention"] = way
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
-    reference = reference_of(asked, attempt, model, precision)
     at = resume(attempt, running, run)
     rollouts = None
     if arguments.stage in ONLINE:
@@ -83,7 +94,6 @@ def build_trainer(
         plan=plan,
         objective=objective_of(arguments, reference, at.baseline),
         schedule=schedule_of(arguments, plan.steps),
-        noise=noise,
         at=at,
         events=attempt.events,
         stops=attempt.stops,
@@ -91,7 +101,42 @@ def build_trainer(
         run=run,
         base_id=asked.base_id,
         draw=rollouts,
+        shared=way != "padded",
     )
+
+
+def packed(items: Sequence[Item], arguments: FinetuneArguments) -> Sequence[Item]:
+    """Several examples as one row, where that is asked for; texts were joined when tokenised."""
+    if not arguments.packs_rows or not items:
+        return items
+    return Packs(items, arguments.tokens_kept, apart=arguments.neat_packing)
+
+
+def warn_of_experts(model: Any, attempt: Attempt) -> None:
+    """A mixture of which only the rest learns is not what everybody expects."""
+    experts = experts_of(model)
+    if experts and not any(experts.values()):
+        said = f"The experts ({', '.join(sorted(experts))}) do not learn, only what is around them."
+        attempt.events.warn("experts_left", said)
+
+
+def pick_attention(
+    models: Sequence[Any], asked: Asked, attempt: Attempt, *, computed: torch.dtype | None = None
+) -> Way:
+    """Choose how examples stand in rows, and say why where they could not stand together.
+
+    models: all that read the same groups; computed: the format that products are computed in, where
+    it is not that of the weights.
+    """
+    device, wanted = attempt.device.torch_name, asked.arguments.attention
+    choices = [choose_way(m, device=device, wanted=wanted, computed=computed) for m in models]
+    choice = next((each for each in choices if each.way == "padded"), choices[0])
+    if choice.why is not None:
+        attempt.events.warn("rows_padded", f"Rows are padded: {choice.why}.")
+    log.info("attention: %s%s", choice.way, f" ({choice.why})" if choice.why else "")
+    for each in models:
+        attend_by(each, choice.way)
+    return choice.way
 
 
 def reference_of(

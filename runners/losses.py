@@ -44,6 +44,10 @@ class RunningMean:
 class Objective(Protocol):
     """The loop divides by the units of the whole step, however it was split into groups."""
 
+    @property
+    def grouped(self) -> bool:
+        """Whether it counts which items of a step stand in one group."""
+
     def loss(self, model: Any, batch: Batch) -> Outcome:
         """The loss of a group of items, with its graph."""
 
@@ -71,20 +75,19 @@ def token_losses(model: Any, batch: Batch, *, temperature: float = 1.0) -> torch
 
 
 def token_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """[sequences, positions, vocabulary], where something is a target."""
-    output = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.positions)
-    found: torch.Tensor = output.logits
+    """[rows, positions, vocabulary], where something is a target."""
+    found: torch.Tensor = batch.read_by(model, logits_to_keep=batch.positions).logits
     return found
 
 
 def losses_of(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """-log p of each target by its logits."""
-    flat = cross_entropy(
-        logits.float().flatten(0, 1),
-        batch.targets.flatten(),
-        ignore_index=IGNORED,
-        reduction="none",
-    )
+    logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
+    if batch.kept is None:
+        flat = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    else:
+        found = cross_entropy(logits, targets[batch.kept], reduction="none")
+        flat = found.new_zeros(len(targets)).index_copy(0, batch.kept, found)
     return flat.view_as(batch.targets)
 
 
@@ -94,7 +97,11 @@ def accuracy_of(logits: torch.Tensor, batch: Batch) -> Measure:
     Source: behaviour of LLaMA-Factory 0.9.5, ComputeAccuracy in train/sft/metric.py.
     """
     wanted = batch.targets != IGNORED
-    hits = (logits.argmax(-1) == batch.targets) & wanted
+    likeliest = logits.argmax(-1).flatten()
+    if batch.kept is not None:
+        everywhere = torch.full_like(batch.targets.flatten(), IGNORED)
+        likeliest = everywhere.index_copy(0, batch.kept, likeliest)
+    hits = (likeliest.view_as(batch.targets) == batch.targets) & wanted
     counts = wanted.sum(1)
     shares = hits.sum(1).double() / counts.clamp(min=1)
     return Measure(shares.sum(), (counts > 0).sum())
@@ -108,6 +115,11 @@ class TokenLoss:
     """
 
     accuracy: bool = False
+
+    @property
+    def grouped(self) -> bool:
+        """Each token is for itself."""
+        return False
 
     def loss(self, model: Any, batch: Batch) -> Outcome:
         """The sum over the targets."""

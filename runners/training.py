@@ -31,7 +31,7 @@ from tuneyard.runners.examples import Item
 from tuneyard.runners.failures import LossNotFinite, Stopped
 from tuneyard.runners.generation import undisturbed
 from tuneyard.runners.losses import Objective, Outcome, means
-from tuneyard.runners.noise import EmbeddingNoise
+from tuneyard.runners.packing import filled_groups
 from tuneyard.runners.retention import RESUME_POINT_S, drop_old
 from tuneyard.runners.schedules import Schedule
 from tuneyard.runners.stops import Stops
@@ -121,8 +121,9 @@ class Interrupted(Exception):
 class Trainer:
     """One run, from wherever ``at`` is to its end.
 
-    run: what a resumed run must agree with, and what it runs on; base_id: what files call the base.
-    watch: given a step, what the model says then.
+    run: what a resumed run must agree with, and what it runs on; base_id: what files call the base;
+    shared: the model keeps sequences apart that stand in one row; watch: given a step, what the
+    model says then.
     """
 
     running: Running
@@ -130,7 +131,6 @@ class Trainer:
     plan: Plan
     objective: Objective
     schedule: Schedule
-    noise: EmbeddingNoise | None
     at: Position
     events: EventLog
     stops: Stops
@@ -139,6 +139,7 @@ class Trainer:
     base_id: str
     draw: Draw | None = None
     watch: Callable[[int], list[dict[str, Any]]] | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
         self.parameters = list(trained_parameters(self.running.model).values())
@@ -181,14 +182,13 @@ class Trainer:
     def _step(self) -> Step:
         """One optimizer step. Raises: Interrupted, with nothing changed but gradients."""
         began = time.monotonic()
-        size = self.plan.rows_per_batch
         rows = self.data.order.take(self.at.examples, self.plan.rows_per_step)
         examples, drawn = self._items([self.data.examples[i] for i in rows])
         units = max(1, sum(map(self.objective.units, examples)))
         parts, tokens = [], 0
-        for start in range(0, len(examples), size):
+        for group in self._groups(examples):
             self.give_way()
-            batch = collate(examples[start : start + size], self.data.pad_id)
+            batch = collate(group, self.data.pad_id, shared=self.shared)
             parts.append(self._backward(batch, units))
             tokens += batch.tokens
         learning_rate = self.schedule(self.at.step)
@@ -212,12 +212,17 @@ class Trainer:
         model, give_way = self.running.model, self.give_way
         return self.draw(model, items, before=before, purpose=purpose, give_way=give_way)
 
+    def _groups(self, examples: Sequence[Item]) -> Sequence[Sequence[Item]]:
+        """A step's items as they go through the model; rows that need no padding go as they fit."""
+        size = self.plan.rows_per_batch
+        if self.shared and not self.objective.grouped:
+            return filled_groups(examples, size)
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
+
     def _backward(self, batch: Batch, units: int) -> Outcome:
         """Add a group's share to the gradients; returns its share of the step's loss."""
         device = self.running.device
         batch = batch.to(device)
-        if self.noise is not None:
-            self.noise.lengths = batch.lengths
         with self.running.casting():
             outcome = self.objective.loss(self.running.model, batch)
         loss = outcome.loss / units
@@ -316,7 +321,7 @@ class Trainer:
             self.give_way()
             group = rows[start : start + size]
             units += sum(map(self.objective.units, group))
-            batch = collate(group, self.data.pad_id).to(self.running.device)
+            batch = collate(group, self.data.pad_id, shared=self.shared).to(self.running.device)
             with self.running.casting():
                 outcome = self.objective.loss(model, batch)
             parts.append(Outcome(outcome.loss.double(), outcome.measures))

@@ -17,7 +17,7 @@ from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.rewards import reward_clashes
 from tuneyard.specs.sources import read_source
 from tuneyard.specs.tracking import tracking_clashes
-from tuneyard.specs.tuning import tuning_clashes
+from tuneyard.specs.tuning import PROMPTS, tuning_clashes
 from tuneyard.specs.watching import watching_clashes
 
 
@@ -46,6 +46,8 @@ def clashes_of(spec: Spec) -> list[InputError]:
         found += [*preference_clashes(spec, spec.stage), *reward_clashes(spec)]
         found += tracking_clashes(spec)
         found += tuning_clashes(spec, spec.stage)
+        if spec.packing and spec.packs_rows and not spec.neat_packing:
+            found += _joined(spec)
         if spec.max_steps == 0:
             message, hint = "max_steps = 0 trains nothing.", "-1 counts epochs"
             found.append(problem("nothing_to_do", message, "max_steps", hint))
@@ -58,14 +60,22 @@ def _row_pairs(spec: RowsSpec) -> Iterator[InputError]:
     for name in ("train_on_prompt", "mask_history"):
         if getattr(spec, name) and spec.stage != "sft":
             yield _of_stage(name, spec.stage, "sft")
-    if spec.packing and spec.stage == "sft":
-        message, hint = (
-            "packing = True is not supported yet.",
-            "leave it out: rows are learned one by one",
-        )
-        yield problem("not_supported_yet", message, "packing", hint)
     if spec.packing and spec.stage not in ("sft", "pt"):
-        yield _of_stage("packing", spec.stage, "pt")
+        yield _of_stage("packing", spec.stage, "sft or pt")
+    if spec.neat_packing and spec.stage != "sft":
+        yield _of_stage("neat_packing", spec.stage, "sft")
+    if spec.neat_packing and spec.packing is False:
+        message = "neat_packing is a packing, and packing is false."
+        yield problem("conflicting_fields", message, "neat_packing", "leave packing out")
+
+
+def _joined(spec: FinetuneSpec) -> Iterator[InputError]:
+    """Positions that begin anew within a row leave virtual tokens before it no place."""
+    if spec.finetuning_type in PROMPTS:
+        message = f"packing and finetuning_type {spec.finetuning_type} exclude each other."
+        yield problem(
+            "conflicting_fields", message, "packing", "neat_packing: true, or leave it out"
+        )
 
 
 def _of_stage(name: str, stage: str, right: str) -> InputError:

@@ -303,7 +303,6 @@ NOT_YET: Mapping[str, Any] = {
     "moe_aux_loss_coef": None,
     "moe_grouped_gemm": None,
     "moe_token_dispatcher_type": None,
-    "neat_packing": False,
     "new_special_tokens_config": None,
     "multi_objective_aggregation": "sum_then_normalize",
     "num_beams": 1,

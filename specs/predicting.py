@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.fields import Spec
+from tuneyard.specs.generation import TemperatureField
 from tuneyard.specs.problems import problem
 
 
-class PredictingFields(Spec):
+class PredictingFields(TemperatureField):
     """What a job says of measuring held-out rows. How it speaks: LLaMA-Factory's defaults."""
 
     do_eval: bool = Field(
@@ -26,7 +26,6 @@ class PredictingFields(Spec):
         False, description="Share of tokens that were the likeliest, beside eval_loss."
     )
     do_sample: bool = Field(True, description="Predicting, false: the likeliest token.")
-    temperature: float = Field(0.95, ge=0, le=100, description="The same, 0: the likeliest token.")
     top_p: float = Field(0.7, gt=0, le=1, description="Nucleus that is drawn from.")
     top_k: int = Field(
         50, ge=0, le=10**6, description="Likeliest tokens that are drawn from; 0: all."
@@ -35,6 +34,13 @@ class PredictingFields(Spec):
     max_new_tokens: int = Field(
         1024, ge=1, le=1_048_576, description="Tokens of a predicted answer at most."
     )
+
+    @property
+    def spoken_at(self) -> float:
+        """The temperature of predicted answers; 0 is the likeliest token."""
+        if not self.do_sample:
+            return 0.0
+        return 0.95 if self.temperature is None else self.temperature
 
     @property
     def measures(self) -> bool:

@@ -20,6 +20,7 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import ModelRef, Spec, refusal
+from tuneyard.specs.generation import TemperatureField
 from tuneyard.specs.problems import nearest, problem
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
 
 
-class RewardFields(Spec):
+class RewardFields(TemperatureField):
     """What a fine-tune of stage grpo or rloo says; names are TRL's."""
 
     reward_funcs: (
@@ -203,9 +204,6 @@ class RewardFields(Spec):
     )
     max_completion_length: int = Field(
         512, ge=1, le=1_048_576, description="Tokens of a drawn answer at most."
-    )
-    temperature: float | None = Field(
-        None, ge=0, le=100, description="Of the answers that are drawn; unset: 1."
     )
     beta: float | None = Field(
         None,
