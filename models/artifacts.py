@@ -71,21 +71,27 @@ def _insert(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> bool:
     return tx.execute(new).one_or_none() is not None
 
 
+RANK = func.coalesce(
+    ArtifactRow.manifest["rank"].as_float(), ArtifactRow.manifest["eval_loss"].as_float()
+)
+"""What checkpoints are compared by, where they were measured: less is better."""
+
+
 def _prune_checkpoints(tx: Connection, job_id: UUID) -> None:
     """Mark all but the newest (save_total_limit, or two) and the best; files are swept later."""
     limit = tx.execute(
         select(JobRow.spec["save_total_limit"].as_integer()).where(JobRow.id == job_id)
     ).scalar_one()
     rows = tx.execute(
-        select(ArtifactRow.id, ArtifactRow.manifest["eval_loss"].as_float().label("eval_loss"))
+        select(ArtifactRow.id, RANK.label("rank"))
         .where(ArtifactRow.job_id == job_id, ArtifactRow.kind == "checkpoint")
         .where(ArtifactRow.pruned_at.is_(None))
         .order_by(ArtifactRow.step.desc(), ArtifactRow.id.desc())
     ).all()
     kept = {row.id for row in rows[: limit or KEPT_CHECKPOINTS]}
-    measured = [row for row in rows if row.eval_loss is not None]
+    measured = [row for row in reversed(rows) if row.rank is not None]
     if measured:
-        kept.add(min(measured, key=lambda row: row.eval_loss).id)
+        kept.add(min(measured, key=lambda row: row.rank).id)  # of equal ones the first
     pruned = [row.id for row in rows if row.id not in kept]
     if pruned:
         tx.execute(
@@ -102,6 +108,7 @@ class KeptCheckpoint:
     id: UUID
     step: int
     digest: str
+    rank: float | None = None  # what evaluations are compared by; less is better
 
 
 # A retry goes on from what its origin left, or that one's origin, up to one that began anew.
@@ -114,7 +121,9 @@ TO_RESUME = text("""
         WHERE NOT coalesce(CAST(line.spec ->> 'from_scratch' AS boolean), false)
           AND line.back < 100
     )
-    SELECT a.id, a.step, a.digest FROM line JOIN artifacts a ON a.job_id = line.id
+    SELECT a.id, a.step, a.digest,
+        CAST(coalesce(a.manifest ->> 'rank', a.manifest ->> 'eval_loss') AS float8) AS rank
+    FROM line JOIN artifacts a ON a.job_id = line.id
     WHERE a.kind = 'checkpoint' AND a.pruned_at IS NULL
     ORDER BY line.back, a.step DESC, a.id DESC
 """)
@@ -123,7 +132,7 @@ TO_RESUME = text("""
 def checkpoints_to_resume(tx: Connection, job_id: UUID) -> list[KeptCheckpoint]:
     """A job's recorded checkpoints, newest first; a retry's follow with those of its origins."""
     rows = tx.execute(TO_RESUME, {"job": job_id})
-    return [KeptCheckpoint(row.id, row.step, row.digest) for row in rows]
+    return [KeptCheckpoint(row.id, row.step, row.digest, row.rank) for row in rows]
 
 
 def publish_outputs(tx: Connection, ref: AttemptRef, folders: list[StoredFolder]) -> None:

@@ -24,7 +24,8 @@ def publish_adapter(asked: Asked, attempt: Attempt, chat: Chat, trainer: Trainer
     save_adapter(trainer.running.model, aside, base_id=asked.base_id)
     copy_tokenizer(asked.model, aside, chat)
     write_log(aside / LOG_FILE, position.log)
-    about = json.dumps(origin(asked, attempt, chat, position), indent=1, sort_keys=True)
+    told = origin(asked, attempt, chat, position) | {"steps": trainer.loaded_step or position.step}
+    about = json.dumps(told, indent=1, sort_keys=True)
     (aside / TUNEYARD_FILE).write_text(about + "\n", encoding="utf-8")
     meta = {"kind": "adapter", "base": asked.base_id, "steps": position.step}
     manifest = publish_folder(aside, attempt.output, meta)
@@ -37,6 +38,8 @@ def publish_adapter(asked: Asked, attempt: Attempt, chat: Chat, trainer: Trainer
         "eval_loss": position.best_loss,
         "best_step": position.best_step,
         "skipped_steps": position.skipped_steps,
+        "stopped_early": trainer.stopped_early or None,
+        "loaded_step": trainer.loaded_step,
         "last_loss": next(
             (line["loss"] for line in reversed(position.log) if "loss" in line), None
         ),

@@ -9,6 +9,7 @@ from tuneyard.runners.arguments import FinetuneArguments, arguments_of
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import read_config
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.optimizers import check_packages
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ def read_asked(attempt: Attempt) -> Asked:
         raise BadSpec("val_size and eval_dataset exclude each other.", field="val_size")
     if arguments.mask_history and arguments.train_on_prompt:
         raise BadSpec("mask_history and train_on_prompt exclude each other.", field="mask_history")
+    check_packages(arguments)
     model = attempt.input("model")
     config = read_config(model)
     seed = attempt.spec.seed if arguments.seed is None else arguments.seed

@@ -1,20 +1,21 @@
-"""Putting a run together: weights, adapter, optimizer, schedule, plan, and where to begin."""
+"""Putting a run together: weights, adapter, plan, and where to begin."""
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tuneyard.runners.adapter import add_adapter, trained_parameters
+from tuneyard.runners.adapter import add_adapter
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import load_weights
 from tuneyard.runners.batches import Order, split, steps_of
+from tuneyard.runners.best_model import best_folder, judge_of
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import (
     Position,
@@ -24,10 +25,16 @@ from tuneyard.runners.checkpoint import (
     read_checkpoint,
 )
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.mover import Mover
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.objectives import load_reference, objective_of
+from tuneyard.runners.optimizers import (
+    build_mover,
+    schedule_of,
+    warmup_of,
+    warnings_about,
+)
 from tuneyard.runners.precision import Precision, choose_precision
-from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
 from tuneyard.runners.training import Data, Plan, Trainer
@@ -51,12 +58,17 @@ def build_trainer(
     model = load_model(asked, precision, device)
     plan = plan_of(arguments, len(examples))
     noise = EmbeddingNoise(model, a) if (a := arguments.neftune_noise_alpha) else None
-    parameters = trained_parameters(model).values()
-    running = Running(model, adamw(parameters, arguments, device), scaler_of(precision), device)
+    running = Running(model, mover_of(model, asked, plan, attempt), scaler_of(precision), device)
     torch.manual_seed(stream_seed(asked.seed, "dropout"))
     run = description(asked, tokenised.digest, len(examples), device, job=attempt.spec.job)
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
+    judge, schedule = judge_of(arguments), schedule_of(arguments, plan.steps)
     at = resume(attempt, running, run)
+    if at.schedule:
+        schedule.restore(at.schedule)
+    resumed = Path(attempt.spec.resume) if attempt.spec.resume else None
+    if judge.load and at.best_step and best_folder(at, attempt.workdir, resumed) is None:
+        forget_best(at, attempt)
     reference = partial(
         load_reference,
         model,
@@ -70,7 +82,7 @@ def build_trainer(
         data=Data(examples, order, held_out, chat.tokenizer.pad_token_id),
         plan=plan,
         objective=objective_of(arguments, reference, at.baseline),
-        schedule=schedule_of(arguments, plan.steps),
+        schedule=schedule,
         noise=noise,
         at=at,
         events=attempt.events,
@@ -78,7 +90,16 @@ def build_trainer(
         workdir=attempt.workdir,
         run=run,
         base_id=asked.base_id,
+        judge=judge,
+        resumed=resumed,
     )
+
+
+def forget_best(at: Position, attempt: Attempt) -> None:
+    """Without its checkpoint the best model cannot be the result: the next best will be."""
+    said = f"The checkpoint of step {at.best_step}, the best so far, is gone; the best of those"
+    attempt.events.warn("best_gone", f"{said} that follow is taken.")
+    at.best_step = at.best_loss = at.best_metric = None
 
 
 def pick_precision(asked: Asked, attempt: Attempt) -> Precision:
@@ -112,35 +133,22 @@ def load_model(asked: Asked, precision: Precision, device: str) -> Any:
     return add_adapter(base, arguments, seed=asked.seed, precision=precision)
 
 
-def adamw(
-    parameters: Iterable[torch.nn.Parameter], arguments: FinetuneArguments, device: str
-) -> torch.optim.AdamW:
-    """AdamW over the adapter. All of it decays: it has neither norms nor biases."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-        weight_decay=arguments.weight_decay,
-        fused=device == "cuda",
+def mover_of(model: Any, asked: Asked, plan: Plan, attempt: Attempt) -> Mover:
+    """The optimizer, and a warning of what it does otherwise than may be expected."""
+    for sentence in warnings_about(asked.arguments):
+        attempt.events.warn("optimizer", sentence)
+    torch.manual_seed(stream_seed(asked.seed, "optimizer"))
+    return build_mover(
+        model,
+        asked.arguments,
+        warmup_steps=warmup_of(asked.arguments, plan.steps),
+        device=attempt.device.torch_name,
     )
 
 
 def scaler_of(precision: Precision) -> torch.amp.GradScaler:
     """Loss scaling, which fp16 alone needs."""
     return torch.amp.GradScaler("cuda", enabled=precision.autocast)
-
-
-def schedule_of(arguments: FinetuneArguments, steps: int) -> Schedule:
-    """The learning rate of each step."""
-    warmup = warmup_steps(steps, steps=arguments.warmup_steps, ratio=arguments.warmup_ratio)
-    return schedule(
-        arguments.lr_scheduler_type,
-        warmup=warmup,
-        total=steps,
-        learning_rate=arguments.learning_rate,
-        options=arguments.lr_scheduler_kwargs or {},
-    )
 
 
 def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
@@ -153,6 +161,7 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         max_steps=arguments.max_steps,
     )
     eval_steps = arguments.eval_steps or arguments.logging_steps
+    save: Strategy = "no" if arguments.save_strategy == "best" else arguments.save_strategy
     return Plan(
         steps=steps,
         steps_per_epoch=epoch,
@@ -161,7 +170,7 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         eval_rows_per_batch=arguments.per_device_eval_batch_size,
         max_grad_norm=arguments.max_grad_norm,
         eval_every=every(arguments.eval_strategy, eval_steps, epoch=epoch, total=steps),
-        save_every=every(arguments.save_strategy, arguments.save_steps, epoch=epoch, total=steps),
+        save_every=every(save, arguments.save_steps, epoch=epoch, total=steps),
         log_every=every("steps", arguments.logging_steps, epoch=epoch, total=steps) or 1,
         keep=arguments.save_total_limit,
     )

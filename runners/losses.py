@@ -62,14 +62,18 @@ def means(outcomes: Iterable[Outcome]) -> dict[str, torch.Tensor]:
     return {name: total / counts[name] for name, total in totals.items() if counts[name]}
 
 
-def token_losses(model: Any, batch: Batch) -> torch.Tensor:
-    """-log p of each target, [sequences, positions] in fp32; 0 where there is no target."""
+def token_losses(model: Any, batch: Batch, *, smoothing: float = 0.0) -> torch.Tensor:
+    """-log p of each target, [sequences, positions] in fp32; 0 where there is no target.
+
+    smoothing: the share of each target that all words of the vocabulary have in equal parts.
+    """
     logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.positions).logits
     flat = cross_entropy(
         logits.float().flatten(0, 1),
         batch.targets.flatten(),
         ignore_index=IGNORED,
         reduction="none",
+        label_smoothing=smoothing,
     )
     return flat.view_as(batch.targets)
 
@@ -78,9 +82,11 @@ def token_losses(model: Any, batch: Batch) -> torch.Tensor:
 class TokenLoss:
     """Stages sft and pt: the mean of -log p over all targets of a step."""
 
+    smoothing: float = 0.0
+
     def loss(self, model: Any, batch: Batch) -> Outcome:
         """The sum over the targets."""
-        return Outcome(token_losses(model, batch).sum())
+        return Outcome(token_losses(model, batch, smoothing=self.smoothing).sum())
 
     def units(self, item: Item) -> int:
         """Its targets."""

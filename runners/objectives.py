@@ -16,7 +16,7 @@ def objective_of(
 ) -> Objective:
     """The objective of a stage. reference: makes what answers are compared with, where needed."""
     if arguments.stage in ("sft", "pt"):
-        return TokenLoss()
+        return TokenLoss(arguments.label_smoothing_factor)
     if arguments.stage == "rm":
         return RewardLoss()
     if arguments.stage == "kto":

@@ -7,6 +7,7 @@ from pydantic import Field
 from tuneyard.specs.evaluating import EvaluatingFields
 from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Spec, Text
 from tuneyard.specs.numbers import Positive
+from tuneyard.specs.optimizers import SWITCHES, OptimizerFields
 from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.preferences import PreferenceFields
 from tuneyard.specs.tuning import TuningFields
@@ -48,7 +49,14 @@ class RowsSpec(Spec):
     max_samples: Positive | None = Field(None, description="Rows used at most.")
 
 
-class FinetuneSpec(EvaluatingFields, OptimizingFields, PreferenceFields, TuningFields, RowsSpec):
+class FinetuneSpec(
+    EvaluatingFields,
+    OptimizerFields,
+    OptimizingFields,
+    PreferenceFields,
+    TuningFields,
+    RowsSpec,
+):
     """Tune a base model on a data set."""
 
     kind: Literal["finetune"] = "finetune"
@@ -69,8 +77,9 @@ SHAPE_A_CHECKPOINT = (
     | {"val_size", "seed", "finetuning_type"}
     | {"lora_rank", "lora_alpha", "lora_target", "layers_to_transform", "additional_target"}
     | {"use_rslora", "use_dora"}
+    | {"optim", "optim_target_modules", *SWITCHES}
 )
-"""Fields that a checkpoint's rows, adapter and its scale follow from; with others none fits."""
+"""Fields that a checkpoint's rows, adapter, its scale and moments follow from."""
 
 
 def shapers_changed(before: Spec, after: Spec) -> list[str]:

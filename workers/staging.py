@@ -248,26 +248,50 @@ def _fetch(stored: StoredInput, entry: Path, store: Store, cache: Path) -> None:
 
 
 def _fetch_checkpoint(errand: Errand, workdir: Path, store: Store) -> tuple[Path | None, list[str]]:
-    """Copy the newest recorded checkpoint whose hashes agree; older ones stand in for it."""
+    """Copy the newest recorded checkpoint whose hashes agree; older ones stand in for it.
+
+    The best so far is laid beside it where the job's result may become its model.
+    """
     rejected: list[str] = []
     for checkpoint in errand.checkpoints:
-        target = workdir / "resume" / f"step-{checkpoint.step}"
-        if target.exists():
-            return target, rejected
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside = workdir / f".aside-{uuid4().hex}"
-            store.fetch_folder(
-                "artifacts", checkpoint.id, target, digest=checkpoint.digest, aside=aside
-            )
-        except FileNotFoundError:
-            rejected.append(f"checkpoint of step {checkpoint.step} rejected: it is gone")
+        target = _copy_checkpoint(checkpoint, workdir, store, rejected)
+        if target is None:
             continue
-        except FolderDamaged as error:
-            rejected.append(f"checkpoint of step {checkpoint.step} rejected: {error}")
-            continue
+        best = _best(errand, at=checkpoint.step)
+        if best is not None:
+            _copy_checkpoint(best, workdir, store, rejected)
         return target, rejected
     return None, rejected
+
+
+def _best(errand: Errand, *, at: int) -> KeptCheckpoint | None:
+    """Of the checkpoints up to a step the one that was measured best; of equal ones the first."""
+    measured = [c for c in errand.checkpoints if c.rank is not None and c.step <= at]
+    if not errand.arguments.get("load_best_model_at_end") or not measured:
+        return None
+    return min(measured, key=lambda c: (c.rank, c.step))
+
+
+def _copy_checkpoint(
+    checkpoint: KeptCheckpoint, workdir: Path, store: Store, rejected: list[str]
+) -> Path | None:
+    """One checkpoint from the store; None, and a sentence in ``rejected``, where it is no good."""
+    target = workdir / "resume" / f"step-{checkpoint.step}"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = workdir / f".aside-{uuid4().hex}"
+    try:
+        store.fetch_folder(
+            "artifacts", checkpoint.id, target, digest=checkpoint.digest, aside=aside
+        )
+    except FileNotFoundError:
+        rejected.append(f"checkpoint of step {checkpoint.step} rejected: it is gone")
+        return None
+    except FolderDamaged as error:
+        rejected.append(f"checkpoint of step {checkpoint.step} rejected: {error}")
+        return None
+    return target
 
 
 RUNNER_MODULES = {

@@ -1,0 +1,145 @@
+"""Every optimizer learns, and goes on from its saved state as if it had never stopped: same bits."""
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import a_tiny_base
+from transformers import LlamaForCausalLM
+
+from tuneyard.runners.arguments import FinetuneArguments
+from tuneyard.runners.mover import Mover
+from tuneyard.runners.optimizers import build_mover, check_packages
+from tuneyard.specs.optimizers import SWITCHES, Optim, packages_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:BAdam expect model to be loaded"),
+    pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU"),
+    pytest.mark.filterwarnings("ignore:.torch.cuda.amp.autocast:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA"),
+]
+
+STEPS, SAVED = 6, 3
+RATES = {"sgd": 0.5, "schedule_free_sgd": 0.5, "adagrad": 0.02}
+LOW_RANK = {"optim_target_modules": "all-linear", "optim_args": "rank=4,update_proj_gap=2"}
+ALL: list[str] = list(Optim.__args__)  # type: ignore[attr-defined]
+
+CASES = [
+    *({"optim": name} | (LOW_RANK if "galore" in name or "apollo" in name else {}) for name in ALL),
+    {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=true"},
+    {"optim": "rmsprop", "optim_args": "momentum=0.9,centered=true"},
+    {"optim": "stable_adamw", "optim_args": "kahan_sum=false"},
+    {"optim": "apollo_adamw", **LOW_RANK, "optim_args": "rank=4,update_proj_gap=2,proj=svd"},
+    {"use_muon": True},
+    {"use_adam_mini": True},
+    *(
+        {"use_galore": True, "galore_rank": 4, "galore_update_interval": 2, **more}
+        for more in (
+            {},
+            {"optim": "adafactor"},
+            {"optim": "adamw_8bit"},
+            {"galore_layerwise": True},
+            {"galore_proj_type": "full"},
+        )
+    ),
+    *(
+        {"use_apollo": True, "apollo_rank": 4, "apollo_update_interval": 2, **more}
+        for more in ({}, {"apollo_layerwise": True}, {"apollo_scale_type": "tensor"})
+    ),
+    *(
+        {"use_badam": True, "badam_switch_interval": 2, "badam_switch_mode": mode}
+        for mode in ("ascending", "descending", "random")
+    ),
+    {"use_badam": True, "badam_mode": "ratio", "badam_update_ratio": 0.3},
+    {"use_badam": True, "badam_mode": "ratio", "badam_mask_mode": "scatter"},
+]
+
+
+def named(case) -> str:
+    return "-".join(str(value) for value in case.values() if value is not True) or "default"
+
+
+def ids(case) -> str:
+    switch = [name for name in SWITCHES if case.get(name)]
+    return "-".join([*switch, named(case)])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return a_tiny_base(tmp_path_factory.mktemp("base"), hidden=64)
+
+
+def arguments_of(case) -> FinetuneArguments:
+    optim = case.get("optim", "adamw_torch")
+    told = {"model": "m", "dataset": "d", "learning_rate": RATES.get(optim, 0.01)}
+    return FinetuneArguments.model_validate(told | {"weight_decay": 0.01} | case)
+
+
+class Run:
+    """A whole small model that learns one batch by heart."""
+
+    def __init__(self, base: Path, case, *, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(5)
+        self.model = LlamaForCausalLM.from_pretrained(base, dtype=dtype).train()
+        self.arguments = arguments_of(case)
+        check_packages(self.arguments)
+        self.mover: Mover = build_mover(self.model, self.arguments, warmup_steps=2, device="cpu")
+        self.batch = torch.arange(48).view(4, 12) % 37 + 3
+        self.losses: list[float] = []
+
+    def steps(self, first: int, last: int) -> "Run":
+        scaler = torch.amp.GradScaler("cuda", enabled=False)
+        for step in range(first, last):
+            self.mover.set_rate(self.arguments.learning_rate * (1 - step / 20))
+            loss = self.model(input_ids=self.batch, labels=self.batch).loss
+            loss.backward()
+            self.losses.append(float(loss.detach()))
+            norm = self.mover.clip(1.0)
+            self.mover.step(scaler, norm=norm)
+        return self
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+
+def save(run: Run, folder: Path) -> Path:
+    """As a checkpoint does: weights as they are used, and the optimizer's state."""
+    with run.mover.at_rest():
+        torch.save(run.weights(), folder / "weights")
+        run.mover.save(folder / "optimizer.safetensors")
+    return folder
+
+
+def resume(base: Path, case, folder: Path, **more) -> Run:
+    run = Run(base, case, **more)
+    torch.manual_seed(99)  # nothing may be drawn anew
+    with torch.no_grad():
+        for name, value in torch.load(folder / "weights").items():
+            run.model.get_parameter(name).copy_(value)
+    run.mover.restore(folder / "optimizer.safetensors")
+    return run
+
+
+def equal(one: Run, other: Run) -> list[str]:
+    """Names of parameters that differ."""
+    pairs = zip(one.weights().items(), other.weights().values(), strict=True)
+    return [name for (name, a), b in pairs if not torch.equal(a, b)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_it_learns_and_goes_on_in_the_same_bits(base, tmp_path, case):
+    whole = Run(base, case).steps(0, STEPS)
+    stopped = Run(base, case).steps(0, SAVED)
+    assert not equal(stopped, Run(base, case).steps(0, SAVED))  # the same run is the same
+    save(stopped, tmp_path)
+    state = torch.get_rng_state()
+    resumed = resume(base, case, tmp_path)
+    torch.set_rng_state(state)
+    resumed.steps(SAVED, STEPS)
+    assert equal(whole, resumed) == []
+    assert resumed.losses == whole.losses[SAVED:]
+    assert whole.losses[-1] < whole.losses[0]
+    stopped.steps(SAVED, STEPS)  # saving alters nothing
+    assert equal(whole, stopped) == []
