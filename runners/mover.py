@@ -168,7 +168,7 @@ class ScheduleFree(Mover):
     def _tree(self, writer: Writer) -> Tree:
         trains = self._aside or {name: p.detach() for name, p in self.learn.items()}
         return super()._tree(writer) | {
-            "trains": {name: writer.tree(p.clone(), f"{name}:trains") for name, p in trains.items()}
+            "trains": {name: writer.tree(p, f"{name}:trains") for name, p in trains.items()}
         }
 
     def _restore(self, tree: Tree, reader: Reader) -> None:

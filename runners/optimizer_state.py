@@ -42,7 +42,10 @@ class Writer:
     def __init__(self, names: Mapping[torch.Tensor, str]) -> None:
         self.tensors: Tensors = {}
         self._names = {id(tensor): name for tensor, name in names.items()}
-        self._kept: dict[Any, str] = {}
+        self._kept: dict[object, str] = {}
+        self._alive: list[
+            torch.Tensor
+        ] = []  # what is freed may be followed by another in its place
 
     def tree(self, value: Any, at: str) -> Tree:
         """The tree of a value. ``at`` becomes the name of its tensor, or the beginning of it."""
@@ -69,6 +72,8 @@ class Writer:
             parts = {"inner": self.tree(inner, at), "context": self.tree(context, at)}
             return {"quantised": _known(value, QUANTISED), **parts}
         tree: Tree = {"tensor": self._keep(value, at), "on_cpu": value.device.type == "cpu"}
+        if not value.is_contiguous():  # products of it have other bits where it lies otherwise
+            tree["strides"] = list(value.stride())
         if getattr(value, "is_paged", False):
             tree["paged"] = True
         return tree
@@ -78,6 +83,7 @@ class Writer:
         same: object = place if value.numel() else at
         if same not in self._kept:
             self._kept[same] = at
+            self._alive.append(value)
             self.tensors[at] = value.detach().cpu().contiguous().clone()
         return self._kept[same]
 
@@ -138,6 +144,11 @@ class Reader:
                 value = _paged(value, self._device)
             elif not tree["on_cpu"]:
                 value = value.to(self._device)
+            if strides := tree.get("strides"):
+                laid = torch.empty_strided(
+                    value.shape, strides, dtype=value.dtype, device=value.device
+                )
+                value = laid.copy_(value)
             self._made[name] = value
         return self._made[name]
 

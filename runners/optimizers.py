@@ -1,6 +1,7 @@
 """From arguments to what moves the parameters: groups, rates, decay, and each optimizer's class."""
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
@@ -54,8 +55,8 @@ def build_mover(
     """The optimizer that was asked for, over all that learns. Raises: BadSpec."""
     from tuneyard.runners.mover import Mover, ScheduleFree
 
-    learn = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    about: dict[str, Any] = {"learn": learn, "rate": arguments.learning_rate, "device": device}
+    rate = arguments.learning_rate
+    about: dict[str, Any] = {"learn": _learning(model), "rate": rate, "device": device}
     switch = next((name for name in SWITCHES if getattr(arguments, name)), None)
     if switch is not None:
         return _BY_SWITCH[switch](model, arguments, about)
@@ -189,6 +190,11 @@ def _as_transformers(
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         parallel_mode=ParallelMode.NOT_PARALLEL,
     )
+    if arguments.optim.startswith("galore_adamw_8bit"):
+        _check_galore_8bit(model, "optim")
+    if arguments.optim in ("adamw_torch_4bit", "adamw_torch_8bit") and not shutil.which("cc"):
+        message = f"{arguments.optim} compiles its steps, and this node has no C compiler."
+        raise BadSpec(message, field="optim", hint="`apt install build-essential`, or adamw_8bit")
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(asked, model)
     except ValueError as error:  # no module has such a name
@@ -196,11 +202,12 @@ def _as_transformers(
     options |= _typed_options(arguments, options)
     if "optimizer_dict" in options:
         learn = set(_learning(model).values())
-        return [part for p, part in options["optimizer_dict"].items() if p in learn], True
+        parts = [part for p, part in options["optimizer_dict"].items() if p in learn]
+        return [_mended(part) for part in parts], True
     groups = options.pop("params", None) or parameter_groups(model, arguments)
     if "optim_bits" in options and options["optim_bits"] == 8:
         _embeddings_in_32_bit(model)
-    return [kind(groups, **options)], False
+    return [_mended(kind(groups, **options))], False
 
 
 def _modules(targets: Any) -> Any:
@@ -227,7 +234,7 @@ def _embeddings_in_32_bit(model: Any) -> None:
     from bitsandbytes import optim
 
     manager: Any = getattr(optim, "GlobalOptimManager").get_instance()  # noqa: B009 - it has no types
-    manager.module_weight_config_triple.clear()  # of an earlier run in this process
+    manager.initialize()  # it knows parameters by their ids, of runs before this one too
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})
@@ -274,6 +281,8 @@ def _galore(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> 
         "proj_type": arguments.galore_proj_type,
     }
     options = _plain_options(arguments)
+    if kind is galore_torch.GaLoreAdamW8bit:
+        _check_galore_8bit(model, "use_galore")
     if kind is galore_torch.GaLoreAdafactor:
         rate = arguments.learning_rate
         options = {"lr": rate, "scale_parameter": False, "relative_step": False}
@@ -301,6 +310,24 @@ def _apollo(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> 
     return _low_rank(model, arguments, about, APOLLOAdamW, options, projected, projection, within)
 
 
+def _check_galore_8bit(model: Any, field: str) -> None:
+    if next(model.parameters()).device.type == "cpu":
+        message = "GaLore with moments in 8 bit needs a GPU."
+        raise BadSpec(message, field=field, hint="GaLore with adamw_torch or adafactor")
+
+
+def _mended(part: "torch.optim.Optimizer") -> "torch.optim.Optimizer":
+    """galore-torch hands bitsandbytes two options that meanwhile mean something else there.
+
+    Its percentile would be a bound of updates by the norm of weights, which it sets to 0: what has
+    moments in 32 bit, being small, would hardly move.
+    """
+    if type(part).__module__ == "galore_torch.adamw8bit":
+        args: Any = part.args  # type: ignore[attr-defined]
+        args.max_unorm, args.skip_zeros = 0.0, False
+    return part
+
+
 def _plain_options(arguments: FinetuneArguments) -> dict[str, Any]:
     betas = (arguments.adam_beta1, arguments.adam_beta2)
     return {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
@@ -326,9 +353,9 @@ def _low_rank(
     groups = _split(others, decay, weight_decay)
     groups.append({"params": matrices, "weight_decay": weight_decay, **projection})
     if not within:
-        return Mover(model, [kind(groups, **options)], **about)
+        return Mover(model, [_mended(kind(groups, **options))], **about)
     parts = [
-        kind([{**group, "params": [parameter]}], **options)
+        _mended(kind([{**group, "params": [parameter]}], **options))
         for group in groups
         for parameter in group["params"]
     ]

@@ -115,6 +115,7 @@ LATER: Mapping[str, tuple[str, ...]] = {
         "adamw_anyprecision",
         "adamw_torch_npu_fused",
         "adamw_torch_xla",
+        "galore_adafactor_layerwise",
         "lomo",
     ),
 }
@@ -134,7 +135,7 @@ INSTEAD: Mapping[str, str] = {
     "finetuning_type": "lora",
     "fsdp": "leave it out; gradient_checkpointing: true saves memory on one GPU",
     "infer_backend": "huggingface",
-    "optim": "adamw_torch",
+    "optim": "adamw_torch; galore_adamw and apollo_adamw save memory in full tuning",
     "predict_with_generate": "submit a job of kind inference with the adapter",
     "quantization_bit": "bf16: true halves the memory of fp32",
     "resume_from_checkpoint": "`tuneyard retry JOB` goes on from its newest checkpoint",

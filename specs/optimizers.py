@@ -42,7 +42,6 @@ Optim = Literal[
     "galore_adafactor",
     "galore_adamw_layerwise",
     "galore_adamw_8bit_layerwise",
-    "galore_adafactor_layerwise",
     "apollo_adamw",
     "apollo_adamw_layerwise",
     "grokadamw",
@@ -210,6 +209,7 @@ def optimizer_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
         yield from _switch(spec, switch)
     if not chosen:
         yield from _low_rank(spec)
+    yield from _settings(spec)
     yield from _layerwise(spec, chosen)
     yield from _options(spec)
 
@@ -227,6 +227,16 @@ def _switch(spec: "FinetuneSpec", switch: str) -> Iterator[InputError]:
         message = f"{switch} and optim: {spec.optim} exclude each other."
         hint = f"leave optim out, or one of: {', '.join(sorted(allowed))}"
         yield problem("conflicting_fields", message, "optim", hint)
+
+
+def _settings(spec: "FinetuneSpec") -> Iterator[InputError]:
+    """Values with which an optimizer cannot begin."""
+    if spec.use_badam and spec.badam_switch_mode == "fixed" and spec.badam_start_block is None:
+        message = "badam_switch_mode: fixed does not say which block learns."
+        yield problem("missing_field", message, "badam_start_block", "for example 0")
+    if spec.optim in ("schedule_free_adamw", "schedule_free_radam") and spec.adam_beta1 == 0:
+        message = f"optim: {spec.optim} divides by adam_beta1."
+        yield problem("out_of_range", message, "adam_beta1", "above 0, for example 0.9")
 
 
 def _low_rank(spec: "FinetuneSpec") -> Iterator[InputError]:

@@ -120,6 +120,9 @@ def schedule_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
     if "with_min_lr" in name and not options.keys() & {"min_lr", "min_lr_rate"}:
         message, hint = f"{name} needs min_lr or min_lr_rate.", "for example {min_lr_rate: 0.1}"
         yield problem("missing_field", message, "lr_scheduler_kwargs", hint)
+    if {"min_lr", "min_lr_rate"} <= options.keys():
+        message, field = "min_lr and min_lr_rate say the same.", "lr_scheduler_kwargs.min_lr"
+        yield problem("conflicting_fields", message, field, "give one of them")
     if name == "warmup_stable_decay" and "num_decay_steps" not in options:
         message, hint = f"{name} needs num_decay_steps.", "for example {num_decay_steps: 100}"
         yield problem("missing_field", message, "lr_scheduler_kwargs", hint)
