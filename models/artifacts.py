@@ -108,7 +108,6 @@ class KeptCheckpoint:
     id: UUID
     step: int
     digest: str
-    rank: float | None = None  # what evaluations are compared by; less is better
 
 
 # A retry goes on from what its origin left, or that one's origin, up to one that began anew.
@@ -121,9 +120,7 @@ TO_RESUME = text("""
         WHERE NOT coalesce(CAST(line.spec ->> 'from_scratch' AS boolean), false)
           AND line.back < 100
     )
-    SELECT a.id, a.step, a.digest,
-        CAST(coalesce(a.manifest ->> 'rank', a.manifest ->> 'eval_loss') AS float8) AS rank
-    FROM line JOIN artifacts a ON a.job_id = line.id
+    SELECT a.id, a.step, a.digest FROM line JOIN artifacts a ON a.job_id = line.id
     WHERE a.kind = 'checkpoint' AND a.pruned_at IS NULL
     ORDER BY line.back, a.step DESC, a.id DESC
 """)
@@ -132,7 +129,7 @@ TO_RESUME = text("""
 def checkpoints_to_resume(tx: Connection, job_id: UUID) -> list[KeptCheckpoint]:
     """A job's recorded checkpoints, newest first; a retry's follow with those of its origins."""
     rows = tx.execute(TO_RESUME, {"job": job_id})
-    return [KeptCheckpoint(row.id, row.step, row.digest, row.rank) for row in rows]
+    return [KeptCheckpoint(row.id, row.step, row.digest) for row in rows]
 
 
 def publish_outputs(tx: Connection, ref: AttemptRef, folders: list[StoredFolder]) -> None:

@@ -15,7 +15,7 @@ from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import load_weights
 from tuneyard.runners.batches import Order, split, steps_of
-from tuneyard.runners.best_model import best_folder, judge_of
+from tuneyard.runners.best_model import Judge, best_folder, forget_best, judge_of
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import (
     Position,
@@ -67,8 +67,7 @@ def build_trainer(
     if at.schedule:
         schedule.restore(at.schedule)
     resumed = Path(attempt.spec.resume) if attempt.spec.resume else None
-    if judge.load and at.best_step and best_folder(at, attempt.workdir, resumed) is None:
-        forget_best(at, attempt)
+    look_for_best(at, judge, attempt, resumed)
     reference = partial(
         load_reference,
         model,
@@ -95,11 +94,15 @@ def build_trainer(
     )
 
 
-def forget_best(at: Position, attempt: Attempt) -> None:
-    """Without its checkpoint the best model cannot be the result: the next best will be."""
-    said = f"The checkpoint of step {at.best_step}, the best so far, is gone; the best of those"
-    attempt.events.warn("best_gone", f"{said} that follow is taken.")
-    at.best_step = at.best_loss = at.best_metric = None
+def look_for_best(at: Position, judge: Judge, attempt: Attempt, resumed: Path | None) -> None:
+    """The best so far is one by the same measure, and its checkpoint is at hand if it is needed."""
+    if at.compared_by != judge.compares_by:
+        forget_best(at)
+    at.compared_by = judge.compares_by
+    if judge.load and at.best_step and best_folder(at, attempt.workdir, resumed) is None:
+        said = f"The checkpoint of step {at.best_step}, the best so far, is gone; the best of those"
+        attempt.events.warn("best_gone", f"{said} that follow is taken.")
+        forget_best(at)
 
 
 def pick_precision(asked: Asked, attempt: Attempt) -> Precision:

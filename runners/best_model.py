@@ -26,6 +26,11 @@ class Judge:
     load: bool = False
     save: bool = False
 
+    @property
+    def compares_by(self) -> str:
+        """The metric, and which way: what was best by another is not comparable."""
+        return f"-{self.metric}" if self.greater else self.metric
+
     def value(self, found: Mapping[str, float]) -> float:
         """What counts of an evaluation. Raises: BadSpec when it was not measured."""
         value = found.get(f"eval_{self.metric}")
@@ -52,6 +57,11 @@ class Judge:
     def wants_kept(self, at: Position) -> bool:
         """Whether the model as it is must not be lost."""
         return (self.save or self.load) and at.step > 0 and at.best_step == at.step
+
+
+def forget_best(at: Position) -> None:
+    """As if nothing had been measured yet."""
+    at.best_step = at.best_loss = at.best_metric = None
 
 
 def judge_of(arguments: FinetuneArguments) -> Judge:

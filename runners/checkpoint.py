@@ -44,6 +44,7 @@ class Position:
     best_loss: float | None = None  # of the evaluation that was best
     best_step: int | None = None
     best_metric: float | None = None  # what was compared: the loss, or what was asked for
+    compared_by: str = "loss"  # its name, with a - where more is better
     bad_evaluations: int = 0  # in a row that were no better
     schedule: dict[str, Any] = field(default_factory=dict)  # of one that goes by evaluations
     loss_sum: float = 0.0
@@ -105,10 +106,11 @@ def write_checkpoint(
 
 
 def _meta(position: Position, greater: bool) -> dict[str, Any]:
+    best = position.best_step
     if position.evaluated_step != position.step or position.eval_metric is None:
-        return checkpoint_meta(position.step)
+        return checkpoint_meta(position.step, best_step=best)
     rank = -position.eval_metric if greater else position.eval_metric
-    return checkpoint_meta(position.step, position.eval_loss, rank)
+    return checkpoint_meta(position.step, position.eval_loss, rank, best)
 
 
 def _write_state(aside: Path, running: Running, position: Position, run: Mapping[str, Any]) -> None:

@@ -227,7 +227,23 @@ def state_tree(
         writer.tree(changed(group, before), f"group{i}")
         for i, (group, before) in enumerate(zip(optimizer.param_groups, begun, strict=True))
     ]
-    return {"class": type(optimizer).__qualname__, "moments": moments, "groups": groups}
+    formats = {names[p]: str(p.dtype).removeprefix("torch.") for p in optimizer.state if p in names}
+    return {
+        "class": type(optimizer).__qualname__,
+        "moments": moments,
+        "formats": formats,
+        "groups": groups,
+    }
+
+
+def _in_format(moments: Any, before: torch.dtype, now: torch.dtype) -> Any:
+    """Moments of a parameter that learns in another format than before follow it."""
+    if before == now:
+        return moments
+    return {
+        name: value.to(now) if isinstance(value, torch.Tensor) and value.dtype == before else value
+        for name, value in moments.items()
+    }
 
 
 def restore_tree(
@@ -238,7 +254,9 @@ def restore_tree(
 ) -> None:
     """Put moments and groups back."""
     optimizer.state = defaultdict(dict)
-    for name, moments in tree["moments"].items():
-        optimizer.state[parameters[name]] = reader.value(moments)
+    for name, kept in tree["moments"].items():
+        moments, parameter = reader.value(kept), parameters[name]
+        before = getattr(torch, tree["formats"][name])
+        optimizer.state[parameter] = _in_format(moments, before, parameter.dtype)
     for group, kept in zip(optimizer.param_groups, tree["groups"], strict=True):
         group.update(reader.value(kept))

@@ -57,6 +57,7 @@ class Measured:
         import torch
         from transformers import get_scheduler
 
+        self._name = name
         self._optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
         self._scheduler = get_scheduler(
             name, self._optimizer, scheduler_specific_kwargs=dict(options)
@@ -72,10 +73,12 @@ class Measured:
 
     def state(self) -> State:
         """Counters, the best metric and the rate: numbers and words."""
-        return {"lr": self.at(0), "scheduler": self._scheduler.state_dict()}
+        return {"name": self._name, "lr": self.at(0), "scheduler": self._scheduler.state_dict()}
 
     def restore(self, state: State) -> None:
-        """Go on from there; options are those of now."""
+        """Go on from there, with the options of now, unless it was another schedule."""
+        if state["name"] != self._name:
+            return
         begun = self._scheduler.state_dict()
         kept = {name: state["scheduler"][name] for name in begun if name in _COUNTED}
         self._scheduler.load_state_dict(begun | kept)

@@ -7,7 +7,7 @@ from pydantic import Field
 from tuneyard.specs.evaluating import EvaluatingFields
 from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Spec, Text
 from tuneyard.specs.numbers import Positive
-from tuneyard.specs.optimizers import SWITCHES, OptimizerFields
+from tuneyard.specs.optimizers import OptimizerFields
 from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.preferences import PreferenceFields
 from tuneyard.specs.tuning import TuningFields
@@ -77,7 +77,7 @@ SHAPE_A_CHECKPOINT = (
     | {"val_size", "seed", "finetuning_type"}
     | {"lora_rank", "lora_alpha", "lora_target", "layers_to_transform", "additional_target"}
     | {"use_rslora", "use_dora"}
-    | {"optim", "optim_target_modules", *SWITCHES}
+    | (OptimizerFields.model_fields.keys() - Spec.model_fields.keys() - {"badam_verbose"})
 )
 """Fields that a checkpoint's rows, adapter, its scale and moments follow from."""
 

@@ -2,20 +2,26 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from safetensors.torch import load_file
 from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import ANIMALS, a_dataset, a_tiny_base
 
+from tuneyard.models.artifacts import KeptCheckpoint
 from tuneyard.runners.best_model import Judge
 from tuneyard.runners.checkpoint import Position
 from tuneyard.runners.finetune import finetune
+from tuneyard.runners.retention import checkpoint_meta
 from tuneyard.specs.errors import SpecRejected
 from tuneyard.specs.exits import ExitCode
 from tuneyard.specs.jobs import read_spec
-from tuneyard.store.folder import read_manifest
+from tuneyard.store.disk import DiskStore
+from tuneyard.store.folder import manifest_digest, publish_folder, read_manifest
+from tuneyard.workers.staging import lay_checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -210,3 +216,26 @@ def test_files_of_llamafactory_that_ask_for_the_best_model_are_understood():
         }
     )
     assert (spec.best_metric, spec.greater_is_best) == ("loss", False)
+
+
+def test_a_worker_lays_the_best_checkpoint_beside_the_one_that_is_resumed(tmp_path):
+    store = DiskStore(tmp_path / "store")
+    kept = []
+    for step in (5, 4, 2):
+        aside = tmp_path / f".aside-{step}"
+        aside.mkdir()
+        (aside / "state.json").write_text(str(step))
+        made = tmp_path / f"step-{step}"
+        manifest = publish_folder(aside, made, checkpoint_meta(step, best_step=2))
+        store.put_folder(made, "artifacts", artifact := uuid4())
+        kept.append(KeptCheckpoint(artifact, step, manifest_digest(manifest)))
+    for told, laid in (({}, ["step-5"]), ({"load_best_model_at_end": True}, ["step-2", "step-5"])):
+        workdir = tmp_path / f"work-{len(told)}"
+        resume, rejected = lay_checkpoints(kept, told, workdir, store)
+        assert (resume, rejected) == (workdir / "resume" / "step-5", [])
+        assert sorted(path.name for path in resume.parent.iterdir()) == laid
+    gone = [*kept[:2], replace(kept[2], id=uuid4())]
+    told, workdir = {"load_best_model_at_end": True}, tmp_path / "work-without"
+    resume, (said,) = lay_checkpoints(gone, told, workdir, store)
+    assert said == "checkpoint of step 2 rejected: it is gone"
+    assert resume == workdir / "resume" / "step-5"
