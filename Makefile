@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test unit integration hubs e2e docs demo clean
-.PHONY: test-browser wheel-check test-merge-memory test-transformers4
+.PHONY: test-methods test-browser wheel-check test-merge-memory test-transformers4
 
 TRANSFORMERS4 := .venv-transformers4
 
@@ -52,6 +52,9 @@ hubs: setup ## tests of downloads by the hubs' real clients, from a stub that mi
 	$(BIN)/pytest $(PARALLEL) tests/hubs
 
 test: check unit integration hubs e2e ## everything that CI runs
+
+test-methods: setup ## every way to tune, exact: minutes of small models
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/methods
 
 test-browser: setup ## a real browser logs in and looks at Flower; needs chromium
 	@command -v chromium >/dev/null || { echo "there is no chromium: apt-get install chromium" >&2; exit 1; }

@@ -106,11 +106,15 @@ class FileChecker:
         with self._yard.db.begin(team=file.team_id) as tx:
             return files.bytes_of(tx, file.id) > SMALL_BYTES
 
+    def _is_plain(self, file: files.FileToCheck) -> bool:
+        with self._yard.db.begin(team=file.team_id) as tx:
+            return files.name_of(tx, file.id).lower().endswith(".txt")
+
     def _check(self, file: files.FileToCheck) -> None:
         """Check a file and free the jobs that wait for it."""
         try:
             with self._yard.store.file_here(file.id) as path:
-                report = check_file(path, purpose=file.purpose)
+                report = check_file(path, purpose=file.purpose, plain=self._is_plain(file))
             with self._yard.db.begin(team=file.team_id) as tx:
                 files.finish_check(tx, file.id, report, accepted=bool(report["ok"]))
                 decide_waiting(tx, self._yard, file.id)

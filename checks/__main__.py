@@ -1,4 +1,4 @@
-"""python -P -m tuneyard.checks FILE [--purpose dataset|prompts] prints a report as JSON."""
+"""python -P -m tuneyard.checks FILE [--purpose WHAT] [--plain] prints a report as JSON."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("--purpose", choices=("dataset", "prompts"), default="dataset")
+    parser.add_argument("--plain", action="store_true", help="the file may be plain text")
     parser.add_argument("--memory-bytes", type=int, help="address space at most")
     parser.add_argument("--cpu-s", type=int, help="seconds of CPU time at most")
     asked = parser.parse_args()
@@ -21,7 +22,11 @@ def main() -> int:
     _limit(resource.RLIMIT_CPU, asked.cpu_s)
     _limit(resource.RLIMIT_NOFILE, 64)
     _limit(resource.RLIMIT_CORE, 0)
-    json.dump(report_on(asked.file, purpose=asked.purpose), sys.stdout, ensure_ascii=True)
+    json.dump(
+        report_on(asked.file, purpose=asked.purpose, plain=asked.plain),
+        sys.stdout,
+        ensure_ascii=True,
+    )
     return 0
 
 

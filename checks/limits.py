@@ -16,6 +16,7 @@ def check_file(
     path: Path,
     *,
     purpose: str = "dataset",
+    plain: bool = False,
     python: str = sys.executable,
     timeout_s: float = TIMEOUT_S,
     memory_bytes: int = MEMORY_BYTES,
@@ -25,7 +26,12 @@ def check_file(
     The child limits itself before it opens the file: preexec_fn is not safe beside threads.
     """
     command = [python, "-P", "-m", "tuneyard.checks", str(path), "--purpose", purpose]
-    command += ["--memory-bytes", str(memory_bytes), "--cpu-s", str(int(timeout_s) + 1)]
+    command += ["--plain"] * plain + [
+        "--memory-bytes",
+        str(memory_bytes),
+        "--cpu-s",
+        str(int(timeout_s) + 1),
+    ]
     try:
         done = subprocess.run(
             command,

@@ -17,12 +17,14 @@ MAX_LAYERS = 10_000
 MAX_FILES = 10_000
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block|layer)\.\d+\..*?(\w+)\.weight$")
+_PART = re.compile(r"\.\d+\.(\w+)")
 _PICKLES = tuple(bytes((0x80, version)) for version in range(2, 6))
 _OF_TORCH = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".pkl")
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
-    """linear_modules, modules, layers, max_position_embeddings, has_chat_template, parameters.
+    """linear_modules, modules, layer_parts, outer_modules, layers, max_position_embeddings,
+    has_chat_template, parameters.
 
     Raises: InputError remote_code_forbidden, unsafe_format, bad_safetensors, not_a_regular_file,
     missing_config, bad_config, too_large.
@@ -38,6 +40,10 @@ def model_facts(folder: Path) -> dict[str, Any]:
     return {
         "linear_modules": sorted(_linear_modules(tensors)),
         "modules": sorted(_modules(tensors)),
+        "layer_parts": sorted(
+            {found.group(1) for name in tensors if (found := _PART.search(name))}
+        ),
+        "outer_modules": sorted({_module(name) for name in tensors if not _PART.search(name)}),
         "layers": _number(config, "num_hidden_layers", most=MAX_LAYERS) or 0,
         "max_position_embeddings": _number(config, "max_position_embeddings"),
         "has_chat_template": _has_template(folder),
@@ -108,6 +114,11 @@ def _modules(tensors: Mapping[str, Any]) -> set[str]:
     """Last names of all that has weights; a tied output has none of its own and is there too."""
     found = {name.split(".")[-2] for name in tensors if name.count(".")}
     return found | ({"lm_head"} if "embed_tokens" in found else set())
+
+
+def _module(name: str) -> str:
+    """The last name of what a tensor belongs to."""
+    return name.split(".")[-2] if "." in name else name
 
 
 def _number(config: Mapping[str, Any], name: str, *, most: int = 2**40) -> int | None:

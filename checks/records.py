@@ -71,8 +71,11 @@ class Record:
     value: Any
 
 
-def file_format(path: Path, *, purpose: str) -> str:
-    """``json`` (an array), ``jsonl`` or ``txt``. Raises: InputError for anything else."""
+def file_format(path: Path, *, purpose: str, plain: bool = False) -> str:
+    """``json`` (an array), ``jsonl`` or ``txt``. Raises: InputError for anything else.
+
+    plain: by its name the file may be plain text, one text a line.
+    """
     with path.open("rb") as file:
         head = _head(file)
     _refuse_binary(head)
@@ -82,9 +85,11 @@ def file_format(path: Path, *, purpose: str) -> str:
         return _format_of_prompts(head)
     if head[:1] in (b"[", b"{"):
         return "json" if head[:1] == b"[" else "jsonl"
+    if plain:
+        return "txt"
     first = head.partition(b"\n")[0]
     looks = "CSV with a header" if _CSV_HEADER.fullmatch(first.strip()) else "plain text"
-    hint = 'JSON lines: {"instruction": …, "output": …}, one a line'
+    hint = 'JSON lines: {"instruction": …, "output": …}, one a line; texts to go on with: NAME.txt'
     raise InputError(f"This looks like {looks}, not JSON.", code="wrong_format", line=1, hint=hint)
 
 

@@ -32,15 +32,16 @@ def empty_report() -> dict[str, Any]:
     }
 
 
-def report_on(path: Path, *, purpose: str) -> dict[str, Any]:
+def report_on(path: Path, *, purpose: str, plain: bool = False) -> dict[str, Any]:
     """Check a whole file; the report says ``ok`` or lists the first problems by line.
 
+    plain: its name allows plain text, each line of which is a row of text.
     kinds: form of rows -> {"rows": how many, "line": where the first is}.
     """
     checking = _Checking(purpose)
     try:
         checking.report["bytes"] = _size(path)
-        checking.report["format"] = format_ = file_format(path, purpose=purpose)
+        checking.report["format"] = format_ = file_format(path, purpose=purpose, plain=plain)
         for record in read_records(path, format_):
             checking.take(record)
     except InputError as error:
@@ -92,7 +93,7 @@ class _Checking:
         if self._purpose == "prompts":
             check_prompt(value)
             return Judged("prompts")
-        return check_row(value)
+        return check_row({"text": value} if self.report["format"] == "txt" else value)
 
     def add(self, error: InputError) -> None:
         """Count a problem; the first ones are listed."""

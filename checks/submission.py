@@ -86,8 +86,16 @@ def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErro
         found.append(problem("too_long", message, "cutoff_len", f"at most {positions}"))
     linear = list(facts.get("linear_modules") or [])
     modules = list(facts.get("modules") or linear)
-    found += _check_names("lora_target", spec.lora_target, linear, all_=("all", "all-linear"))
+    everything = ("all", "all-linear")
+    found += _check_names("lora_target", spec.lora_target, linear, all_=everything)
+    found += _check_names("oft_target", spec.oft_target, linear, all_=everything)
     found += _check_names("additional_target", spec.additional_target, modules)
+    if spec.finetuning_type == "freeze":
+        parts, outer = (list(facts.get(name) or []) for name in ("layer_parts", "outer_modules"))
+        found += _check_names(
+            "freeze_trainable_modules", spec.freeze_trainable_modules, parts, all_=("all",)
+        )
+        found += _check_names("freeze_extra_modules", spec.freeze_extra_modules, outer)
     return found
 
 
@@ -108,7 +116,11 @@ def _check_template(spec: FinetuneSpec | ServeSpec, facts: Mapping[str, Any]) ->
 
 
 def _check_layers(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputError]:
-    layers = int(facts.get("layers") or 0)
+    layers, asked = int(facts.get("layers") or 0), spec.freeze_trainable_layers
+    if spec.use_llama_pro and layers and asked > 0 and layers % asked:
+        message = f"use_llama_pro: the model's {layers} layers are no multiple of {asked}."
+        fitting = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
+        return [problem("out_of_range", message, "freeze_trainable_layers", f"one of {fitting}")]
     beyond = [i for i in spec.layers_to_transform or [] if layers and i >= layers]
     if not beyond:
         return []

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from pydantic import SecretStr
 
@@ -76,7 +76,7 @@ def lay_out(home: Home, settings: Settings) -> Yard:
     children = (
         *_servers(postgres, valkey),
         _migrate(home, shared, postgres, api_key),
-        *_services(home, shared, postgres, settings, url=url),
+        *_services(home, shared, postgres, settings, url=url, api_key=api_key),
         _flower(home, shared, flower_url),
     )
     return Yard(children, url, flower_url, api_key, notices)
@@ -110,19 +110,26 @@ def choose_api_port(home: Home, settings: Settings) -> tuple[int, tuple[str, ...
     return port, notices
 
 
-def answers(url: str) -> Callable[[ProcessId], bool]:
-    """A probe: whether a URL answers 200."""
+def answers(*urls: str, key: str = "") -> Callable[[ProcessId], bool]:
+    """A probe: whether all URLs answer 200 to who holds the key.
+
+    Another program's server may listen on a port that was free a moment ago: it knows no key of
+    ours.
+    """
+    asked = [Request(url, headers={"Authorization": f"Bearer {key}"}) for url in urls]  # noqa: S310
 
     def probe(process: ProcessId) -> bool:
-        if not process.alive:
-            return False
-        try:
-            with urlopen(url, timeout=PROBE_TIMEOUT_S) as answer:  # noqa: S310 - http, our own
-                return bool(answer.status == 200)
-        except OSError:
-            return False
+        return process.alive and all(map(_answers, asked))
 
     return probe
+
+
+def _answers(request: Request) -> bool:
+    try:
+        with urlopen(request, timeout=PROBE_TIMEOUT_S) as answer:  # noqa: S310 - http, our own
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def child_environment() -> dict[str, str]:
@@ -158,11 +165,12 @@ def _services(
     settings: Settings,
     *,
     url: str,
+    api_key: str,
 ) -> list[Child]:
     """API, scheduler and worker, each with a role of its own; the store is not the scheduler's."""
     keys = _store_keys(settings)
     particular: dict[str, dict[str, Any]] = {
-        "api": {"is_ready": answers(f"{url}/readyz")},
+        "api": {"is_ready": answers(f"{url}/readyz", f"{url}/api/v1/nodes", key=api_key)},
         "scheduler": {},
         "worker": {"stop_within_s": settings.stop_grace_s + PUBLISHED_WITHIN_S},
     }

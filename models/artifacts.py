@@ -147,14 +147,14 @@ def _insert_model(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> None
     """Name the model as it was asked, or as its job; a name that is taken gets the job's id."""
     asked = JobRow.spec["model_name"].astext.label("asked")
     job = tx.execute(select(JobRow.name, JobRow.inputs, asked).where(JobRow.id == ref.job_id)).one()
-    wanted = job.asked or model_name_of(job.name) or "tuned"
+    wanted, whole = job.asked or model_name_of(job.name) or "tuned", folder.kind == "model"
     row = insert(ModelRow).values(
         id=new_id(),
         team_id=ref.team_id,
         job_id=ref.job_id,
         artifact_id=folder.id,
         kind=folder.kind,
-        adapter_artifact_id=job.inputs["adapter"]["artifact"] if folder.kind == "model" else None,
+        adapter_artifact_id=job.inputs.get("adapter", {}).get("artifact") if whole else None,
         **_parent(tx, job.inputs["model"]),
     )
     for name in (wanted, f"{wanted}-{ref.job_id.hex[-12:]}"):

@@ -20,7 +20,9 @@ MODELS = """
         FROM base_models b ORDER BY b.name, b.published_at DESC
     ) newest
     UNION ALL
-    SELECT m.id, m.name, CASE m.kind WHEN 'model' THEN 'merged' ELSE 'tuned' END,
+    SELECT m.id, m.name,
+        CASE WHEN m.adapter_artifact_id IS NOT NULL THEN 'merged'
+             WHEN m.kind = 'model' THEN 'whole' ELSE 'tuned' END,
         coalesce(b.name, p.name), m.job_id, m.artifact_id, m.adapter_artifact_id,
         a.digest, a.bytes, m.created_at
     FROM models m

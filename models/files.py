@@ -135,6 +135,11 @@ def bytes_of(tx: Connection, file_id: UUID) -> int:
     return tx.execute(select(FileRow.bytes).where(FileRow.id == file_id)).scalar_one_or_none() or 0
 
 
+def name_of(tx: Connection, file_id: UUID) -> str:
+    """The name of a file; nothing when it was deleted meanwhile."""
+    return tx.execute(select(FileRow.name).where(FileRow.id == file_id)).scalar_one_or_none() or ""
+
+
 def extend_claim(tx: Connection, file_id: UUID, *, seconds: float) -> None:
     """Keep a claimed file for longer: large ones take their time."""
     until = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)

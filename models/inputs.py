@@ -27,6 +27,7 @@ from tuneyard.specs.fields import DATA_FILES, model_name_of
 from tuneyard.specs.ids import PREFIXES, is_id, parse_id, show_id
 from tuneyard.specs.jobs import Reference
 from tuneyard.specs.states import TERMINAL, JobState
+from tuneyard.specs.tuning import WHOLE, use_refused
 
 OUTPUTS = {
     "download": "base_model",
@@ -48,6 +49,7 @@ FITS = {
 """What a reference asks for -> the outputs that can be it."""
 
 MERGE_FIRST = "merge it first (`tuneyard merge JOB`), or name the base that it was tuned over"
+GO_ON = f"{MERGE_FIRST}; a fine-tune goes on from it by adapter: its name"
 
 Input = Mapping[str, str]
 Inputs = Mapping[str, Input]
@@ -57,6 +59,8 @@ def output_of(kind: str, document: Mapping[str, Any]) -> str:
     """What a job of this spec brings forth."""
     if kind == "download" and document.get("what") == "dataset":
         return "dataset"
+    if kind == "finetune" and document.get("finetuning_type") in WHOLE:
+        return "model"
     return OUTPUTS[kind]
 
 
@@ -99,6 +103,7 @@ def resolve(
             inputs |= _resolve_one(tx, team_id, reference)
     resolved = complete(tx, team_id, inputs)
     check_bases(tx, team_id, references, resolved.inputs)
+    check_uses(tx, team_id, references, resolved.inputs)
     return resolved
 
 
@@ -214,6 +219,15 @@ def rejected_file(row: Row[Any], field: str) -> InputError:
     )
 
 
+def _whole_already(field: str, kind: str) -> InputError:
+    """The refusal of a model that stands alone where an adapter is wanted."""
+    made = "A fine-tune of whole weights leaves" if kind == "finetune" else "This is"
+    hint = "ask it, or tune it on, as it is: model: its name"
+    return InputError(
+        f"{made} a whole model, no adapter.", code="not_an_adapter", field=field, hint=hint
+    )
+
+
 def _model(tx: Connection, team_id: UUID, reference: Reference) -> Inputs:
     name = str(reference.value)
     if reference.what in ("model", "base") and (base := _base_named(tx, name)) is not None:
@@ -266,11 +280,10 @@ def _tuned(field: str, what: str, kind: str, artifact_id: UUID, base: Input) -> 
     if kind == "model":
         if what in ("model", "base"):
             return {field: own}
-        message, hint = "This is a whole model, no adapter.", "name what a fine-tune brought forth"
-        raise InputError(message, code="not_an_adapter", field=field, hint=hint)
+        raise _whole_already(field, "merge")
     if what == "base":
         message = "This is an adapter, which is no model by itself."
-        raise InputError(message, code="not_a_whole_model", field=field, hint=MERGE_FIRST)
+        raise InputError(message, code="not_a_whole_model", field=field, hint=GO_ON)
     if what == "model":
         return {field: base, "adapter": own}
     return {field: base if what == "base_of" else own}
@@ -354,6 +367,8 @@ def _output_of(tx: Connection, team_id: UUID, reference: Reference, name: str) -
         )
     brings = output_of(job.kind, job.spec)
     output = output or brings
+    if reference.what in ("adapter", "base_of") and output == brings == "model":
+        raise _whole_already(reference.field, job.kind)
     _check_fits(reference, job.kind, output, brings)
     if reference.what == "base_of":
         # What an adapter is being tuned over is known before it is there.
@@ -373,7 +388,7 @@ def _check_fits(reference: Reference, kind: str, output: str, brings: str) -> No
         f"The {output} of {job} cannot be {_shown_what(reference)}.",
         code="wrong_output",
         field=reference.field,
-        hint=MERGE_FIRST if (reference.what, output) == ("base", "adapter") else forth,
+        hint=GO_ON if (reference.what, output) == ("base", "adapter") else forth,
     )
 
 
@@ -385,7 +400,7 @@ def _shown_what(reference: Reference) -> str:
 def _published(tx: Connection, team_id: UUID, field: str, value: Mapping[str, str]) -> Inputs:
     """What a job brought forth, or the job itself while it may still do so."""
     job = tx.execute(
-        select(JobRow.id, JobRow.kind, JobRow.state, JobRow.inputs).where(
+        select(JobRow.id, JobRow.kind, JobRow.state, JobRow.spec, JobRow.inputs).where(
             JobRow.id == UUID(value["job"]), JobRow.team_id == team_id
         )
     ).one()
@@ -402,14 +417,13 @@ def _published(tx: Connection, team_id: UUID, field: str, value: Mapping[str, st
         return _dataset(tx, team_id, field, ArtifactRow.job_id == job.id, value.get("data_file"))
     if job.kind == "download":
         return {field: {"base_model": str(_downloaded(tx, job.id))}}
+    brought = output_of(job.kind, job.spec)
     artifact = tx.execute(
-        select(ArtifactRow.id).where(
-            ArtifactRow.job_id == job.id, ArtifactRow.kind == OUTPUTS[job.kind]
-        )
+        select(ArtifactRow.id).where(ArtifactRow.job_id == job.id, ArtifactRow.kind == brought)
     ).scalar_one()
     if job.kind == "prepare":
         return {field: {"artifact": str(artifact)}}
-    return _tuned(field, value["what"], OUTPUTS[job.kind], artifact, job.inputs["model"])
+    return _tuned(field, value["what"], brought, artifact, job.inputs["model"])
 
 
 def _downloaded(tx: Connection, job_id: UUID) -> UUID:
@@ -431,19 +445,47 @@ def check_bases(
     Raises: InputError base_mismatch.
     """
     for reference in references:
-        if reference.fits is None:
+        for field in reference.fits:
+            own, asked = _base_of(tx, team_id, inputs[field]), inputs[reference.field]
+            unknown = _digest(tx, own) is None or _digest(tx, asked) is None
+            if unknown or _digest(tx, own) == _digest(tx, asked):
+                continue
+            merges = next(r.use == "merge" for r in references if r.field == field)
+            raise InputError(
+                f"The {field} was tuned over {_named(tx, own)}; this is {_named(tx, asked)}.",
+                code="base_mismatch",
+                field=reference.field,
+                hint=_OTHER_BASE if merges else f"model: {_name_of(tx, own)}",
+            )
+
+
+_OTHER_BASE = "leave model out to merge onto its own base; force: true merges anyway"
+
+
+def check_uses(
+    tx: Connection, team_id: UUID, references: Sequence[Reference], inputs: Inputs
+) -> None:
+    """Refuse an adapter that cannot be used so, by the spec that made or makes it.
+
+    Raises: InputError unfit_adapter.
+    """
+    for reference in references:
+        if reference.use is None:
             continue
-        own, asked = _base_of(tx, team_id, inputs[reference.fits]), inputs[reference.field]
-        unknown = _digest(tx, own) is None or _digest(tx, asked) is None
-        if unknown or _digest(tx, own) == _digest(tx, asked):
-            continue
-        raise InputError(
-            f"The adapter was tuned over {_named(tx, own)}; this is {_named(tx, asked)}.",
-            code="base_mismatch",
-            field=reference.field,
-            hint=f"leave {reference.field} out to merge onto its own base; force: true merges"
-            " anyway",
-        )
+        document = _made_by(tx, team_id, inputs[reference.field])
+        refused = use_refused(reference.use, document)  # type: ignore[arg-type]  # one of Use
+        if refused is not None:
+            message, hint = refused
+            raise InputError(message, code="unfit_adapter", field=reference.field, hint=hint)
+
+
+def _made_by(tx: Connection, team_id: UUID, adapter: Input) -> Mapping[str, Any]:
+    """The spec of the fine-tune that an adapter comes of, or is to come of."""
+    spec = select(JobRow.spec).where(JobRow.team_id == team_id)
+    if "job" in adapter:
+        return dict(tx.execute(spec.where(JobRow.id == UUID(adapter["job"]))).scalar_one())
+    maker = select(ArtifactRow.job_id).where(ArtifactRow.id == UUID(adapter["artifact"]))
+    return dict(tx.execute(spec.where(JobRow.id == maker.scalar_subquery())).scalar_one())
 
 
 def _base_of(tx: Connection, team_id: UUID, adapter: Input) -> Input:
@@ -477,6 +519,15 @@ def _named(tx: Connection, value: Input) -> str:
         )
     ).one()
     return f"{row.name} {row.revision} ({row.digest[:12]})"
+
+
+def _name_of(tx: Connection, model: Input) -> str:
+    """What a spec may call a model that is there."""
+    if "base_model" in model:
+        by = select(BaseModelRow.name).where(BaseModelRow.id == UUID(model["base_model"]))
+    else:
+        by = select(ModelRow.name).where(ModelRow.artifact_id == UUID(model["artifact"]))
+    return str(tx.execute(by).scalar_one())
 
 
 def show_input(value: Mapping[str, str]) -> str:

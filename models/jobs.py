@@ -301,5 +301,5 @@ def _kept_inputs(inputs: Inputs, patch: Mapping[str, Any]) -> Inputs:
     """
     changed = {*patch, "tokens"}
     if changed & {"model", "adapter"}:
-        changed |= {"model", "adapter"}
+        changed |= {name for name in inputs if name.startswith(("model", "adapter"))}
     return {name: value for name, value in inputs.items() if name not in changed}

@@ -1,40 +1,49 @@
-"""What a fine-tune leaves: the adapter in peft's format, and all that it needs to speak."""
+"""What a fine-tune leaves: an adapter in peft's format with all that it needs, or a whole model."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from tuneyard.runners.adapter import save_adapter
-from tuneyard.runners.asked import Asked
+from tuneyard.runners.asked import Asked, adapter_names
 from tuneyard.runners.attempt import Attempt, library_versions
 from tuneyard.runners.base_model import end_ids, read_generation_config, tokenizer_files
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import LOG_FILE, Position, write_log
+from tuneyard.runners.learned import is_adapter, save_adapter
 from tuneyard.runners.origin import WEIGHTS_FILE
+from tuneyard.runners.tensor_files import SINGLE_FILE
 from tuneyard.runners.training import Trainer
+from tuneyard.runners.tuned_folder import write_tuned
 from tuneyard.specs.runner import TUNEYARD_FILE
 from tuneyard.store.folder import manifest_digest, publish_folder, read_manifest
 
 
 def publish_adapter(asked: Asked, attempt: Attempt, chat: Chat, trainer: Trainer) -> None:
-    """Write output/: the adapter, what it needs to speak, and how it came about."""
-    position = trainer.at
+    """Write output/: adapter or model, what it needs to speak, and how it came about."""
+    position, model = trainer.at, trainer.running.model
     aside = attempt.fresh_aside()
-    save_adapter(trainer.running.model, aside, base_id=asked.base_id)
-    copy_tokenizer(asked.model, aside, chat)
+    about = origin(asked, attempt, chat, position) | {"steps": trainer.loaded_step or position.step}
+    meta: dict[str, Any] = {"base": asked.base_id, "steps": position.step}
+    if is_adapter(model):
+        save_adapter(model, aside, base_id=asked.base_id)
+        copy_tokenizer(asked.model, aside, chat)
+        meta |= {"kind": "adapter"}
+    else:
+        write_tuned(model, asked.model, aside, config=asked.config, origin=about)
+        lineage = {"base": about["base"], "job": attempt.spec.job}
+        meta |= {"kind": "model", "lineage": lineage}
     write_log(aside / LOG_FILE, position.log)
-    told = origin(asked, attempt, chat, position) | {"steps": trainer.loaded_step or position.step}
-    about = json.dumps(told, indent=1, sort_keys=True)
-    (aside / TUNEYARD_FILE).write_text(about + "\n", encoding="utf-8")
-    meta = {"kind": "adapter", "base": asked.base_id, "steps": position.step}
+    text = json.dumps(about, indent=1, sort_keys=True)
+    (aside / TUNEYARD_FILE).write_text(text + "\n", encoding="utf-8")
     manifest = publish_folder(aside, attempt.output, meta)
     digests = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
     values = {
         "loss": position.loss_sum / max(1, position.step),
         "steps": position.step,
         "tokens": position.tokens,
-        "adapter_sha256": digests[WEIGHTS_FILE],
+        "adapter_sha256": digests.get(WEIGHTS_FILE),
+        "model_sha256": digests.get(SINGLE_FILE),
         "eval_loss": position.best_loss,
         "best_step": position.best_step,
         "skipped_steps": position.skipped_steps,
@@ -65,6 +74,7 @@ def origin(asked: Asked, attempt: Attempt, chat: Chat, position: Position) -> di
         "format": 1,
         "base": {"id": asked.base_id, "digest": digest},
         "dataset": attempt.spec.input_ids.get("dataset"),
+        "adapters": [attempt.spec.input_ids.get(n) for n in adapter_names(attempt.spec.inputs)],
         "template": chat.template or None,
         "template_name": chat.name,
         "default_system": chat.default_system,

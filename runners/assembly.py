@@ -1,5 +1,6 @@
 """Putting a run together: weights, adapter, plan, and where to begin."""
 
+import importlib.util
 import logging
 import math
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 
-from tuneyard.runners.adapter import add_adapter
+from tuneyard.runners.adapter import computes_by_casting, tune
+from tuneyard.runners.allocation import allocation_of
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
@@ -24,6 +26,7 @@ from tuneyard.runners.checkpoint import (
     job_of,
     read_checkpoint,
 )
+from tuneyard.runners.continuing import go_on
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.mover import Mover
 from tuneyard.runners.noise import EmbeddingNoise
@@ -34,6 +37,7 @@ from tuneyard.runners.optimizers import (
     warmup_of,
     warnings_about,
 )
+from tuneyard.runners.origin import read_origin
 from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
@@ -55,10 +59,18 @@ def build_trainer(
     if not held_out:
         examples, held_out = split(examples, arguments.val_size, seed=asked.seed)
     precision = pick_precision(asked, attempt)
-    model = load_model(asked, precision, device)
     plan = plan_of(arguments, len(examples))
+    model = load_model(asked, precision, device, steps=plan.steps)
+    warn_of_another_template(asked, chat, attempt)
     noise = EmbeddingNoise(model, a) if (a := arguments.neftune_noise_alpha) else None
-    running = Running(model, mover_of(model, asked, plan, attempt), scaler_of(precision), device)
+    running = Running(
+        model,
+        mover_of(model, asked, plan, attempt),
+        scaler_of(precision),
+        device,
+        cast_to=casting_of(model, precision),
+        allocation=allocation_of(model),
+    )
     torch.manual_seed(stream_seed(asked.seed, "dropout"))
     run = description(asked, tokenised.digest, len(examples), device, job=attempt.spec.job)
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
@@ -123,17 +135,70 @@ def pick_precision(asked: Asked, attempt: Attempt) -> Precision:
     return precision
 
 
-def load_model(asked: Asked, precision: Precision, device: str) -> Any:
-    """The base with a fresh adapter."""
-    dtype = getattr(torch, precision.weights)
-    arguments = asked.arguments
-    scoring = arguments.stage == "rm"
-    base = load_weights(asked.model, asked.config, dtype=dtype, device=device, scoring=scoring)
+def load_model(asked: Asked, precision: Precision, device: str, *, steps: int) -> Any:
+    """The base with what learns: a fresh adapter, one that goes on, or weights of its own."""
+    dtype, arguments = getattr(torch, precision.weights), asked.arguments
+    base = load_weights(
+        asked.model,
+        asked.config,
+        dtype=dtype,
+        device=device,
+        scoring=arguments.stage == "rm",
+        quantisation=quantisation_of(arguments, dtype),
+    )
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks its weights in the first evaluation, for sums in bf16 that no
+            # gradient passes: what follows would learn another base, or nothing.
+            module.support_avx512bf16_for_cpu = False
     if arguments.gradient_checkpointing and not arguments.disable_gradient_checkpointing:
         # Not reentrant: it needs no gradient at the input, so layers below the first adapter
         # still take no part in the backward pass.
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    return add_adapter(base, arguments, seed=asked.seed, precision=precision)
+    if asked.adapters:
+        return go_on(base, asked.adapters, arguments, seed=asked.seed, precision=precision)
+    return tune(base, arguments, seed=asked.seed, precision=precision, steps=steps)
+
+
+def quantisation_of(arguments: FinetuneArguments, dtype: torch.dtype) -> Any:
+    """How the base is quantised while it is loaded: products are computed in the weights' format.
+
+    Norms, embedding and output stay as they are: peft's prepare_model_for_kbit_training would widen
+    them to fp32, which is slow and costs 4 GiB at 8B. Raises: BadSpec without bitsandbytes.
+    """
+    if arguments.quantization_bit is None:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        message = "This node's runner has no bitsandbytes."
+        raise BadSpec(message, field="quantization_bit", hint="an admin can install it")
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if arguments.quantization_bit == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_type=arguments.quantization_type,
+        bnb_4bit_use_double_quant=arguments.double_quantization,
+    )
+
+
+def warn_of_another_template(asked: Asked, chat: Chat, attempt: Attempt) -> None:
+    """An adapter that goes on learned by a template; another one teaches it to speak anew."""
+    for adapter in asked.adapters[-1:]:
+        trained = read_origin(adapter).get("template")
+        if trained is not None and trained != chat.template:
+            said = "The adapter was tuned by another chat template; this run uses its own."
+            attempt.events.warn("other_template", said)
+
+
+def casting_of(model: Any, precision: Precision) -> torch.dtype | None:
+    """What products are computed in, where weights in another format take part in them."""
+    if precision.autocast or computes_by_casting(model, precision):
+        format_: torch.dtype = getattr(torch, precision.weights)
+        return format_
+    return None
 
 
 def mover_of(model: Any, asked: Asked, plan: Plan, attempt: Attempt) -> Mover:

@@ -61,6 +61,7 @@ def load_class(config: Mapping[str, Any], *, scoring: bool = False) -> Any:
     transformers.utils.logging.disable_progress_bar()
     name = class_name(config)
     if scoring:
+        transformers.utils.logging.set_verbosity_error()  # of a head that is not there yet
         name = name.replace("ForCausalLM", "ForSequenceClassification")
     found = getattr(transformers, name, None)
     if found is None:
@@ -79,12 +80,16 @@ def load_weights(
     dtype: Any,
     device: str,
     scoring: bool = False,
+    quantisation: Any = None,
 ) -> Any:
     """The base in ``dtype``, in evaluation mode, from its safetensors alone.
 
     scoring: with a fresh head of one score a sequence, as transformers' reward models have it.
+    quantisation: how transformers is to quantise it while it is loaded.
     """
     more: dict[str, Any] = {"device_map": {"": device}} if device != "cpu" else {}
+    if quantisation is not None:
+        more = {"device_map": {"": device}, "quantization_config": quantisation}
     if scoring:
         more["num_labels"] = 1
     return load_class(config, scoring=scoring).from_pretrained(

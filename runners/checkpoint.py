@@ -1,6 +1,8 @@
 """Checkpoints: everything that a run needs to go on as if nothing had happened. No pickle.
 
 adapter_model.safetensors  adapter_config.json    the adapter, in peft's format
+trained.safetensors                               what learned, where that is not all of it
+allocation.safetensors                            what adalora knows of its ranks
 optimizer.safetensors                             what the optimizer remembers of each parameter
 random.safetensors                                states of torch's generators
 state.json                                        where the run is, and what it ran on
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tuneyard.runners.adapter import restore_adapter, save_adapter
+from tuneyard.runners.allocation import RankAllocation
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.learned import restore_learned, save_learned
 from tuneyard.runners.losses import RunningMean
 from tuneyard.runners.mover import Mover
 from tuneyard.runners.retention import checkpoint_meta
@@ -55,12 +58,22 @@ class Position:
 
 @dataclass(frozen=True)
 class Running:
-    """The parts of a run that change with every step."""
+    """The parts of a run that change with every step.
+
+    cast_to: what products are computed in where it is not the weights' own format.
+    """
 
     model: Any
     mover: Mover
     scaler: torch.amp.GradScaler
     device: str
+    cast_to: torch.dtype | None = None
+    allocation: RankAllocation | None = None
+
+    def casting(self) -> torch.autocast:
+        """The context in which the model computes."""
+        on = self.cast_to is not None
+        return torch.autocast(self.device, self.cast_to or torch.float16, enabled=on)
 
 
 RandomState = Mapping[str, torch.Tensor]
@@ -94,7 +107,7 @@ def write_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        save_adapter(running.model, aside, base_id=base_id)
+        save_learned(running.model, aside, base_id=base_id)
         running.mover.save(aside / OPTIMIZER_FILE)
         save_file(dict(random), aside / RANDOM_FILE)
         _write_state(aside, running, position, run)
@@ -135,7 +148,8 @@ def read_checkpoint(folder: Path, running: Running, *, run: Mapping[str, Any]) -
     state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     _compare(state.pop("run"), run)
     running.mover.check(folder / OPTIMIZER_FILE)  # before anything is changed
-    restore_adapter(running.model, folder)
+    with running.mover.whole():
+        restore_learned(running.model, folder)
     running.mover.restore(folder / OPTIMIZER_FILE)
     _restore_random(load_file(folder / RANDOM_FILE), running.device)
     if scaler := state.pop("scaler"):

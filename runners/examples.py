@@ -178,27 +178,27 @@ def _cut_answer(pieces: Sequence[Piece], cutoff_len: int) -> Example:
 
 
 def _texts(rows: Sequence[Text], chat: Chat, cutting: Cutting, progress: Progress) -> Encoded:
-    """Stage pt: every token but the first is learned; each text ends with the eos token.
+    """Stage pt: every token but a sequence's first is learned; each text ends with eos.
 
-    In blocks, texts follow one another and are cut every cutoff_len tokens; the rest is kept.
-    Source: behaviour of LLaMA-Factory 0.9.5, data/processor/pretrain.py (it drops the rest).
+    It begins with what the tokenizer puts before a text. In blocks, texts follow one another and
+    are cut every cutoff_len tokens; the rest is kept.
+    Source: behaviour of LLaMA-Factory 0.9.5, data/processor/pretrain.py; there the rest is
+    dropped, and a block's first token makes way for bos.
     """
     tokenizer, width = chat.tokenizer, cutting.cutoff_len
-    begin = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
+    begin = tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
     sequences: list[list[int]] = []
     flat: list[int] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
         texts = [row.text for row in rows[start : start + ROWS_AT_ONCE]]
         for ids in chat.encode(texts):
-            whole = [*ids, tokenizer.eos_token_id]
-            if not cutting.blocks:
-                sequences.append([*begin, *whole][:width])
-                continue
-            flat += whole
+            whole = [*begin, *ids, tokenizer.eos_token_id]
+            if cutting.blocks:
+                flat += whole
+            else:
+                sequences.append(whole[:width])
         progress(min(start + ROWS_AT_ONCE, len(rows)))
-    for start in range(0, len(flat), width):
-        block = flat[start : start + width]
-        sequences.append([*begin, *block[1:]] if begin else block)
+    sequences += [flat[start : start + width] for start in range(0, len(flat), width)]
     return Encoded([Example(ids, list(ids)) for ids in sequences])
 
 

@@ -1,6 +1,6 @@
 """Models that are made rather than brought, for trying everything where there is no hub.
 
-    python -P -m tuneyard.runners.fixtures tiny-llama FOLDER [--hidden 64] [--layers 4]
+    python -P -m tuneyard.runners.fixtures tiny-llama FOLDER [--hidden 64] [--layers 4] [--heads 4]
 
 The weights are random and the same for the same arguments; the tokenizer speaks in bytes.
 """
@@ -20,7 +20,6 @@ from tuneyard.runners.chat import TEMPLATES
 
 WORDS = ["<|unknown|>", "<|im_start|>", "<|im_end|>"]
 SEED = 7
-HEADS = 4
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,14 +29,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4)
     asked = parser.parse_args(argv)
-    if asked.hidden % (2 * HEADS) or asked.hidden <= 0 or asked.layers <= 0:
-        parser.error(f"hidden must be a multiple of {2 * HEADS}, layers at least 1")
-    write_tiny_llama(asked.folder, hidden=asked.hidden, layers=asked.layers)
+    if asked.heads < 2 or asked.heads % 2:
+        parser.error("heads must be a multiple of 2")
+    if asked.hidden % (2 * asked.heads) or asked.hidden <= 0 or asked.layers <= 0:
+        parser.error(f"hidden must be a multiple of {2 * asked.heads}, layers at least 1")
+    write_tiny_llama(asked.folder, hidden=asked.hidden, layers=asked.layers, heads=asked.heads)
     return 0
 
 
-def write_tiny_llama(folder: Path, *, hidden: int = 64, layers: int = 4) -> None:
+def write_tiny_llama(folder: Path, *, hidden: int = 64, layers: int = 4, heads: int = 4) -> None:
     """Write a Llama of random bf16 weights with a ChatML template into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -46,8 +48,8 @@ def write_tiny_llama(folder: Path, *, hidden: int = 64, layers: int = 4) -> None
         hidden_size=hidden,
         intermediate_size=4 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         vocab_size=len(WORDS) + len(alphabet),
         max_position_embeddings=4096,
         tie_word_embeddings=False,

@@ -1,5 +1,6 @@
 """Generating: which settings apply, and batches of prompts as batches of texts."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,12 +96,16 @@ class Speaker:
 
     def answer(self, prompts: Sequence[Sequence[int]], *, batch: int) -> list[Answer]:
         """Answer a batch of encoded prompts. What is drawn depends on the seed and ``batch``."""
+        if self._stands_before and len({len(prompt) for prompt in prompts}) > 1:
+            # Padding would come between the learned vectors and the text.
+            return [answer for each in prompts for answer in self.answer([each], batch=batch)]
         room = self._room(max(map(len, prompts)))
         ids, mask = self._padded(prompts)
         torch.manual_seed(stream_seed(self.settings.seed, "sampling", batch))
-        # Given as the whole configuration: generate() would mix in the model's own otherwise.
-        self.model.generation_config = self._configuration(room)
-        with torch.inference_mode():
+        self._configure(room)
+        with torch.inference_mode(), warnings.catch_warnings():
+            # Without padding they are counted as they would be given.
+            warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -108,6 +113,12 @@ class Speaker:
             )
         rows = out[:, ids.shape[1] :].tolist()
         return [self._read(row, len(p)) for row, p in zip(rows, prompts, strict=True)]
+
+    @property
+    def _stands_before(self) -> bool:
+        """Whether an adapter of learned vectors stands before the text."""
+        config = getattr(self.model, "active_peft_config", None)
+        return bool(getattr(config, "is_prompt_learning", False))
 
     @property
     def limit(self) -> int:
@@ -132,6 +143,13 @@ class Speaker:
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
         device = self.model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _configure(self, room: int) -> None:
+        """Given as the whole configuration: generate() would mix in the model's own otherwise."""
+        configuration = self._configuration(room)
+        self.model.generation_config = configuration
+        if hasattr(self.model, "get_base_model"):  # peft hands it on to the wrong module
+            self.model.get_base_model().generation_config = configuration
 
     def _configuration(self, room: int) -> GenerationConfig:
         settings = self.settings

@@ -129,9 +129,9 @@ def load_speaker(asked: Asked, attempt: Attempt, chat: Chat, settings: "Settings
     dtype = getattr(torch, precision.weights)
     model = load_weights(asked.model, asked.config, dtype=dtype, device=device)
     if asked.adapter is not None:
-        from peft import PeftModel
+        from tuneyard.runners.learned import load_adapter
 
-        model = PeftModel.from_pretrained(model, str(asked.adapter), local_files_only=True)
+        model = load_adapter(model, asked.adapter)
     model.eval()
 
     def give_way() -> None:

@@ -21,7 +21,7 @@ from tuneyard.runners.base_model import read_config
 from tuneyard.runners.devices import make_ready
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.merge_plan import Plan, WholeModelNeeded, plan_merge
-from tuneyard.runners.merged_folder import Change, write_surroundings
+from tuneyard.runners.merged_folder import Change, keep_adapter, write_surroundings
 from tuneyard.runners.origin import (
     WEIGHTS_FILE,
     read_adapter_config,
@@ -65,7 +65,8 @@ def merge(attempt: Attempt) -> None:
     attempt.events.emit("phase", phase="running")
     aside = attempt.fresh_aside()
     change, pairs = write_merged(asked, attempt, aside)
-    write_surroundings(asked.model, asked.adapter, aside, change)
+    write_surroundings(asked.model, aside, change)
+    keep_adapter(asked.adapter, aside)
     publish(asked, attempt, aside, pairs=pairs)
 
 

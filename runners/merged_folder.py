@@ -43,13 +43,17 @@ class Change:
     template: str | None = None
 
 
-def write_surroundings(base: Path, adapter: Path, folder: Path, change: Change) -> None:
+def write_surroundings(base: Path, folder: Path, change: Change) -> None:
     """Put everything but weights and tuneyard.json into the folder."""
     for path in base_files(base):
         shutil.copyfile(path, folder / path.name)
     _edit(folder / "config.json", config_changes(_json(base / "config.json"), change))
     _write_ends(folder, change)
     _write_template(folder, change)
+
+
+def keep_adapter(adapter: Path, folder: Path) -> None:
+    """Put the adapter's own files below the folder."""
     (folder / ADAPTER_FOLDER).mkdir()
     for name in _OF_AN_ADAPTER:
         if (adapter / name).is_file():

@@ -43,7 +43,7 @@ class Mover:
         self._parameters = dict(model.named_parameters())
         self._names: dict[torch.Tensor, str] = {p: name for name, p in self._parameters.items()}
         # Beside each other groups may have other rates (LoRA+): they keep their proportion.
-        self._shares = [[float(g["lr"]) / rate for g in part.param_groups] for part in self.parts]
+        self._shares = [[_share(group, rate) for group in p.param_groups] for p in self.parts]
         self._begun = [[dict(g) for g in part.param_groups] for part in self.parts]
 
     def set_rate(self, rate: float) -> None:
@@ -73,13 +73,21 @@ class Mover:
             scaler.unscale_(part)
 
     def step(self, scaler: torch.amp.GradScaler, *, norm: float) -> None:
-        """Move, unless a gradient overflowed; forget the gradients."""
+        """Move, unless a gradient overflowed."""
         if not self.within_backward and (math.isfinite(norm) or not scaler.is_enabled()):
             for part in self.parts:
                 scaler.step(part)
         scaler.update()
+
+    def forget(self) -> None:
+        """Drop the gradients."""
         for parameter in self.learn.values():
             parameter.grad = None
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All that learns counts as such, also what waits for its turn."""
+        yield
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
@@ -122,6 +130,10 @@ class Mover:
     def _restore(self, tree: Tree, reader: Reader) -> None:
         for part, kept in zip(self.parts, tree["parts"], strict=True):
             restore_tree(part, kept, reader, self._parameters)
+
+
+def _share(group: Mapping[str, Any], rate: float) -> float:
+    return float(group["lr_scale"] if "lr_scale" in group else group["lr"] / rate)
 
 
 def _values(gradient: torch.Tensor) -> torch.Tensor:
@@ -187,7 +199,7 @@ class Blocks(Mover):
         return self.parts[0]
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
+    def whole(self) -> Iterator[None]:
         """All that learns counts as such, whichever block it is in."""
         active = {name: p.requires_grad for name, p in self.learn.items()}
         self.settle()
@@ -196,6 +208,8 @@ class Blocks(Mover):
         finally:
             for name, flag in active.items():
                 self.learn[name].requires_grad_(flag)
+
+    at_rest = whole
 
     def settle(self) -> None:
         """The same, for good."""

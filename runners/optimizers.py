@@ -1,62 +1,30 @@
-"""From arguments to what moves the parameters: groups, rates, decay, and each optimizer's class."""
+"""From arguments to what moves the parameters: groups, rates, and each optimizer's class."""
 
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from tuneyard.runners.adapter import decaying_names, parameter_groups, trained_parameters
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.mover import Blocks, Mover, ScheduleFree, Shares
 from tuneyard.runners.schedules import BY_EVALUATION, Schedule, schedule, warmup_steps
-from tuneyard.specs.optimizers import (
-    OPTIM_OPTIONS,
-    PLAIN,
-    SWITCHES,
-    family,
-    optim_options,
-    packages_of,
-)
-
-if TYPE_CHECKING:
-    import torch
-
-    from tuneyard.runners.mover import Mover
+from tuneyard.specs.optimizers import OPTIM_OPTIONS, PLAIN, SWITCHES, family, optim_options
 
 Group = dict[str, Any]
-Named = Mapping[str, "torch.nn.Parameter"]
-
-_LEAST_VERSIONS = {"schedule_free_radam": (1, 4)}
-
-_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-"""Source: transformers 5.23, Trainer.get_decay_parameter_names."""
-
-
-def check_packages(arguments: FinetuneArguments) -> None:
-    """Look for the optimizer's package without importing anything. Raises: BadSpec."""
-    for field, package in packages_of(arguments):
-        name = arguments.optim if field == "optim" else field
-        try:
-            found = version(package)
-        except PackageNotFoundError:
-            message = f"{name} needs the package {package}, which this node's runner lacks."
-            hint = f"`pip install {package}` there, or optim: adamw_torch"
-            raise BadSpec(message, field=field, hint=hint) from None
-        least = _LEAST_VERSIONS.get(arguments.optim)
-        if least and tuple(int(part) for part in found.split(".")[:2]) < least:
-            message = f"{name} needs {package} {'.'.join(map(str, least))}, here is {found}."
-            raise BadSpec(message, field=field, hint=f"`pip install --upgrade {package}`")
+Named = Mapping[str, torch.nn.Parameter]
 
 
 def build_mover(
     model: Any, arguments: FinetuneArguments, *, warmup_steps: int, device: str
-) -> "Mover":
+) -> Mover:
     """The optimizer that was asked for, over all that learns. Raises: BadSpec."""
-    from tuneyard.runners.mover import Mover, ScheduleFree
-
     rate = arguments.learning_rate
-    about: dict[str, Any] = {"learn": _learning(model), "rate": rate, "device": device}
+    about: dict[str, Any] = {"learn": trained_parameters(model), "rate": rate, "device": device}
     switch = next((name for name in SWITCHES if getattr(arguments, name)), None)
     if switch is not None:
         return _BY_SWITCH[switch](model, arguments, about)
@@ -102,36 +70,6 @@ def warnings_about(arguments: FinetuneArguments) -> Iterator[str]:
         yield "Layers move within the backward pass: gradients are not clipped, their norm reads 0."
 
 
-def decaying(model: "torch.nn.Module") -> set[str]:
-    """Names of parameters that weight decay draws to 0: neither norms nor biases."""
-    import torch
-
-    norms = {
-        f"{name}.{inner}" if name else inner
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.LayerNorm)
-        for inner, _ in module.named_parameters(recurse=False)
-    }
-    names = (name for name, _ in model.named_parameters())
-    return {name for name in names if name not in norms and not _NO_DECAY.search(name.lower())}
-
-
-def parameter_groups(model: Any, arguments: FinetuneArguments) -> list[Group]:
-    """What decays and what does not; with LoRA+ the second matrices learn faster.
-
-    Source: transformers 5.23, Trainer.create_optimizer; LoRA+ (arXiv 2402.12354) as LLaMA-Factory
-    0.9.5 groups it, train/trainer_utils.py.
-    """
-    decay, learn = decaying(model), _learning(model)
-    if ratio := getattr(arguments, "loraplus_lr_ratio", None):
-        return _loraplus_groups(learn, decay, arguments, ratio)
-    return _split(learn, decay, arguments.weight_decay)
-
-
-def _learning(model: Any) -> dict[str, "torch.nn.Parameter"]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def _split(learn: Named, decay: set[str], weight_decay: float, **more: Any) -> list[Group]:
     groups: list[Group] = [
         {"params": [p for n, p in learn.items() if n in decay], "weight_decay": weight_decay},
@@ -140,24 +78,9 @@ def _split(learn: Named, decay: set[str], weight_decay: float, **more: Any) -> l
     return [group | more for group in groups if group["params"]]
 
 
-def _loraplus_groups(
-    learn: Named, decay: set[str], arguments: FinetuneArguments, ratio: float
-) -> list[Group]:
-    embedding = {n: p for n, p in learn.items() if "lora_embedding_B" in n}
-    fast = {n: p for n, p in learn.items() if n not in embedding and ("lora_B" in n or p.ndim == 1)}
-    slow = {n: p for n, p in learn.items() if n not in embedding and n not in fast}
-    rate, of_embedding = arguments.learning_rate, getattr(arguments, "loraplus_lr_embedding", 1e-6)
-    return [
-        *_split(slow, decay, arguments.weight_decay, lr=rate),
-        *_split(fast, decay, arguments.weight_decay, lr=rate * ratio),
-        *_split(embedding, decay, arguments.weight_decay, lr=of_embedding),
-    ]
-
-
 def _adamw(
     groups: Sequence[Group], arguments: FinetuneArguments, device: str
-) -> "torch.optim.Optimizer":
-    import torch
+) -> torch.optim.Optimizer:
 
     return torch.optim.AdamW(
         list(groups),
@@ -171,7 +94,7 @@ def _adamw(
 
 def _as_transformers(
     model: Any, arguments: FinetuneArguments, warmup_steps: int
-) -> tuple[list["torch.optim.Optimizer"], bool]:
+) -> tuple[list[torch.optim.Optimizer], bool]:
     """By transformers' own table of optimizers. True: one for each parameter, within backward."""
     from transformers import Trainer
     from transformers.training_args import OptimizerNames, ParallelMode
@@ -201,7 +124,7 @@ def _as_transformers(
         raise BadSpec(str(error), field="optim_target_modules", hint="such as all-linear") from None
     options |= _typed_options(arguments, options)
     if "optimizer_dict" in options:
-        learn = set(_learning(model).values())
+        learn = set(trained_parameters(model).values())
         parts = [part for p, part in options["optimizer_dict"].items() if p in learn]
         return [_mended(part) for part in parts], True
     groups = options.pop("params", None) or parameter_groups(model, arguments)
@@ -230,7 +153,6 @@ def _typed_options(arguments: FinetuneArguments, options: Mapping[str, Any]) -> 
 
 def _embeddings_in_32_bit(model: Any) -> None:
     """As transformers has it: 8 bits are too few for rows that seldom move."""
-    import torch
     from bitsandbytes import optim
 
     manager: Any = getattr(optim, "GlobalOptimManager").get_instance()  # noqa: B009 - it has no types
@@ -240,9 +162,8 @@ def _embeddings_in_32_bit(model: Any) -> None:
             manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
-def _projected(model: Any, targets: str | Sequence[str], field: str) -> set["torch.nn.Parameter"]:
+def _projected(model: Any, targets: str | Sequence[str], field: str) -> set[torch.nn.Parameter]:
     """Matrices whose gradients are projected. Raises: BadSpec when no module is meant."""
-    import torch
 
     output = model.get_output_embeddings()
     linear = {
@@ -267,7 +188,7 @@ def _projected(model: Any, targets: str | Sequence[str], field: str) -> set["tor
     return found
 
 
-def _galore(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> "Mover":
+def _galore(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> Mover:
     import galore_torch
 
     kinds = {"adafactor": galore_torch.GaLoreAdafactor} | dict.fromkeys(
@@ -293,7 +214,7 @@ def _galore(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> 
     return _low_rank(model, arguments, about, kind, options, projected, projection, within)
 
 
-def _apollo(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> "Mover":
+def _apollo(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> Mover:
     from apollo_torch import APOLLOAdamW
 
     projection = {
@@ -316,7 +237,7 @@ def _check_galore_8bit(model: Any, field: str) -> None:
         raise BadSpec(message, field=field, hint="GaLore with adamw_torch or adafactor")
 
 
-def _mended(part: "torch.optim.Optimizer") -> "torch.optim.Optimizer":
+def _mended(part: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """galore-torch hands bitsandbytes two options that meanwhile mean something else there.
 
     Its percentile would be a bound of updates by the norm of weights, which it sets to 0: what has
@@ -339,14 +260,12 @@ def _low_rank(
     about: dict[str, Any],
     kind: Any,
     options: dict[str, Any],
-    projected: set["torch.nn.Parameter"],
+    projected: set[torch.nn.Parameter],
     projection: dict[str, Any],
     within: bool,
-) -> "Mover":
+) -> Mover:
     """Projected matrices in a group of their own; within the backward pass one for each."""
-    from tuneyard.runners.mover import Mover
-
-    learn, decay = _learning(model), decaying(model)
+    learn, decay = trained_parameters(model), decaying_names(model)
     others = {name: p for name, p in learn.items() if p not in projected}
     matrices = [p for p in learn.values() if p in projected]
     weight_decay = arguments.weight_decay
@@ -364,7 +283,7 @@ def _low_rank(
     return Mover(model, parts, within_backward=True, **about)
 
 
-def _stepping(part: "torch.optim.Optimizer") -> Any:
+def _stepping(part: torch.optim.Optimizer) -> Any:
     def step(_: object) -> None:
         part.step()
         part.zero_grad()
@@ -372,10 +291,8 @@ def _stepping(part: "torch.optim.Optimizer") -> Any:
     return step
 
 
-def _badam(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> "Mover":
+def _badam(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> Mover:
     from badam import BlockOptimizer, BlockOptimizerRatio
-
-    from tuneyard.runners.mover import Blocks, Shares
 
     groups, named = parameter_groups(model, arguments), list(model.named_parameters())
     if arguments.badam_mode == "ratio":
@@ -391,7 +308,7 @@ def _badam(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> "
             include_embedding=False,
             **_plain_options(arguments),
         )
-        about["learn"] = _learning(model)
+        about["learn"] = trained_parameters(model)
         return Shares(model, [part], **about)
     base = _adamw(groups, arguments, about["device"])
     try:
@@ -411,15 +328,13 @@ def _badam(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> "
     return Blocks(model, [block], **about)
 
 
-def _adam_mini(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> "Mover":
+def _adam_mini(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> Mover:
     from adam_mini import Adam_mini
-
-    from tuneyard.runners.mover import Mover
 
     config = model.config
     heads, width = config.num_attention_heads, config.hidden_size
     part = Adam_mini(
-        named_parameters=list(_learning(model).items()),
+        named_parameters=list(trained_parameters(model).items()),
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         lr=arguments.learning_rate,
         eps=arguments.adam_epsilon,
@@ -429,7 +344,7 @@ def _adam_mini(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) 
         n_kv_heads=getattr(config, "num_key_value_heads", None),
         verbose=False,
     )
-    for name, parameter in _learning(model).items():
+    for name, parameter in trained_parameters(model).items():
         of_heads = "bias" not in name and any(each in name for each in part.wqk_names)
         if of_heads and parameter.numel() % part.head_numel:
             message = f"use_adam_mini cannot divide {name} into heads of {part.head_numel} numbers."
@@ -438,20 +353,17 @@ def _adam_mini(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) 
     return Mover(model, [part], **about)
 
 
-def _muon(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> "Mover":
+def _muon(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> Mover:
     """Muon for the matrices within the layers, AdamW for embeddings, output and vectors.
 
     Source: Muon is Scalable for LLM Training (arXiv 2502.16982), whose scale of updates
     LLaMA-Factory uses too.
     """
-    import torch
-
-    from tuneyard.runners.mover import Mover
 
     if not hasattr(torch.optim, "Muon"):
         message = f"use_muon needs torch 2.9, and this node's runner has {torch.__version__}."
         raise BadSpec(message, field="use_muon", hint="optim: adamw_torch")
-    learn = _learning(model)
+    learn = trained_parameters(model)
     matrices = [
         p for n, p in learn.items() if p.ndim == 2 and "embed" not in n and "lm_head" not in n
     ]
@@ -467,7 +379,7 @@ def _muon(model: Any, arguments: FinetuneArguments, about: dict[str, Any]) -> "M
                 adjust_lr_fn="match_rms_adamw",
             )
         )
-    if groups := _split(others, decaying(model), arguments.weight_decay):
+    if groups := _split(others, decaying_names(model), arguments.weight_decay):
         parts.append(_adamw(groups, arguments, about["device"]))
     return Mover(model, parts, **about)
 

@@ -12,13 +12,19 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def read_adapter_config(adapter: Path) -> dict[str, Any]:
-    """An adapter's configuration. Raises: BadSpec for what could run code, BadData, InputGone."""
+def read_adapter_config(adapter: Path, *, scoring: bool = False) -> dict[str, Any]:
+    """An adapter's configuration; ``scoring``: of a reward model, which writes nothing.
+
+    Raises: BadSpec for another one than that and for what could run code, BadData, InputGone.
+    """
     if not (adapter / WEIGHTS_FILE).is_file():
         raise BadSpec(f"The adapter has no {WEIGHTS_FILE}.", field="adapter")
     config = _read(adapter / CONFIG_FILE)
     if config.get("auto_mapping") or config.get("megatron_config"):
         raise BadSpec(f"{CONFIG_FILE} names modules to import.", field="adapter")
+    if (config.get("task_type") == "SEQ_CLS") is not scoring:
+        what = "no reward model" if scoring else "a reward model: it scores answers, writes none"
+        raise BadSpec(f"This adapter is {what}.", field="adapter")
     return config
 
 

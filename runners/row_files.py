@@ -12,7 +12,10 @@ from tuneyard.specs.rows import each_once
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of a JSON array, JSON lines, CSV or Parquet, each with the line it begins on."""
+    """The rows of a JSON array, JSON lines, CSV or Parquet, each with the line it begins on.
+
+    Plain text has a row of text a line.
+    """
     if path.suffix.lower() == ".parquet":
         return _parquet(path)
     try:
@@ -22,7 +25,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise BadData("This is not UTF-8.", line=line, hint="save the file as UTF-8") from None
     if path.suffix.lower() == ".csv":
         return _csv(text)
-    return _array(text) if text.lstrip()[:1] == "[" else _lines(text)
+    first = text.lstrip()[:1]
+    if first and first not in "[{":
+        return ((n, {"text": line}) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+    return _array(text) if first == "[" else _lines(text)
 
 
 def _csv(text: str) -> Iterator[tuple[int, Any]]:

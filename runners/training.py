@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from tuneyard.runners.adapter import restore_adapter
 from tuneyard.runners.batches import Batch, Order, collate
 from tuneyard.runners.best_model import Judge, best_folder
 from tuneyard.runners.checkpoint import (
@@ -30,6 +29,7 @@ from tuneyard.runners.checkpoint import (
 from tuneyard.runners.events import EventLog
 from tuneyard.runners.examples import Item
 from tuneyard.runners.failures import LossNotFinite, Stopped
+from tuneyard.runners.learned import restore_learned
 from tuneyard.runners.losses import Objective, Outcome, means
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.retention import RESUME_POINT_S, drop_old
@@ -171,7 +171,7 @@ class Trainer:
         if folder is None:
             raise FileNotFoundError(f"The checkpoint of step {self.at.best_step} is gone.")
         verify_folder(folder)
-        restore_adapter(self.running.model, folder)
+        restore_learned(self.running.model, folder)
         self.loaded_step = self.at.best_step
         log.info("took the model of step %d", self.loaded_step)
 
@@ -201,23 +201,27 @@ class Trainer:
         batch = batch.to(device)
         if self.noise is not None:
             self.noise.lengths = batch.lengths
-        scaler = self.running.scaler
-        with torch.autocast(device, torch.float16, enabled=scaler.is_enabled()):
+        with self.running.casting():
             outcome = self.objective.loss(self.running.model, batch)
         loss = outcome.loss / units
-        scaler.scale(loss).backward()
+        self.running.scaler.scale(loss).backward()
         return Outcome(loss.detach(), outcome.measures)
 
     def _update(self, loss: float) -> float:
         """Clip, move the parameters, forget the gradients; returns the norm before clipping."""
         mover, scaler = self.running.mover, self.running.scaler
         mover.unscale(scaler)
+        if (allocation := self.running.allocation) is not None:
+            allocation.add_penalty()
         grad_norm = mover.clip(self.plan.max_grad_norm or math.inf)
         if not scaler.is_enabled():
             self._check_finite(loss, grad_norm)
         elif not math.isfinite(grad_norm):
             self.at.skipped_steps += 1  # the scaler leaves the parameters alone and scales less
         mover.step(scaler, norm=grad_norm)
+        if allocation is not None:
+            allocation.after_step(self.at.step + 1)
+        mover.forget()
         return grad_norm
 
     def _check_finite(self, loss: float, grad_norm: float) -> None:
@@ -289,9 +293,7 @@ class Trainer:
             group = rows[start : start + size]
             units += sum(map(self.objective.units, group))
             batch = collate(group, self.data.pad_id).to(self.running.device)
-            with torch.autocast(
-                self.running.device, torch.float16, enabled=self.running.scaler.is_enabled()
-            ):
+            with self.running.casting():
                 outcome = self.objective.loss(model, batch)
             parts.append(Outcome(outcome.loss.double(), outcome.measures))
         model.train()

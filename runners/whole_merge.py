@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file
 
-from tuneyard.runners.adapter import shapes
 from tuneyard.runners.base_model import load_weights
-from tuneyard.runners.failures import BadData, BadSpec
-from tuneyard.runners.origin import WEIGHTS_FILE
+from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.learned import load_adapter
 from tuneyard.runners.tensor_files import INDEX_FILE
 
 log = logging.getLogger(__name__)
@@ -48,15 +45,7 @@ def merge_whole(
 
 
 def _merged(model: Any, adapter: Path) -> Any:
-    try:
-        tuned = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        message = f"peft cannot put this adapter onto the base: {error}"
-        raise BadData(message[:1000], field="adapter") from None
-    found = shapes(load_file(adapter / WEIGHTS_FILE))
-    if found != shapes(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
-        message = "The adapter's tensors are not those that its configuration speaks of."
-        raise BadData(message, field="adapter")
+    tuned = load_adapter(model, adapter)
     _refuse_tied(tuned)
     if not hasattr(tuned, "merge_and_unload"):
         kind = tuned.peft_config["default"].peft_type

@@ -15,6 +15,7 @@ from tuneyard.specs.optimizing import schedule_clashes, smoothing_clashes
 from tuneyard.specs.preferences import preference_clashes
 from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.sources import read_source
+from tuneyard.specs.tuning import tuning_clashes
 
 
 def clashes_of(spec: Spec) -> list[InputError]:
@@ -35,6 +36,7 @@ def clashes_of(spec: Spec) -> list[InputError]:
         found += [*_pairs(spec), *_evaluation(spec), *schedule_clashes(spec)]
         found += [*optimizer_clashes(spec), *smoothing_clashes(spec), *best_model_clashes(spec)]
         found += preference_clashes(spec, spec.stage)
+        found += tuning_clashes(spec, spec.stage)
         if spec.max_steps == 0:
             message, hint = "max_steps = 0 trains nothing.", "-1 counts epochs"
             found.append(problem("nothing_to_do", message, "max_steps", hint))

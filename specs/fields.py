@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -146,6 +146,16 @@ Words = Annotated[
 """A text, or a list of texts."""
 
 
+def words_in(value: str | Sequence[str] | None) -> list[str]:
+    """Words as a list, where they may stand in one text with commas between them.
+
+    >>> words_in("q_proj, v_proj"), words_in(["all"]), words_in(None)
+    (['q_proj', 'v_proj'], ['all'], [])
+    """
+    words = value.split(",") if isinstance(value, str) else list(value or ())
+    return [word.strip() for word in words if word.strip()]
+
+
 def check_data_file(name: str) -> str:
     """Refuse what is no name of a file within a data set."""
     parts = check_text(name).split("/")
@@ -162,15 +172,17 @@ class Reference(BaseModel):
     """A thing that a spec names.
 
     what: a model to ask (an adapter brings its base along), a base that must be whole, the base of
-    the named adapter, an adapter, or a file. fits: the field of an adapter that must have
-    been tuned over it. data_file: which file of a data set that has several.
+    the named adapter, an adapter, or a file. fits: fields of adapters that must have been tuned
+    over it. use: what an adapter must be fit for, in the words of specs/tuning.py. data_file: which
+    file of a data set that has several.
     """
 
     model_config = ConfigDict(frozen=True)
     field: str
     what: Literal["model", "base", "base_of", "adapter", "dataset", "prompts"]
     value: str | dict[str, str]
-    fits: str | None = None
+    fits: tuple[str, ...] = ()
+    use: str | None = None
     data_file: str | None = None
 
 

@@ -5,12 +5,12 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from tuneyard.specs.evaluating import EvaluatingFields
-from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Spec, Text
+from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Reference, Spec, Text
 from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizers import OptimizerFields
 from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.preferences import PreferenceFields
-from tuneyard.specs.tuning import TuningFields
+from tuneyard.specs.tuning import SHAPING, TuningFields
 
 TEMPLATES = ("alpaca", "chatml")
 """Chat templates that come along, for bases that have none."""
@@ -70,13 +70,25 @@ class FinetuneSpec(
         """Tuning goes to a GPU where there is one."""
         return True
 
+    def references(self) -> list[Reference]:
+        """The base and the data, then the adapters to go on from: adapter, adapter_2, …"""
+        found = [each for each in super().references() if each.field != "adapter"]
+        adapters = []
+        for number, value in enumerate(self.adapters, start=1):
+            field = "adapter" if number == 1 else f"adapter_{number}"
+            last = number == len(self.adapters) and self.goes_on
+            use = self.finetuning_type if last else "sum"
+            adapters.append(Reference(field=field, what="adapter", value=value, use=use))
+        fits = tuple(each.field for each in adapters)
+        found = [r.model_copy(update={"fits": fits}) if r.field == "model" else r for r in found]
+        return [*found, *adapters]
+
 
 SHAPE_A_CHECKPOINT = (
     {"kind"}
     | (RowsSpec.model_fields.keys() - Spec.model_fields.keys() - {"eval_dataset", "eval_data_file"})
-    | {"val_size", "seed", "finetuning_type"}
-    | {"lora_rank", "lora_alpha", "lora_target", "layers_to_transform", "additional_target"}
-    | {"use_rslora", "use_dora"}
+    | {"val_size", "seed"}
+    | SHAPING
     | (OptimizerFields.model_fields.keys() - Spec.model_fields.keys() - {"badam_verbose"})
 )
 """Fields that a checkpoint's rows, adapter, its scale and moments follow from."""

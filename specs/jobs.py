@@ -30,10 +30,12 @@ from tuneyard.specs.llamafactory import (
     WITHOUT_EFFECT,
 )
 from tuneyard.specs.merge import MergeSpec
+from tuneyard.specs.preferences import WITHOUT_REFERENCE
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
 from tuneyard.specs.serve import ServeSpec
 from tuneyard.specs.sources import read_source
+from tuneyard.specs.tuning import OF_A_NEW_ADAPTER, idle_fields
 from tuneyard.specs.wording import FieldRow, field_rows, leaves
 
 __all__ = ["TEXT_FIELDS", "JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
@@ -211,10 +213,9 @@ class _Reading:
             self._not_yet(written, written, value)
 
     def _take_other(self, name: str, written: str, value: Any) -> None:
-        tuning = self.model is FinetuneSpec
-        if name == "adapter" and tuning:
+        if name == "quantization_bit":
             if value is not None:
-                self._not_yet("adapter", written, value)
+                self._not_yet(name, written, value)
         elif name in GENERATING and self.model in (FinetuneSpec, MergeSpec):
             self._note(written, f"{written} has no effect: only an inference job generates")
         elif name in TUNING and self.model in TRAINS_NOTHING:
@@ -311,6 +312,23 @@ def _notes_on(spec: Spec) -> list[Note]:
         found.append(Note(field="template", message=message))
     if not isinstance(spec, FinetuneSpec):
         return found
+    for name in idle_fields(spec):
+        message = f"{name} has no effect with finetuning_type {spec.finetuning_type}"
+        found.append(Note(field=name, message=message))
+    if spec.goes_on:
+        for name in sorted(OF_A_NEW_ADAPTER & spec.model_fields_set):
+            message = f"{name} has no effect: the adapter goes on as it was made"
+            found.append(Note(field=name, message=message))
+    compares = spec.stage == "kto" or (
+        spec.stage == "dpo" and spec.pref_loss not in WITHOUT_REFERENCE
+    )
+    if spec.goes_on and compares and spec.ref_model is None:
+        message = "answers are compared with the bare base, not with the adapter as it was: "
+        message += "create_new_adapter: true compares with that"
+        found.append(Note(field="adapter", message=message))
+    if spec.pissa_init and not spec.pissa_convert:
+        message = "pissa_init: the result is a LoRA of twice the rank over the untouched base"
+        found.append(Note(field="pissa_init", message=message))
     if spec.output_dir:
         message = "output_dir is a name that a merge may say; `tuneyard fetch` writes folders"
         found.append(Note(field="output_dir", message=message))

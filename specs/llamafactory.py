@@ -89,7 +89,10 @@ GENERATING = frozenset(
 )
 """Fields of an inference job that a training file may carry without effect."""
 
-TUNING = frozenset({"stage", "finetuning_type", "cutoff_len"})
+TUNING = frozenset(
+    {"stage", "finetuning_type", "cutoff_len", "create_new_adapter"}
+    | {"quantization_type", "double_quantization"}
+)
 """Fields of a fine-tune that a file for inference or a merge may carry without effect."""
 
 ON_CPU = frozenset({"use_cpu", "no_cuda"})
@@ -109,7 +112,6 @@ ALSO_DEFAULT: Mapping[str, tuple[str, ...]] = {
 LATER: Mapping[str, tuple[str, ...]] = {
     "stage": ("ppo",),
     "pref_loss": ("kto_pair",),
-    "finetuning_type": ("full", "freeze", "oft"),
     "optim": (
         "adalomo",
         "adamw_anyprecision",
@@ -122,9 +124,7 @@ LATER: Mapping[str, tuple[str, ...]] = {
 """Field -> values that LLaMA-Factory knows and this version does not."""
 
 INSTEAD: Mapping[str, str] = {
-    "adapter": "name its base as model; going on from an adapter comes later",
     "compute_accuracy": "use eval_strategy with val_size; eval_loss is measured",
-    "create_new_adapter": "leave it out: every fine-tune begins with a new adapter",
     "deepspeed": "leave it out; gradient_checkpointing: true saves memory on one GPU",
     "do_predict": "submit a job of kind inference",
     "do_train": "submit a job of kind inference",
@@ -132,12 +132,11 @@ INSTEAD: Mapping[str, str] = {
     "export_quantization_bit": "leave it out: merge first, then quantise the folder",
     "export_quantization_dataset": "leave it out: merge first, then quantise the folder",
     "enable_liger_kernel": "leave it out: it saves memory and changes nothing else",
-    "finetuning_type": "lora",
     "fsdp": "leave it out; gradient_checkpointing: true saves memory on one GPU",
     "infer_backend": "huggingface",
     "optim": "adamw_torch; galore_adamw and apollo_adamw save memory in full tuning",
     "predict_with_generate": "submit a job of kind inference with the adapter",
-    "quantization_bit": "bf16: true halves the memory of fp32",
+    "quantization_bit": "leave it out: the base is taken as it is stored",
     "resume_from_checkpoint": "`tuneyard retry JOB` goes on from its newest checkpoint",
     "pref_loss": "stage: kto, whose rows have a label each",
     "stage": "dpo or kto, which need no reward model while they train",
@@ -189,7 +188,6 @@ NOT_YET: Mapping[str, Any] = {
     "calculate_per_token_loss": None,
     "compute_accuracy": False,
     "context_parallel_size": 1,
-    "create_new_adapter": False,
     "crop_to_patches": False,
     "cross_entropy_loss_fusion": None,
     "data_seed": None,
@@ -198,7 +196,6 @@ NOT_YET: Mapping[str, Any] = {
     "deepspeed": None,
     "do_predict": False,
     "do_train": True,
-    "double_quantization": True,
     "eaft_alpha": 1.0,
     "enable_jit_checkpoint": False,
     "enable_liger_kernel": False,
@@ -223,11 +220,8 @@ NOT_YET: Mapping[str, Any] = {
     "fp8": False,
     "fp8_backend": "auto",
     "fp8_enable_fsdp_float8_all_gather": False,
-    "freeze_extra_modules": None,
     "freeze_language_model": False,
     "freeze_multi_modal_projector": True,
-    "freeze_trainable_layers": 2,
-    "freeze_trainable_modules": "all",
     "freeze_vision_tower": True,
     "fsdp": None,
     "fsdp_config": None,
@@ -259,8 +253,6 @@ NOT_YET: Mapping[str, Any] = {
     "length_column_name": "length",
     "length_penalty": 1.0,
     "liger_kernel_config": None,
-    "loraplus_lr_embedding": 1e-06,
-    "loraplus_lr_ratio": None,
     "masked_softmax_fusion": None,
     "max_length": 1024,
     "megatron_pretrained_checkpoint": None,
@@ -268,23 +260,16 @@ NOT_YET: Mapping[str, Any] = {
     "mixed_precision": "bf16_mixed",
     "mixture_of_depths": None,
     "model_revision": "main",
-    "module_dropout": 0.0,
     "moe_aux_loss_coef": None,
     "moe_grouped_gemm": None,
     "moe_token_dispatcher_type": None,
     "neat_packing": False,
     "new_special_tokens_config": None,
     "num_beams": 1,
-    "oft_block_size": 32,
-    "oft_rank": 0,
-    "oft_target": "all",
     "overlap_grad_reduce": True,
     "overlap_param_gather": True,
     "parallelism_config": None,
     "pipeline_model_parallel_size": 1,
-    "pissa_convert": False,
-    "pissa_init": False,
-    "pissa_iter": 16,
     "ppo_buffer_size": 1,
     "ppo_epochs": 4,
     "ppo_score_norm": False,
@@ -302,10 +287,8 @@ NOT_YET: Mapping[str, Any] = {
     "profiler_warmup_steps": 1,
     "profiler_with_stack": True,
     "push_to_hub": False,
-    "quantization_bit": None,
     "quantization_device_map": None,
     "quantization_method": "bnb",
-    "quantization_type": "nf4",
     "recompute_granularity": None,
     "recompute_method": None,
     "recompute_num_layers": None,
@@ -360,7 +343,6 @@ NOT_YET: Mapping[str, Any] = {
     "use_hyper_parallel": False,
     "use_kt": False,
     "use_liger_kernel": False,
-    "use_llama_pro": False,
     "use_mca": False,
     "use_megatron_bridge": False,
     "use_packed_sequences": False,

@@ -1,8 +1,8 @@
 """What ``kind: merge`` may say: LLaMA-Factory's export, by its names."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from tuneyard.specs.fields import (
     AdapterRef,
@@ -13,9 +13,22 @@ from tuneyard.specs.fields import (
     Text,
     check_text,
     given,
+    refusal,
 )
+from tuneyard.specs.tuning import PROMPTS, WHOLE
 
 Folder = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(check_text)]
+
+
+def _mergeable(value: Any) -> Any:
+    """What leaves nothing to be merged says what to do instead."""
+    if isinstance(value, str) and value in WHOLE:
+        raise refusal(
+            "not_mergeable", "leaves a whole model", "ask it, or tune it on, as it is: model: …"
+        )
+    if isinstance(value, str) and value.replace("-", "_") in PROMPTS:
+        raise refusal("not_mergeable", "is no change of weights", "ask it as an adapter: model: …")
+    return value
 
 
 class MergeSpec(Spec):
@@ -36,7 +49,9 @@ class MergeSpec(Spec):
     template: Text | None = Field(
         None, description="Chat template, where neither adapter nor base brings one."
     )
-    finetuning_type: Literal["lora"] = Field("lora", description="What the adapter is.")
+    finetuning_type: Annotated[
+        Literal["lora", "oft", "adalora", "vera", "ia3"], BeforeValidator(_mergeable)
+    ] = Field("lora", description="What the adapter is.")
     export_dir: Folder | None = Field(
         None, description="Folder of yours that `--wait` writes the result to."
     )
@@ -59,6 +74,6 @@ class MergeSpec(Spec):
             field="model",
             what="base_of" if own else "base",
             value=named,
-            fits=None if own or self.force else "adapter",
+            fits=() if own or self.force else ("adapter",),
         )
-        return [Reference(field="adapter", what="adapter", value=adapter), base]
+        return [Reference(field="adapter", what="adapter", value=adapter, use="merge"), base]

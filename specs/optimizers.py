@@ -209,6 +209,7 @@ def optimizer_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
         yield from _switch(spec, switch)
     if not chosen:
         yield from _low_rank(spec)
+    yield from _loraplus(spec)
     yield from _settings(spec)
     yield from _layerwise(spec, chosen)
     yield from _options(spec)
@@ -227,6 +228,12 @@ def _switch(spec: "FinetuneSpec", switch: str) -> Iterator[InputError]:
         message = f"{switch} and optim: {spec.optim} exclude each other."
         hint = f"leave optim out, or one of: {', '.join(sorted(allowed))}"
         yield problem("conflicting_fields", message, "optim", hint)
+
+
+def _loraplus(spec: "FinetuneSpec") -> Iterator[InputError]:
+    if spec.use_muon and spec.loraplus_lr_ratio is not None:
+        message = "use_muon and loraplus_lr_ratio exclude each other: Muon scales its own steps."
+        yield problem("conflicting_fields", message, "loraplus_lr_ratio", "give one of them")
 
 
 def _settings(spec: "FinetuneSpec") -> Iterator[InputError]:

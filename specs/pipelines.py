@@ -1,6 +1,6 @@
 """From a pipeline as people write it to its jobs: each step a spec, ``from`` naming other steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -37,8 +37,12 @@ def read_pipeline(document: Mapping[str, Any]) -> list[Step]:
     read, problems = [], []
     for position in order:
         document = dict(steps[position])
-        for field, (other, output) in needs[position].items():
-            document[field] = {"from": show_id("job", ids[other]) + (output and f".{output}")}
+        for (field, place), (other, output) in needs[position].items():
+            source = {"from": show_id("job", ids[other]) + (output and f".{output}")}
+            if place is None:
+                document[field] = source
+            else:
+                document[field] = [*document[field][:place], source, *document[field][place + 1 :]]
         try:
             spec, notes = read_spec(document)
             read.append(Step(ids[position], spec, tuple(notes), position))
@@ -96,8 +100,8 @@ def _names(steps: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return names
 
 
-Needs = Mapping[str, tuple[int, str]]
-"""Field of a step -> the step that it names, and the output."""
+Needs = Mapping[tuple[str, int | None], tuple[int, str]]
+"""Field of a step, and the place in it if it is a list -> the step it names, and the output."""
 
 
 def _needs(steps: Sequence[Mapping[str, Any]], names: Mapping[str, int]) -> list[Needs]:
@@ -106,18 +110,27 @@ def _needs(steps: Sequence[Mapping[str, Any]], names: Mapping[str, int]) -> list
     problems: list[InputError] = []
     for position, step in enumerate(steps):
         needs = {}
-        for field, value in step.items():
+        for place, value in _places(step):
             source = value.get("from") if isinstance(value, Mapping) else None
             if not isinstance(source, str) or is_id("job", source.partition(".")[0]):
                 continue
             try:
-                needs[field] = _step_named(source, f"pipeline[{position}].{field}", names)
+                needs[place] = _step_named(source, f"pipeline[{position}].{place[0]}", names)
             except InputError as error:
                 problems.append(error)
         found.append(needs)
     if problems:
         raise SpecRejected(problems[:MAX_PROBLEMS])
     return found
+
+
+def _places(step: Mapping[str, Any]) -> Iterator[tuple[tuple[str, int | None], Any]]:
+    """Each field's value, and where it is a list of references (adapters) each of them."""
+    for field, value in step.items():
+        if isinstance(value, list) and field.startswith("adapter"):
+            yield from (((field, i), each) for i, each in enumerate(value))
+        else:
+            yield (field, None), value
 
 
 def _step_named(source: str, field: str, names: Mapping[str, int]) -> tuple[int, str]:

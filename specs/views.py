@@ -229,11 +229,13 @@ class ChatView(_View):
 
 
 class ModelView(_View):
-    """A base model, or a team's own: tuned (an adapter over its base) or merged (a whole model)."""
+    """A base model, or a team's own: tuned (an adapter over its base), merged (both in one) or
+    whole (its own weights were tuned).
+    """
 
     id: str = Field(examples=["base_019ab3f2c4d57e1f8a6b5c4d3e2f1a0b"])
     name: str = Field(examples=["smollm2-135m-instruct"])
-    kind: Literal["base", "tuned", "merged"]
+    kind: Literal["base", "tuned", "merged", "whole"]
     base_model: str | None = Field(
         default=None, description="Name of the model that a tuned or merged one was made of."
     )

@@ -6,13 +6,18 @@ from typing import get_args
 
 import pytest
 import torch
-from support.tiny_models import a_tiny_base
+from support.attempts_by_hand import run_here
+from support.tiny_models import a_dataset, a_tiny_base
 from transformers import LlamaForCausalLM
 
 from tuneyard.runners.arguments import FinetuneArguments
+from tuneyard.runners.finetune import finetune
 from tuneyard.runners.mover import Mover
-from tuneyard.runners.optimizers import build_mover, check_packages
+from tuneyard.runners.optimizers import build_mover
+from tuneyard.runners.packages import check_packages
+from tuneyard.specs.exits import ExitCode
 from tuneyard.specs.optimizers import SWITCHES, Optim
+from tuneyard.store.folder import read_manifest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This implementation of AdamW is deprecated:FutureWarning"),
@@ -111,6 +116,7 @@ class Run:
             self.losses.append(float(loss.detach()))
             norm = self.mover.clip(1.0)
             self.mover.step(scaler, norm=norm)
+            self.mover.forget()
         return self
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -156,3 +162,47 @@ def test_it_learns_and_goes_on_in_the_same_bits(base, tmp_path, case):
     assert whole.losses[-1] < whole.losses[0]
     stopped.steps(SAVED, STEPS)  # saving alters nothing
     assert equal(whole, stopped) == []
+
+
+FULL = [
+    {"use_galore": True, "galore_rank": 4, "galore_update_interval": 2},
+    {"use_galore": True, "galore_rank": 4, "galore_layerwise": True},
+    {"use_apollo": True, "apollo_rank": 4},
+    {"use_adam_mini": True},
+    {"use_badam": True, "badam_switch_interval": 2, "pure_bf16": True},
+    {"use_badam": True, "badam_mode": "ratio", "badam_update_ratio": 0.3},
+    {"optim": "apollo_adamw_layerwise", "optim_target_modules": "q_proj,v_proj"},
+    {"optim": "galore_adafactor", "optim_target_modules": "all-linear"},
+    {"optim": "paged_adamw_8bit"},
+    {"optim": "grokadamw"},
+]
+ADAPTER = [{"optim": name} for name in ("lion_8bit", "adagrad", "stable_adamw", "ademamix")]
+CASES_OF_RUNS = [
+    *({"finetuning_type": "full", "learning_rate": 0.002, **case} for case in FULL),
+    *({"finetuning_type": "lora", "lora_dropout": 0.1, **case} for case in ADAPTER),
+    {"finetuning_type": "freeze", "use_galore": True, "galore_rank": 4, "learning_rate": 0.002},
+    {"finetuning_type": "adalora", "optim": "adafactor"},
+]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("case", CASES_OF_RUNS, ids=lambda c: f"{c['finetuning_type']}-{ids(c)}")
+def test_a_whole_run_goes_on_in_the_same_bits(base, tmp_path, case):
+    told = {"max_steps": 6, "save_steps": 3, "learning_rate": 0.01, "val_size": 2}
+    told |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_train_batch_size": 3} | case
+    dataset = a_dataset(tmp_path / "rows.jsonl")
+
+    def tune(resume: Path | None = None):
+        inputs = {"model": base, "dataset": dataset}
+        ran = run_here(
+            tmp_path, finetune, inputs=inputs, arguments=told, resume=resume and str(resume)
+        )
+        assert ran.code == ExitCode.DONE, ran.failure
+        files = read_manifest(ran.workdir / "output")["files"]
+        return ran, {e["path"]: e["sha256"] for e in files if ".safetensors" in e["path"]}
+
+    whole, weights = tune()
+    resumed, again = tune(whole.workdir / "checkpoints" / "step-3")
+    assert again == weights != {}
+    assert resumed.metric("eval_loss")[6] == whole.metric("eval_loss")[6]
+    assert whole.metric("eval_loss")[6] < whole.metric("eval_loss")[0]

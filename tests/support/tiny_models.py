@@ -92,6 +92,12 @@ ROWS = [
 ]
 """Eight rows whose answers differ, also in length."""
 
+PAIRS = [
+    {"instruction": f"What does a {a} say?", "chosen": f"{a[::-1]}!", "rejected": f"a {a} says no"}
+    for a in ANIMALS
+]
+"""Eight pairs of answers, of which one is wanted."""
+
 
 def a_dataset(path: Path, rows: Sequence[Mapping[str, Any]] = ROWS) -> Path:
     """Write rows as JSON lines."""

@@ -15,7 +15,7 @@ from tuneyard.checks.report import report_on
 from tuneyard.checks.submission import check_finetune, check_inference, check_prompts
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.prompts import prompts_of, read_prompts
-from tuneyard.runners.rows import read_conversations
+from tuneyard.runners.rows import read_conversations, read_stage
 from tuneyard.specs.conversations import ROLES, check_prompt
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.finetune import FinetuneSpec
@@ -228,6 +228,43 @@ ROWS = [
     },
     {"instruction": "a", "output": ""},
 ]
+
+
+def test_plain_text_is_rows_of_text_where_the_name_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "wiki"
+    path.write_text("One text.\n\n  Another, with a comma.\n")
+    refused = report_on(path, purpose="dataset")["problems"]
+    assert [each["code"] for each in refused] == ["wrong_format"]
+    found = check_file(path, plain=True)
+    assert found["ok"], found["problems"]
+    assert found["kinds"] == {"text": {"rows": 2, "line": 1}}
+    assert [row.text for row in read_stage(path, "pt")] == ["One text.", "  Another, with a comma."]
+    with pytest.raises(BadData, match="needs answers"):
+        read_stage(path, "sft")
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "field"),
+    [
+        ("pt", {"text": "a"}, None),
+        ("pt", {"instruction": "a", "output": "b"}, "dataset"),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "c"}, None),
+        ("rm", {"prompt": "a", "chosen": "b", "rejected": "c"}, None),
+        ("dpo", {"instruction": "a", "output": "b"}, "dataset"),
+        ("kto", {"instruction": "a", "output": "b", "kto_tag": False}, None),
+        ("kto", {"instruction": "a", "output": "b"}, "dataset"),
+    ],
+)
+def test_rows_that_a_stage_does_not_learn_are_refused_at_submission(
+    tmp_path: Path, stage: str, row: dict[str, Any], field: str | None
+) -> None:
+    path = tmp_path / "rows"
+    path.write_text(json.dumps(row))
+    report = report_on(path, purpose="dataset")
+    assert report["ok"], report["problems"]
+    spec = FinetuneSpec(model="m", dataset="d", stage=stage)
+    found = check_finetune(spec, report, None)
+    assert [each.field for each in found] == ([field] if field else [])
 
 
 def test_what_is_accepted_for_training_is_what_the_runner_reads(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from hypothesis import given
@@ -16,7 +18,7 @@ from tuneyard.local.credentials import secret
 from tuneyard.local.down import down
 from tuneyard.local.home import Home, Record, open_home, unusable
 from tuneyard.local.status import status
-from tuneyard.local.yard import choose_api_port
+from tuneyard.local.yard import answers, choose_api_port
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.settings import load_settings
 
@@ -151,3 +153,26 @@ def test_an_address_that_is_not_of_this_machine_is_a_sentence() -> None:
         ports.is_free(8800, "192.0.2.1")
     with pytest.raises(InputError, match=r"no-such-host\.invalid"):
         ports.is_free(8800, "no-such-host.invalid")
+
+
+class _AnothersApi(BaseHTTPRequestHandler):
+    """An API that is ready, and knows one key."""
+
+    def do_GET(self) -> None:
+        known = self.headers["Authorization"] == "Bearer ty-its-own"
+        self.send_response(200 if self.path == "/readyz" or known else 401)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def test_another_programs_api_on_our_port_is_not_taken_for_ours() -> None:
+    with HTTPServer(("127.0.0.1", 0), _AnothersApi) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        urls = [f"http://127.0.0.1:{server.server_port}/{path}" for path in ("readyz", "nodes")]
+        me = processes.process_id(os.getpid())
+        assert me is not None
+        assert answers(*urls, key="ty-its-own")(me)
+        assert not answers(*urls, key="ty-ours")(me)
+        server.shutdown()

@@ -9,8 +9,8 @@ from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import a_dataset, a_tiny_base
 from transformers import LlamaForCausalLM, Trainer
 
-from tuneyard.runners import optimizers
-from tuneyard.runners.adapter import add_adapter
+from tuneyard.runners import packages
+from tuneyard.runners.adapter import add_adapter, decaying_names, parameter_groups
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.batches import collate
 from tuneyard.runners.examples import IGNORED, Example
@@ -18,11 +18,13 @@ from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.finetune import finetune
 from tuneyard.runners.losses import TokenLoss
 from tuneyard.runners.optimizer_state import Reader, Writer
-from tuneyard.runners.optimizers import build_mover, check_packages, decaying, parameter_groups
+from tuneyard.runners.optimizers import build_mover
+from tuneyard.runners.packages import check_packages
 from tuneyard.runners.precision import Precision
 from tuneyard.specs.errors import SpecRejected
 from tuneyard.specs.exits import ExitCode
 from tuneyard.specs.jobs import read_spec
+from tuneyard.store.folder import read_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -94,6 +96,7 @@ def problems(**told) -> dict[str, tuple[str, str]]:
         ({"use_apollo": True, "apollo_layerwise": True, "fp16": True}, "fp16", "bf16: true"),
         ({"label_smoothing_factor": 0.1, "stage": "dpo"}, "label_smoothing_factor", "dpo_label"),
         ({"fp16": True, "pure_bf16": True}, "pure_bf16", "give one of them"),
+        ({"use_muon": True, "loraplus_lr_ratio": 16.0}, "loraplus_lr_ratio", "give one of them"),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_to_use_instead(told, field, said):
@@ -101,7 +104,7 @@ def test_what_cannot_be_is_refused_with_what_to_use_instead(told, field, said):
 
 
 def test_an_optimizer_whose_package_is_missing_is_refused_before_anything_slow(tune, monkeypatch):
-    monkeypatch.setattr(optimizers, "version", _only("torch"))
+    monkeypatch.setattr(packages, "version", _only("torch"))
     ran = tune(optim="schedule_free_adamw")
     assert ran.code == ExitCode.BAD_SPEC
     assert "optim: schedule_free_adamw needs the package schedulefree" in ran.failure["evidence"]
@@ -123,7 +126,7 @@ def test_an_optimizer_whose_package_is_missing_is_refused_before_anything_slow(t
 
 
 def test_a_package_that_is_too_old_is_named_with_its_version(monkeypatch):
-    monkeypatch.setattr(optimizers, "version", lambda _: "1.3.0")
+    monkeypatch.setattr(packages, "version", lambda _: "1.3.0")
     with pytest.raises(BadSpec, match=r"needs schedulefree 1\.4, here is 1\.3\.0"):
         check_packages(arguments_of(optim="schedule_free_radam"))
 
@@ -131,7 +134,7 @@ def test_a_package_that_is_too_old_is_named_with_its_version(monkeypatch):
 def _only(*installed: str):
     def version(package: str) -> str:
         if package not in installed:
-            raise optimizers.PackageNotFoundError(package)
+            raise packages.PackageNotFoundError(package)
         return "1.0"
 
     return version
@@ -140,10 +143,10 @@ def _only(*installed: str):
 def test_norms_and_biases_do_not_decay_as_in_transformers(base):
     model = LlamaForCausalLM.from_pretrained(base)
     theirs = Trainer.get_decay_parameter_names(None, model)
-    assert decaying(model) == set(theirs)
+    assert decaying_names(model) == set(theirs)
     groups = parameter_groups(model, arguments_of(weight_decay=0.1))
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
-    still = {name for name, _ in model.named_parameters()} - decaying(model)
+    still = {name for name, _ in model.named_parameters()} - decaying_names(model)
     assert len(groups[1]["params"]) == len(still) == 5
     assert all("norm" in name for name in still)
 
@@ -170,18 +173,27 @@ def test_muon_moves_matrices_and_adamw_the_rest(base):
         assert id(parameter) in (moved if inside else rest)
 
 
+def weights_of(ran: Ran) -> dict[str, str]:
+    """Digests of what a run leaves."""
+    files = read_manifest(ran.workdir / "output")["files"]
+    found = {each["path"]: each["sha256"] for each in files if ".safetensors" in each["path"]}
+    assert found
+    return found
+
+
 @pytest.mark.parametrize(
     "told",
     [
         {"optim": "adafactor"},
         {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.5},
-        {"optim": "rmsprop"},
         {"use_muon": True},
+        {"finetuning_type": "full", "optim": "rmsprop", "learning_rate": 0.002},
+        {"loraplus_lr_ratio": 3.0, "optim": "adamw_torch"},
         {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"},
         {"optim": "adamw_torch_fused", "lr_scheduler_type": "reduce_lr_on_plateau"}
         | {"lr_scheduler_kwargs": {"patience": 0, "threshold": 0.9, "factor": 0.5}},
     ],
-    ids=lambda told: told.get("optim", "muon"),
+    ids=lambda told: "-".join(map(str, told.values())),
 )
 def test_a_resumed_run_ends_in_the_same_bits(tune, told):
     told = {"max_steps": 6, "save_steps": 3, "eval_strategy": "steps", "eval_steps": 1} | told
@@ -189,7 +201,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tune, told):
     whole = tune(**told)
     assert whole.code == ExitCode.DONE
     resumed = tune(**told, resume=whole.workdir / "checkpoints" / "step-3")
-    assert resumed.adapter_sha256 == whole.adapter_sha256
+    assert weights_of(resumed) == weights_of(whole)
     assert {k: v for k, v in whole.metric("lr").items() if k > 3} == resumed.metric("lr")
     assert whole.metric("eval_loss")[6] == resumed.metric("eval_loss")[6]
     assert whole.metric("loss")[6] < whole.metric("loss")[1]

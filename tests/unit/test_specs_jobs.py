@@ -201,15 +201,12 @@ def test_a_rank_of_another_type_is_refused(value: object) -> None:
         ({"device": "tpu"}, "device", "bad_choice"),
         ({"stage": "ppo"}, "stage", "not_supported_yet"),
         ({"stage": "sfd"}, "stage", "bad_choice"),
-        ({"finetuning_type": "full"}, "finetuning_type", "not_supported_yet"),
-        ({"quantization_bit": 4}, "quantization_bit", "not_supported_yet"),
         ({"packing": True}, "packing", "not_supported_yet"),
         ({"streaming": "yes"}, "streaming", "not_supported_yet"),
         ({"enable_thinking": False}, "enable_thinking", "not_supported_yet"),
         ({"deepspeed": "http://x"}, "deepspeed", "not_supported_yet"),
         ({"optim": "lomo"}, "optim", "not_supported_yet"),
         ({"do_train": False}, "do_train", "not_supported_yet"),
-        ({"adapter_name_or_path": "a"}, "adapter_name_or_path", "not_supported_yet"),
         ({"ignore_pad_token_for_loss": False}, "ignore_pad_token_for_loss", "not_supported_yet"),
         ({"resume_from_checkpoint": "/x"}, "resume_from_checkpoint", "path_not_allowed"),
         ({"tokenized_path": "a/b"}, "tokenized_path", "path_not_allowed"),
@@ -423,15 +420,15 @@ def test_a_merge_that_cannot_work_is_refused_with_its_field(
 def test_a_merge_names_its_adapter_and_asks_for_its_base() -> None:
     own = read_spec(MERGE)[0].references()
     assert [(r.field, r.what, r.value, r.fits) for r in own] == [
-        ("adapter", "adapter", "tuny", None),
-        ("model", "base_of", "tuny", None),
+        ("adapter", "adapter", "tuny", ()),
+        ("model", "base_of", "tuny", ()),
     ]
     named, forced = (
         read_spec(MERGE | {"model": {"from": JOB}, "force": force})[0].references()[1]
         for force in (False, True)
     )
-    assert (named.what, named.value, named.fits) == ("base", {"from": JOB}, "adapter")
-    assert forced.fits is None
+    assert (named.what, named.value, named.fits) == ("base", {"from": JOB}, ("adapter",))
+    assert forced.fits == ()
 
 
 def test_missing_fields_are_named() -> None:
@@ -619,7 +616,8 @@ def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_surviv
         eval_data_file eval_dataset eval_steps eval_strategy fp16 gradient_accumulation_steps
         gradient_checkpointing learning_rate logging_steps lora_dropout lr_scheduler_kwargs
         lr_scheduler_type max_grad_norm max_steps neftune_noise_alpha num_train_epochs
-        per_device_eval_batch_size per_device_train_batch_size pure_bf16 save_steps save_strategy
+        loraplus_lr_embedding loraplus_lr_ratio module_dropout per_device_eval_batch_size
+        per_device_train_batch_size pissa_convert pure_bf16 save_steps save_strategy
         save_total_limit warmup_ratio warmup_steps weight_decay
     """
     decided = set(survived.split()) | (OF_THE_JOB - {"kind"})

@@ -1,0 +1,274 @@
+"""Tuning in bf16 on a GPU, within its bounds of fp32 and of the plain recipe.
+
+    python -P bench/gpu_methods.py ROWS.json PAIRS.json [--hidden 2048 --layers 16 --heads 16]
+
+Makes a random Llama in bf16 and, by a first fine-tune in fp32, one adapter that lora, qlora and dpo
+go on from. For each method it prints:
+
+- the loss of each step in bf16 against the same run in fp32, the greatest relative distance;
+- the gradients of eight rows in bf16 against fp32, the least cosine of a tensor, and that of the
+  plain recipe (one row at a time, whole logits) in bf16;
+- steps a second, and the most GPU memory that was reserved;
+
+and of the merged adapter: the greatest difference of logits in fp32, the mean KL divergence in bf16
+and how many of 64 prompts are answered alike. Exit code 1 when a bound does not hold. Needs torch,
+transformers, peft and bitsandbytes; no network.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid
+from transformers import AutoModelForCausalLM
+
+from tuneyard.runners.asked import read_asked
+from tuneyard.runners.assembly import build_trainer
+from tuneyard.runners.attempt import Attempt, run_attempt
+from tuneyard.runners.batches import collate
+from tuneyard.runners.examples import Example, Item, Pair
+from tuneyard.runners.finetune import finetune
+from tuneyard.runners.fixtures import write_tiny_llama
+from tuneyard.runners.merge import merge
+from tuneyard.runners.tokenising import load_chat, read_rows_of, tokenise
+from tuneyard.runners.training import Trainer
+
+LOSS_BOUND = 2e-3
+COSINE_BOUND = 0.999
+LOGITS_BOUND, KL_BOUND, SAME_BOUND = 1e-4, 1e-3, 0.95
+
+METHODS: Mapping[str, dict[str, Any]] = {
+    "lora": {},
+    "qlora": {"quantization_bit": 4},
+    "full": {"finetuning_type": "full", "learning_rate": 1e-5},
+    "dpo": {"stage": "dpo"},
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where things lie, and how long runs are."""
+
+    folder: Path
+    device: str
+    steps: int
+
+    def run(
+        self, work: Callable[[Attempt], None], inputs: Mapping[str, Path], **arguments: Any
+    ) -> Path:
+        """Run an attempt in this process; its work folder."""
+        workdir = Path(tempfile.mkdtemp(dir=self.folder))
+        paths = {name: str(path) for name, path in inputs.items()}
+        spec = {"kind": "finetune", "device": self.device, "inputs": paths, "arguments": arguments}
+        (workdir / "spec.json").write_text(json.dumps(spec))
+        code = run_attempt(work, [str(workdir / "spec.json"), str(workdir)])
+        if code:
+            raise SystemExit(f"{arguments}: exit code {code}")
+        if self.device == "gpu":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return workdir
+
+
+def main() -> int:
+    """Measure every method; 0 if all bounds hold."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("pairs", type=Path)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    asked = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), asked.device, asked.steps)
+        base = Path(folder, "base")
+        write_tiny_llama(base, hidden=asked.hidden, layers=asked.layers, heads=asked.heads)
+        print(
+            f"{torch.cuda.get_device_name() if asked.device == 'gpu' else 'CPU'}, torch "
+            f"{torch.__version__}, base of {_parameters(base) / 1e6:.0f} M parameters"
+        )
+        start = (
+            bench.run(
+                finetune,
+                {"model": base, "dataset": asked.rows},
+                precision="fp32",
+                max_steps=30,
+                lora_rank=16,
+                learning_rate=1e-3,
+                cutoff_len=512,
+            )
+            / "output"
+        )
+        held = [
+            measure(bench, name, base, start, asked.pairs if name == "dpo" else asked.rows)
+            for name in asked.methods
+        ]
+        held.append(measure_merge(bench, base, start, asked.rows))
+    return 0 if all(held) else 1
+
+
+def measure(bench: Bench, name: str, base: Path, start: Path, data: Path) -> bool:
+    """One method in bf16 against fp32; whether its bounds hold."""
+    inputs = {"model": base, "dataset": data}
+    if name != "full":
+        inputs["adapter"] = start
+    arguments = {
+        "max_steps": bench.steps, "lora_rank": 16, "learning_rate": 1e-4, "cutoff_len": 512,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_strategy": "no",
+    } | METHODS[name]  # fmt: skip
+    losses, gradients, plain = {}, {}, {}
+    for precision in ("fp32", "bf16"):
+        run = bench.run(finetune, inputs, precision=precision, **arguments)
+        losses[precision] = metric(run, "loss")
+        found: list[dict[str, torch.Tensor]] = []
+        bench.run(look_at(found), inputs, precision=precision, **arguments)
+        gradients[precision], plain[precision] = found
+    pace = metric(run, "tokens_per_s")
+    memory = metric(run, "gpu_bytes" if bench.device == "gpu" else "rss_bytes")
+    distance = max(abs(a - b) / abs(a) for a, b in zip(losses["fp32"], losses["bf16"], strict=True))
+    ours = least_cosine(gradients["bf16"], gradients["fp32"])
+    theirs = least_cosine(plain["bf16"], plain["fp32"])
+    held = distance <= LOSS_BOUND and (ours >= COSINE_BOUND or ours >= theirs)
+    print(
+        f"{name}: loss {losses['bf16'][0]:.4f} -> {losses['bf16'][-1]:.4f}, at most {distance:.1e} "
+        f"from fp32 over {bench.steps} steps; least cosine of a gradient {ours:.6f}, of the "
+        f"plain recipe {theirs:.6f}; {sorted(pace)[len(pace) // 2]:,.0f} tokens/s, "
+        f"{max(memory) / 1e9:.1f} GB: {'held' if held else 'NOT HELD'}"
+    )
+    return held
+
+
+def look_at(found: list[dict[str, torch.Tensor]]) -> Callable[[Attempt], None]:
+    """Work that takes the gradients of eight rows, by the engine and by the plain recipe."""
+
+    def work(attempt: Attempt) -> None:
+        asked = read_asked(attempt)
+        rows = read_rows_of(attempt, asked.arguments)
+        chat = load_chat(asked.model, asked.arguments, attempt)
+        tokenised = tokenise(rows, asked.arguments, chat, attempt)
+        trainer = build_trainer(asked, attempt, chat, tokenised)
+        trainer.running.model.train()
+        items = list(trainer.data.examples[:8])
+        units = sum(map(trainer.objective.units, items))
+        for start in (0, 4):
+            trainer._backward(collate(items[start : start + 4], trainer.data.pad_id), units)
+        found.append(taken_gradients(trainer))
+        for item in items:
+            with trainer.running.casting():
+                loss = plain_loss(trainer, item)
+            (loss / units).backward()
+        found.append(taken_gradients(trainer))
+
+    return work
+
+
+def taken_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The gradients that there are, and none left."""
+    model = trainer.running.model
+    found = {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def plain_loss(trainer: Trainer, item: Item) -> torch.Tensor:
+    """The summed loss of an item as a textbook has it."""
+    model, device = trainer.running.model, trainer.running.device
+    if isinstance(item, Example):
+        return -logps(model, item, device).sum()
+    assert isinstance(item, Pair)
+    now = [logps(model, each, device).sum() for each in (item.chosen, item.rejected)]
+    with torch.no_grad(), model.disable_adapter():
+        then = [logps(model, each, device).sum() for each in (item.chosen, item.rejected)]
+    return -logsigmoid(0.1 * ((now[0] - then[0]) - (now[1] - then[1])))
+
+
+def logps(model: Any, example: Example, device: str) -> torch.Tensor:
+    """log p of each target of one row."""
+    logits = model(input_ids=torch.tensor([example.ids], device=device)).logits[0, :-1].float()
+    labels = torch.tensor(example.labels[1:], device=device)
+    kept = labels != -100
+    return -cross_entropy(logits[kept], labels[kept], reduction="none")
+
+
+def least_cosine(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:
+    """The cosine of the tensor in which two sets of gradients agree least."""
+    cosines = {}
+    for name, x in a.items():
+        y = b[name]
+        if y.norm() > 0:
+            cosines[name] = float((x * y).sum() / (x.norm() * y.norm()))
+    return min(cosines.values())
+
+
+def metric(workdir: Path, name: str) -> list[float]:
+    """A metric of each step."""
+    events = map(json.loads, (workdir / "events.jsonl").read_text().splitlines())
+    return [e["values"][name] for e in events if e["type"] == "metric" and name in e["values"]]
+
+
+def measure_merge(bench: Bench, base: Path, adapter: Path, rows: Path) -> bool:
+    """The merged folder against base and adapter; whether the bounds hold."""
+    device = "cuda" if bench.device == "gpu" else "cpu"
+    prompts = [row["instruction"][:200] for row in json.loads(rows.read_text())[:64]]
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        inputs = {"model": base, "adapter": adapter}
+        folder = bench.run(merge, inputs, dtype=precision) / "output"
+        dtype = getattr(torch, precision)
+        tuned = PeftModel.from_pretrained(load(base, dtype, device), str(adapter))
+        found[precision] = compare(tuned, load(folder, dtype, device), base, prompts, device)
+    logits, _, _ = found["float32"]
+    _, divergence, same = found["bfloat16"]
+    held = logits <= LOGITS_BOUND and divergence <= KL_BOUND and same >= SAME_BOUND
+    print(
+        f"merge: logits at most {logits:.1e} apart in fp32; in bf16 mean KL {divergence:.1e}, "
+        f"{same:.0%} of {len(prompts)} prompts answered alike: {'held' if held else 'NOT HELD'}"
+    )
+    return held
+
+
+def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
+    """A model by plain transformers."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+
+@torch.no_grad()
+def compare(
+    a: Any, b: Any, base: Path, prompts: list[str], device: str
+) -> tuple[float, float, float]:
+    """The greatest difference of logits, the mean KL divergence, the share of equal answers."""
+    from tuneyard.runners.base_model import load_tokenizer
+
+    tokenizer = load_tokenizer(base)
+    far, kl, same = 0.0, [], 0
+    for prompt in prompts:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
+        x, y = (model(input_ids=ids).logits[0].float() for model in (a, b))
+        far = max(far, float((x - y).abs().max()))
+        apart = kl_div(log_softmax(y, -1), log_softmax(x, -1), log_target=True, reduction="none")
+        kl.append(float(apart.sum(-1).mean()))
+        answers = [m.generate(input_ids=ids, max_new_tokens=32, do_sample=False) for m in (a, b)]
+        same += torch.equal(*answers)
+    return far, sum(kl) / len(kl), same / len(prompts)
+
+
+def _parameters(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
