@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import a_dataset, a_tiny_base
 from transformers import LlamaForCausalLM, Trainer
 
-from tuneyard.runners import packages
+from tuneyard.runners import assembly, packages
 from tuneyard.runners.adapter import add_adapter, decaying_names, parameter_groups
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.batches import collate
@@ -286,3 +287,43 @@ def test_smoothed_labels_lose_what_transformers_says(base):
     theirs = LabelSmoother(0.1)(model(input_ids=ids), labels, shift_labels=True)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
     assert float(ours) > float(TokenLoss().loss(model, batch).loss / 4)
+
+
+def test_a_step_whose_scaled_gradients_overflow_is_skipped_counted_and_survives_a_resume(
+    tune, monkeypatch
+):
+    monkeypatch.setattr(
+        assembly, "scaler_of", lambda _: torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    )
+    told = {"max_steps": 6, "save_steps": 3, "use_muon": True, "finetuning_type": "full"}
+    whole = tune(**told)
+    (result,) = whole.of_type("result")
+    assert 0 < (skipped := result["values"]["skipped_steps"]) < 6
+    losses = whole.metric("loss")
+    assert whole.code == ExitCode.DONE
+    assert losses[6] < losses[1]
+    resumed = tune(**told, resume=whole.workdir / "checkpoints" / "step-3")
+    assert weights_of(resumed) == weights_of(whole)
+    assert resumed.of_type("result")[0]["values"]["skipped_steps"] == skipped
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_gradient_checkpointing_gives_the_same_gradients(tune, kind):
+    told = {"max_steps": 3, "lora_dropout": 0.0, "finetuning_type": kind}
+    plain, lean = tune(**told), tune(**told, gradient_checkpointing=True)
+    for step, norm in plain.metric("grad_norm").items():
+        assert lean.metric("grad_norm")[step] == pytest.approx(norm, rel=1e-6)
+    one, other = (
+        load_file(ran.workdir / "output" / next(iter(weights_of(ran)))) for ran in (plain, lean)
+    )
+    for name, weight in one.items():
+        assert (weight - other[name]).norm() <= 1e-5 * weight.norm()
+
+
+def test_batches_that_are_gathered_move_any_optimizer_as_one_batch_does(tune):
+    for optim in ("adafactor", "sgd"):
+        told = {"optim": optim, "lora_dropout": 0.0, "max_steps": 3}
+        whole = tune(**told, per_device_train_batch_size=4)
+        parts = tune(**told, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+        for step, loss in whole.metric("loss").items():
+            assert parts.metric("loss")[step] == pytest.approx(loss, rel=1e-5)
