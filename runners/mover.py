@@ -44,7 +44,7 @@ class Mover:
         self._names: dict[torch.Tensor, str] = {p: name for name, p in self._parameters.items()}
         # Beside each other groups may have other rates (LoRA+): they keep their proportion.
         self._shares = [[_share(group, rate) for group in p.param_groups] for p in self.parts]
-        self._begun = [[dict(g) for g in part.param_groups] for part in self.parts]
+        self._begun = [[_copied(g) for g in part.param_groups] for part in self.parts]
 
     def set_rate(self, rate: float) -> None:
         """Say the learning rate of the next step."""
@@ -130,6 +130,11 @@ class Mover:
     def _restore(self, tree: Tree, reader: Reader) -> None:
         for part, kept in zip(self.parts, tree["parts"], strict=True):
             restore_tree(part, kept, reader, self._parameters)
+
+
+def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's values as they are now: some change in their place."""
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items()}
 
 
 def _share(group: Mapping[str, Any], rate: float) -> float:

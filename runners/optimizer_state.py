@@ -158,10 +158,12 @@ class Reader:
 
 
 def _paged(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """In memory that the GPU and the host share, as bitsandbytes has it."""
+    """In memory that GPU and host share, as bitsandbytes has it; it wants a numbered GPU."""
     from bitsandbytes import functional
 
     paging: Any = functional
+    if device.index is None:
+        device = torch.device(device.type, torch.cuda.current_device())
     buffer: torch.Tensor = paging.get_paged(*value.shape, dtype=value.dtype, device=device)
     buffer.copy_(value)
     paging.GlobalPageManager.get_instance().paged_tensors.append(buffer)
@@ -207,7 +209,7 @@ def changed(group: Mapping[str, Any], begun: Mapping[str, Any]) -> dict[str, Any
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return a is b
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
     return bool(a == b)
 
 

@@ -123,6 +123,8 @@ def _as_transformers(
     except ValueError as error:  # no module has such a name
         raise BadSpec(str(error), field="optim_target_modules", hint="such as all-linear") from None
     options |= _typed_options(arguments, options)
+    if arguments.optim == "stable_adamw":
+        options["triton"] = False  # its kernel adds by atomics, each time in another order
     if "optimizer_dict" in options:
         learn = set(trained_parameters(model).values())
         parts = [part for p, part in options["optimizer_dict"].items() if p in learn]
