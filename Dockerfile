@@ -46,7 +46,7 @@ RUN python -m venv --without-pip /opt/tuneyard \
 ARG TORCH=torch==2.13.0
 RUN python -m venv --without-pip /opt/runner \
     && pip --python /opt/runner/bin/python install --no-cache-dir \
-        --constraint /wheel/constraints.txt "${TORCH}" "$(echo /wheel/*.whl)[runner]"
+        --constraint /wheel/constraints.txt "${TORCH}" "$(echo /wheel/*.whl)[metrics,runner]"
 
 
 FROM base AS worker

@@ -11,9 +11,13 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test unit integration hubs e2e docs demo clean
-.PHONY: test-methods test-browser wheel-check test-merge-memory test-transformers4
+.PHONY: test-methods test-breaks test-browser wheel-check test-merge-memory test-transformers4
+.PHONY: test-trackers test-trl compare-llamafactory
 
 TRANSFORMERS4 := .venv-transformers4
+TRACKERS := .venv-trackers
+TRL := .venv-trl
+LLAMAFACTORY := .venv-llamafactory
 
 help: ## show this list
 	@grep -hE '^[a-z][a-z/-]*:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -56,6 +60,9 @@ test: check unit integration hubs e2e ## everything that CI runs
 test-methods: setup ## every way to tune, exact: minutes of small models
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/methods
 
+test-breaks: setup ## break each thing that training must get right, see its test fail
+	$(BIN)/pytest tests/breaks
+
 test-browser: setup ## a real browser logs in and looks at Flower; needs chromium
 	@command -v chromium >/dev/null || { echo "there is no chromium: apt-get install chromium" >&2; exit 1; }
 	@$(BIN)/python -c "import playwright" 2>/dev/null || \
@@ -77,6 +84,42 @@ $(TRANSFORMERS4)/.installed:
 	    > $$($(TRANSFORMERS4)/bin/python -c "import site; print(site.getsitepackages()[0])")/torch.pth
 	@touch $@
 
+compare-llamafactory: setup $(LLAMAFACTORY)/.installed ## tokens, losses and times beside LLaMA-Factory's: DATA=its data folder
+	@test -d "$(DATA)" || { echo "name the folder of its data sets: make $@ DATA=FOLDER" >&2; exit 2; }
+	$(BIN)/python bench/compare_llamafactory.py --python $(LLAMAFACTORY)/bin/python --data "$(DATA)" $(ASKED)
+
+$(LLAMAFACTORY)/.installed: bench/llamafactory.txt
+	$(PYTHON) -m venv --clear $(LLAMAFACTORY)
+	$(LLAMAFACTORY)/bin/pip install --disable-pip-version-check --quiet "torch==2.13.0"
+	$(LLAMAFACTORY)/bin/pip install --disable-pip-version-check --quiet --no-deps --requirement $<
+	@# It imports torchaudio at its start, and calls it for sound alone.
+	@touch $$($(LLAMAFACTORY)/bin/python -c "import site; print(site.getsitepackages()[0])")/torchaudio.py
+	@touch $@
+
+test-trackers: setup $(TRACKERS)/.installed ## runs followed by wandb, MLflow, SwanLab and trackio themselves
+	$(TRACKERS)/bin/python -P -m pytest -W default tests/trackers
+
+$(TRACKERS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TRACKERS)
+	$(TRACKERS)/bin/pip install --disable-pip-version-check --quiet \
+	    "mlflow-skinny==3.17.2" "swanlab==0.10.3" "trackio==0.43.0" "wandb==0.31.0"
+	@# All else is that of $(VENV), whose own releases these need not agree with.
+	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" \
+	    > $$($(TRACKERS)/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
+	@touch $@
+
+test-trl: setup $(TRL)/.installed ## grpo and rloo step by step against TRL's own trainers
+	OMP_NUM_THREADS=1 TRL_PYTHON=$(TRL)/bin/python $(BIN)/pytest tests/trl
+
+$(TRL)/.installed:
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/pip install --disable-pip-version-check --quiet --no-deps "trl==1.16.0" "datasets==5.2.0" \
+	    "pandas==3.1.1" "pyarrow==26.0.1" "dill==0.4.1" "multiprocess==0.70.19" "xxhash==4.1.0"
+	@# torch, transformers and the rest are those of $(VENV): what stands in an environment itself goes first.
+	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" \
+	    > $$($(TRL)/bin/python -c "import site; print(site.getsitepackages()[0])")/torch.pth
+	@touch $@
+
 wheel-check: setup ## install the wheel as the images do, compare it with git, run the servers' test on it
 	$(BIN)/pytest tests/wheel
 
@@ -87,4 +130,4 @@ demo: setup ## install, start everything, download, tune, merge and ask a small 
 	$(BIN)/python examples/demo.py
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) $(TRANSFORMERS4) .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRANSFORMERS4) $(TRACKERS) $(TRL) $(LLAMAFACTORY) .demo .pytest_cache .mypy_cache .ruff_cache

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from tuneyard.api.access import TheCaller, TheYard, Yard, path_id
 from tuneyard.api.bodies import Document
-from tuneyard.api.examples import CHAT_BODY
+from tuneyard.api.examples import CHAT_BODY, NOT_LISTENING
 from tuneyard.api.passages import Passage, Passages, broken_off
 from tuneyard.api.streams import HEARTBEAT_EVERY_S, Stream
 from tuneyard.models import jobs, reading
@@ -44,7 +44,10 @@ data: {"done": true, "finish_reason": "stop", "usage": {"prompt_tokens": 12, …
     "/chat",
     response_model=ChatView,
     openapi_extra=CHAT_BODY,
-    responses={200: {"content": {"text/event-stream": {"example": CHAT_STREAM}}}},
+    responses={
+        200: {"content": {"text/event-stream": {"example": CHAT_STREAM}}},
+        **NOT_LISTENING,
+    },
 )
 async def chat(job: str, body: Document, caller: TheCaller, yard: TheYard, request: Request) -> Any:
     """Ask a model that a serve job keeps loaded; the client holds the conversation.
@@ -65,7 +68,7 @@ async def chat(job: str, body: Document, caller: TheCaller, yard: TheYard, reque
     return ChatView.model_validate(said | {"job": job, "attempt": where.number})
 
 
-@router.post("/drain", status_code=202)
+@router.post("/drain", status_code=202, responses=NOT_LISTENING)
 async def drain(job: str, caller: TheCaller, yard: TheYard, request: Request) -> JobView:
     """Let a serve job end as succeeded, once what it was asked is answered.
 

@@ -12,6 +12,11 @@ BAD_REQUEST: Responses = {
 CONFLICT: Responses = {
     409: {"model": ErrorBody, "description": "It clashes with what is there; the mend is said."}
 }
+NOT_LISTENING: Responses = {
+    **CONFLICT,
+    410: {"model": ErrorBody, "description": "The job has ended: submit another."},
+    429: {"model": ErrorBody, "description": "Too many questions wait: ask again a little later."},
+}
 
 SUBMISSIONS: dict[str, Any] = {
     "finetune": {

@@ -1,4 +1,4 @@
-"""/api/v1/jobs/{job}/events, metrics, logs: what happened so far, and what happens now."""
+"""/api/v1/jobs/{job}/events, metrics, samples, logs: what happened so far, and what happens now."""
 
 import re
 from typing import Annotated, Any
@@ -9,11 +9,11 @@ from fastapi.responses import StreamingResponse
 from tuneyard.api.access import TheCaller, TheYard, path_id
 from tuneyard.api.examples import BAD_REQUEST
 from tuneyard.api.logs import LogReader
-from tuneyard.api.ranges import part_of
+from tuneyard.api.ranges import PARTS, part_of
 from tuneyard.api.streams import Stream
 from tuneyard.models import logs, reading
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.views import EventList, MetricList
+from tuneyard.specs.views import EventList, MetricList, SampleList
 from tuneyard.store.shelves import begun
 
 router = APIRouter(prefix="/api/v1/jobs/{job}", tags=["following"])
@@ -51,9 +51,9 @@ def events(
     caller: TheCaller,
     yard: TheYard,
     request: Request,
-    after: Annotated[int, Query(ge=0, le=MAX_NUMBER)] = 0,
+    after: Annotated[int, Query(ge=0, le=MAX_NUMBER, description="Events after this one.")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
-    accept: Annotated[str, Header()] = "",
+    accept: Annotated[str, Header(description="`text/event-stream` follows the job.")] = "",
     last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
 ) -> Any:
     """A job's timeline.
@@ -86,8 +86,10 @@ def metrics(
     caller: TheCaller,
     yard: TheYard,
     name: Annotated[list[str] | None, Query(description="Repeat it for several.")] = None,
-    attempt: Annotated[int | None, Query(ge=1, le=10_000)] = None,
-    after: Annotated[int, Query(ge=-1, le=MAX_NUMBER)] = -1,
+    attempt: Annotated[
+        int | None, Query(ge=1, le=10_000, description="Only this attempt's.")
+    ] = None,
+    after: Annotated[int, Query(ge=-1, le=MAX_NUMBER, description="Steps after this one.")] = -1,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
 ) -> MetricList:
     """What was measured, by step; a step that was done again counts as the newest attempt did it.
@@ -103,12 +105,32 @@ def metrics(
     return MetricList(data=points, next_cursor=str(points[-1].step) if more else None)
 
 
+@router.get("/samples")
+def samples(
+    job: str,
+    caller: TheCaller,
+    yard: TheYard,
+    after: Annotated[int, Query(ge=-1, le=MAX_NUMBER)] = -1,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> SampleList:
+    """What the model answered to `watch_prompts`, by step: the base at step 0, then checkpoints.
+
+    The page after this one begins with `after` = next_cursor.
+    """
+    job_id = path_id("job", job)
+    with yard.begin(caller.team_id) as tx:
+        reading.standing(tx, job_id)
+        points = reading.list_samples(tx, job_id, after=after, limit=limit + 1)
+    more, points = len(points) > limit, points[:limit]
+    return SampleList(data=points, next_cursor=str(points[-1].step) if more else None)
+
+
 @router.get(
     "/logs",
     response_class=StreamingResponse,
     responses={
         200: {"content": {"text/plain": {"example": "step 40 loss 1.83\n"}}},
-        206: {"description": "The part that the header Range asked for."},
+        **PARTS,
     },
 )
 def job_logs(
@@ -116,12 +138,14 @@ def job_logs(
     caller: TheCaller,
     yard: TheYard,
     request: Request,
-    attempt: Annotated[int | None, Query(ge=1, le=10_000)] = None,
-    tail: Annotated[int | None, Query(ge=0, le=100_000)] = None,
+    attempt: Annotated[
+        int | None, Query(ge=1, le=10_000, description="Only this attempt's.")
+    ] = None,
+    tail: Annotated[int | None, Query(ge=0, le=100_000, description="Only the last lines.")] = None,
     start: Annotated[
         int | None, Query(ge=0, le=MAX_NUMBER, description="From this byte on.")
     ] = None,
-    follow: bool = False,
+    follow: Annotated[bool, Query(description="As it grows, to the job's end.")] = False,
     range_: Annotated[str | None, Header(alias="Range")] = None,
 ) -> StreamingResponse:
     """The log of all attempts, or of one: a Range of its bytes, its last lines, or as it grows.

@@ -9,6 +9,7 @@ from urllib.parse import quote
 from starlette.responses import StreamingResponse
 
 from tuneyard.specs.errors import InputError
+from tuneyard.specs.views import ErrorBody
 
 
 class BadRange(InputError):
@@ -72,8 +73,12 @@ def disposition(name: str) -> str:
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
 
 
+PARTS: dict[int | str, dict[str, Any]] = {
+    206: {"description": "The part that the header Range asked for."},
+    416: {"model": ErrorBody, "description": "The Range lies outside of the content."},
+}
 BINARY: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}},
-    206: {"description": "The part that the header Range asked for."},
+    **PARTS,
 }
 """How the docs describe it."""

@@ -9,6 +9,7 @@ from sqlalchemy import Connection
 from tuneyard.api.access import Yard
 from tuneyard.checks.hubs import check_place
 from tuneyard.checks.submission import (
+    check_evaluate,
     check_finetune,
     check_inference,
     check_prompts,
@@ -18,6 +19,7 @@ from tuneyard.models import files
 from tuneyard.models.inputs import Inputs
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError, SpecRejected
+from tuneyard.specs.evaluate import EvaluateSpec
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.jobs import JobSpec
@@ -31,6 +33,9 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
         facts = _facts(yard, inputs)
         report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
         problems = check_finetune(spec, report, facts, eval_report=eval_report)
+    elif isinstance(spec, EvaluateSpec):
+        reports = {name: _report(tx, inputs, name) for name in ("dataset", "eval_dataset")}
+        problems = check_evaluate(spec, reports)
     elif isinstance(spec, ServeSpec):
         problems = check_serve(spec, _facts(yard, inputs)) if "adapter" not in inputs else []
     elif isinstance(spec, DownloadSpec):

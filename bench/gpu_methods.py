@@ -5,7 +5,8 @@
 Makes a random Llama in bf16 and, by a first fine-tune in fp32, one adapter that lora, qlora and dpo
 go on from. For each method it prints:
 
-- the loss of each step in bf16 against the same run in fp32, the greatest relative distance;
+- the loss of each step of a run in bf16 against that of the same rows in fp32, at the same weights
+  of what learns: the greatest relative distance;
 - the gradients of eight rows in bf16 against fp32, the least cosine of a tensor, and that of the
   plain recipe (one row at a time, whole logits) in bf16;
 - steps a second, and the most GPU memory that was reserved;
@@ -20,7 +21,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid
 from transformers import AutoModelForCausalLM
 
+from tuneyard.runners.adapter import trained_parameters
 from tuneyard.runners.asked import read_asked
 from tuneyard.runners.assembly import build_trainer
 from tuneyard.runners.attempt import Attempt, run_attempt
@@ -127,21 +129,21 @@ def measure(bench: Bench, name: str, base: Path, start: Path, data: Path) -> boo
         "max_steps": bench.steps, "lora_rank": 16, "learning_rate": 1e-4, "cutoff_len": 512,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_strategy": "no",
     } | METHODS[name]  # fmt: skip
-    losses, gradients, plain = {}, {}, {}
+    gradients, plain = {}, {}
     for precision in ("fp32", "bf16"):
-        run = bench.run(finetune, inputs, precision=precision, **arguments)
-        losses[precision] = metric(run, "loss")
         found: list[dict[str, torch.Tensor]] = []
         bench.run(look_at(found), inputs, precision=precision, **arguments)
         gradients[precision], plain[precision] = found
+    losses: list[tuple[float, float]] = []
+    run = bench.run(walk(losses), inputs, precision="bf16", **arguments)
     pace = metric(run, "tokens_per_s")
     memory = metric(run, "gpu_bytes" if bench.device == "gpu" else "rss_bytes")
-    distance = max(abs(a - b) / abs(a) for a, b in zip(losses["fp32"], losses["bf16"], strict=True))
+    distance = max(abs(ours - exact) / abs(exact) for ours, exact in losses)
     ours = least_cosine(gradients["bf16"], gradients["fp32"])
     theirs = least_cosine(plain["bf16"], plain["fp32"])
     held = distance <= LOSS_BOUND and (ours >= COSINE_BOUND or ours >= theirs)
     print(
-        f"{name}: loss {losses['bf16'][0]:.4f} -> {losses['bf16'][-1]:.4f}, at most {distance:.1e} "
+        f"{name}: loss {losses[0][0]:.4f} -> {losses[-1][0]:.4f}, at most {distance:.1e} "
         f"from fp32 over {bench.steps} steps; least cosine of a gradient {ours:.6f}, of the "
         f"plain recipe {theirs:.6f}; {sorted(pace)[len(pace) // 2]:,.0f} tokens/s, "
         f"{max(memory) / 1e9:.1f} GB: {'held' if held else 'NOT HELD'}"
@@ -149,16 +151,57 @@ def measure(bench: Bench, name: str, base: Path, start: Path, data: Path) -> boo
     return held
 
 
+def trainer_of(attempt: Attempt, **changed: Any) -> Trainer:
+    """A run that is ready to take its first step."""
+    asked = read_asked(attempt)
+    asked = replace(asked, arguments=asked.arguments.model_copy(update=changed))
+    rows = read_rows_of(attempt, asked.arguments)
+    chat = load_chat(asked.model, asked.arguments, attempt)
+    trainer = build_trainer(asked, attempt, chat, tokenise(rows, asked.arguments, chat, attempt))
+    trainer.running.model.train()
+    return trainer
+
+
+def walk(losses: list[tuple[float, float]]) -> Callable[[Attempt], None]:
+    """Work that takes all steps, each loss beside that in fp32 at the same weights."""
+
+    def work(attempt: Attempt) -> None:
+        trainer, exact = trainer_of(attempt), trainer_of(attempt, precision="fp32")
+        learning = trained_parameters(exact.running.model)
+        for _ in range(trainer.plan.steps):
+            with torch.no_grad():
+                for name, parameter in trained_parameters(trainer.running.model).items():
+                    learning[name].copy_(parameter)
+            expected = loss_ahead(exact, trainer.at.examples)
+            step = trainer._step()
+            trainer._finish(step)
+            losses.append((step.loss, expected))
+
+    return work
+
+
+@torch.no_grad()
+def loss_ahead(trainer: Trainer, consumed: int) -> float:
+    """The loss of the rows that come next, as a step has it."""
+    size = trainer.plan.rows_per_batch
+    rows = trainer.data.order.take(consumed, size * trainer.plan.batches_per_step)
+    items = [trainer.data.examples[i] for i in rows]
+    total = 0.0
+    for start in range(0, len(items), size):
+        batch = collate(items[start : start + size], trainer.data.pad_id)
+        with trainer.running.casting():
+            outcome = trainer.objective.loss(
+                trainer.running.model, batch.to(trainer.running.device)
+            )
+        total += float(outcome.loss)
+    return total / sum(map(trainer.objective.units, items))
+
+
 def look_at(found: list[dict[str, torch.Tensor]]) -> Callable[[Attempt], None]:
     """Work that takes the gradients of eight rows, by the engine and by the plain recipe."""
 
     def work(attempt: Attempt) -> None:
-        asked = read_asked(attempt)
-        rows = read_rows_of(attempt, asked.arguments)
-        chat = load_chat(asked.model, asked.arguments, attempt)
-        tokenised = tokenise(rows, asked.arguments, chat, attempt)
-        trainer = build_trainer(asked, attempt, chat, tokenised)
-        trainer.running.model.train()
+        trainer = trainer_of(attempt)
         items = list(trainer.data.examples[:8])
         units = sum(map(trainer.objective.units, items))
         for start in (0, 4):

@@ -9,11 +9,12 @@ from typing import Any
 from tuneyard.checks.records import BadLine, Record, file_format, read_records
 from tuneyard.specs.conversations import check_prompt
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.rows import Judged, check_row
+from tuneyard.specs.rows import TRAINABLE, Judged, check_row, columns_of
 
 SHOWN = 5
 PREVIEWED = 3
 MAX_CHARACTERS = 300
+MAX_COLUMNS = 100
 
 
 def empty_report() -> dict[str, Any]:
@@ -23,6 +24,7 @@ def empty_report() -> dict[str, Any]:
         "format": None,
         "rows_kind": None,
         "kinds": {},
+        "columns": {},
         "rows": 0,
         "bytes": 0,
         "problems": [],
@@ -36,7 +38,8 @@ def report_on(path: Path, *, purpose: str, plain: bool = False) -> dict[str, Any
     """Check a whole file; the report says ``ok`` or lists the first problems by line.
 
     plain: its name allows plain text, each line of which is a row of text.
-    kinds: form of rows -> {"rows": how many, "line": where the first is}.
+    kinds: form of rows -> {"rows": how many, "line": where the first is}; columns: what rewards may
+    read -> how many rows have it.
     """
     checking = _Checking(purpose)
     try:
@@ -84,10 +87,19 @@ class _Checking:
             return
         counted = report["kinds"].setdefault(judged.kind, {"rows": 0, "line": record.line})
         counted["rows"] += 1
+        self._count_columns(judged.kind, record.value)
         if not judged.teaches:
             self._empty += 1
             if len(self._empty_lines) < SHOWN:
                 self._empty_lines.append(record.line)
+
+    def _count_columns(self, kind: str, row: Any) -> None:
+        if kind not in TRAINABLE["grpo"]:
+            return
+        counts = self.report["columns"]
+        for name in columns_of(row):
+            if name in counts or (len(counts) < MAX_COLUMNS and len(name) < MAX_CHARACTERS):
+                counts[name] = counts.get(name, 0) + 1
 
     def _judge(self, value: Any) -> Judged:
         if self._purpose == "prompts":

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuneyard.specs.errors import InputError
+from tuneyard.specs.evaluate import EvaluateSpec
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.problems import problem
+from tuneyard.specs.rewards import ONLINE
 from tuneyard.specs.rows import NEEDS, STAGE_OF, TRAINABLE
 from tuneyard.specs.serve import ServeSpec
 
@@ -25,10 +27,22 @@ def check_finetune(
     found: list[InputError] = []
     if report is not None:
         found += [*_check_kinds(spec, report, "dataset"), *_check_split(spec, report)]
+        found += _check_columns(spec, report)
     if eval_report is not None:
         found += _check_kinds(spec, eval_report, "eval_dataset")
     if facts is not None:
         found += _check_model(spec, facts)
+    return found
+
+
+def check_evaluate(spec: EvaluateSpec, reports: Mapping[str, Report | None]) -> list[InputError]:
+    """Whether the rows have answers, and val_size leaves some to measure."""
+    found: list[InputError] = []
+    for field, report in reports.items():
+        if report is not None:
+            found += _check_kinds(spec, report, field)
+    if (whole := reports.get("dataset")) is not None:
+        found += _check_split(spec, whole)
     return found
 
 
@@ -56,7 +70,7 @@ def check_serve(spec: ServeSpec, facts: Mapping[str, Any] | None) -> list[InputE
     return [] if facts is None else _check_template(spec, facts)
 
 
-def _check_kinds(spec: FinetuneSpec, report: Report, field: str) -> list[InputError]:
+def _check_kinds(spec: FinetuneSpec | EvaluateSpec, report: Report, field: str) -> list[InputError]:
     kinds = report.get("kinds") or {str(report.get("rows_kind")): {"line": 1}}
     wrong = [kind for kind in kinds if kind not in TRAINABLE[spec.stage]]
     if not wrong:
@@ -68,7 +82,25 @@ def _check_kinds(spec: FinetuneSpec, report: Report, field: str) -> list[InputEr
     return [InputError(message, code="wrong_dataset_kind", field=field, line=line, hint=hint)]
 
 
-def _check_split(spec: FinetuneSpec, report: Report) -> list[InputError]:
+def _check_columns(spec: FinetuneSpec, report: Report) -> list[InputError]:
+    """Whether all rows have what the reward functions read."""
+    rows, columns = int(report.get("rows") or 0), report.get("columns")
+    if columns is None or rows > (spec.max_samples or rows):
+        return []  # an older report, or one of more rows than are used: the runner looks itself
+    found = []
+    for number, function in enumerate(spec.reward_funcs or ()):
+        have = 0 if function.needs is None else columns.get(function.needs, 0)
+        if function.needs is None or have == rows:
+            continue
+        of_all = f"{have} of {rows} rows have" if have else "no row has"
+        message = f"{function.name} reads the column {function.needs!r}, which {of_all}."
+        complete = [name for name, count in columns.items() if count == rows]
+        hint = f"set column to one of: {', '.join(complete[:10])}" if complete else "add it"
+        found.append(problem("missing_column", message, f"reward_funcs[{number}]", hint))
+    return found
+
+
+def _check_split(spec: FinetuneSpec | EvaluateSpec, report: Report) -> list[InputError]:
     """The runner's own arithmetic: runners/batches.py, split."""
     rows = min(int(report.get("rows") or 0), spec.max_samples or 10**12)
     held_out = int(spec.val_size) if spec.val_size >= 1 else int(rows * spec.val_size)
@@ -84,6 +116,12 @@ def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErro
     if positions and spec.cutoff_len > positions and "cutoff_len" in spec.model_fields_set:
         message = f"cutoff_len = {spec.cutoff_len} is beyond the model's {positions} positions."
         found.append(problem("too_long", message, "cutoff_len", f"at most {positions}"))
+    if positions and spec.stage in ONLINE and spec.max_completion_length >= positions:
+        message = (
+            f"max_completion_length = {spec.max_completion_length} leaves no room for questions"
+        )
+        message += f" within the model's {positions} positions."
+        found.append(problem("too_long", message, "max_completion_length", f"below {positions}"))
     linear = list(facts.get("linear_modules") or [])
     modules = list(facts.get("modules") or linear)
     everything = ("all", "all-linear")

@@ -17,6 +17,7 @@ from tuneyard.cli.watching import (
     failure_lines,
     leaving_alone,
     report_end,
+    said_lines,
     watch_job,
     watch_jobs,
 )
@@ -33,7 +34,10 @@ Job = Annotated[str, typer.Argument(help="The job's id, or its name if only one 
 JobOrPipeline = Annotated[
     str, typer.Argument(help="The id of a job or pipeline, or the name of a job.")
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="key=value over the document.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Over the document; may stand several times."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -166,7 +170,7 @@ def show(job: JobOrPipeline, json: Json = False) -> None:
 
 
 def _show_job(client: Client, job: dict[str, Any]) -> None:
-    for line in _summary(job):
+    for line in (*_summary(job), *said_lines(client, job)):
         say(line)
     if job["state"] == JobState.SUCCEEDED:
         report_end(client, job["id"])

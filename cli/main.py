@@ -8,6 +8,7 @@ import sys
 import typer
 
 from tuneyard.cli import (
+    bundles,
     chat,
     downloading,
     files,
@@ -34,8 +35,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 GROUPS = (
-    services, health, keys, jobs, merging, inference, chat, results, downloading, files, models,
-    fixtures,
+    services, health, keys, jobs, merging, inference, chat, results, bundles, downloading, files,
+    models, fixtures,
 )  # fmt: skip
 for group in GROUPS:
     group.register(app)

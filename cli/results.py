@@ -59,16 +59,21 @@ def fetch(
 
 
 def _fetch_results(client: Client, job: str, folder: Path) -> list[Path]:
-    """All results, no checkpoints and logs; several go into a folder each, by kind."""
+    """All results, no checkpoints and logs; several go into a folder each, by kind.
+
+    What trackers wrote lies in folders of its own already, such as runs/ and wandb/.
+    """
     found = [each for each in client.artifacts(job) if each["kind"] not in ("checkpoint", "log")]
     if not found:
         hint = f"`tuneyard watch {job}` waits for it"
         raise InputError(f"{job} has no result.", code="no_result", hint=hint)
-    several = len(found) > 1
+    several = len([each for each in found if each["kind"] != "reports"]) > 1
     return [
         path
         for each in found
         for path in client.fetch_artifact(
-            job, each["id"], folder / each["kind"] if several else folder
+            job,
+            each["id"],
+            folder / each["kind"] if several and each["kind"] != "reports" else folder,
         )
     ]

@@ -167,6 +167,8 @@ def event_line(kind: str, data: Mapping[str, Any]) -> str:
         reason = details.get("evidence") or details.get("cause")
         goes_on = "the job is tried again" if data.get("to_state") == "queued" else ""
         return f"attempt {details.get('attempt')} {kind}: {reason}" + (goes_on and f"; {goes_on}")
+    if kind == "sample":
+        return f"step {details.get('step')}: {quoted(details)}"
     if kind in ("warning", "checkpoint_rejected"):
         return f"note: {details.get('message')}"
     if kind == "away":
@@ -175,6 +177,46 @@ def event_line(kind: str, data: Mapping[str, Any]) -> str:
         return ""
     moved = data.get("to_state") and data.get("to_state") != data.get("from_state")
     return str(data["to_state"]) if moved and data["to_state"] not in TERMINAL else ""
+
+
+def quoted(said: Mapping[str, Any]) -> str:
+    """A watch-prompt and its answer in one line."""
+    return f"{_in_short(said.get('prompt'), 60)!r} -> {_in_short(said.get('text'), 160)}"
+
+
+def _in_short(text: Any, length: int) -> str:
+    """Nothing in it moves a terminal's cursor."""
+    plain = " ".join(str(text or "").split())
+    plain = "".join(c for c in plain if c.isprintable())
+    return plain if len(plain) <= length else plain[: length - 1] + "…"
+
+
+def said_lines(client: Client, job: Mapping[str, Any]) -> Iterator[str]:
+    """What a job's model said to each watch-prompt, at first and at last."""
+    if not job["spec"].get("watch_prompts"):
+        return
+    points = client.samples(job["id"])
+    for point in points[:1] + points[1:][-1:]:
+        yield f"  said at step {point['step']}:"
+        yield from (f"    {quoted(said)}" for said in point["answers"])
+
+
+MEASURED = (
+    "eval_loss", "eval_accuracy",
+    *(f"{what}_{name}" for what in ("predict", "eval")
+      for name in ("bleu-4", "rouge-1", "rouge-2", "rouge-l")),
+)  # fmt: skip
+"""Metrics of held-out rows, in the order that they are told."""
+
+
+def measured_line(client: Client, job: Mapping[str, Any]) -> str:
+    """What was measured on held-out rows at last; empty where nothing was."""
+    asked = ("do_eval", "do_predict", "predict_with_generate")
+    if not any(job["spec"].get(name) for name in asked):
+        return ""
+    points = client.metrics(job["id"], *MEASURED)
+    values = points[-1]["values"] if points else {}
+    return "  ".join(f"{name} {values[name]:.4g}" for name in MEASURED if name in values)
 
 
 def report_end(client: Client, job: str, *, quiet: bool = False) -> int:
@@ -215,6 +257,8 @@ def _mend(job: Mapping[str, Any]) -> str:
 
 def _report_success(client: Client, job: Mapping[str, Any]) -> None:
     say(f"{job['name']} succeeded")
+    if line := measured_line(client, job):
+        say(f"  {line}")
     for artifact in client.artifacts(job["id"]):
         if artifact["kind"] == "checkpoint":
             continue

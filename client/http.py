@@ -102,9 +102,13 @@ class Client:
         """The lines of a job's timeline after a number."""
         return list(self._later(f"{_job(job)}/events", after))
 
-    def metrics(self, job: str) -> list[Thing]:
-        """What was measured, by step."""
-        return list(self._later(f"{_job(job)}/metrics"))
+    def metrics(self, job: str, *names: str) -> list[Thing]:
+        """What was measured, by step; all of it, or what is named."""
+        return list(self._later(f"{_job(job)}/metrics", name=names or None))
+
+    def samples(self, job: str) -> list[Thing]:
+        """What the model answered to its watch-prompts, by step."""
+        return list(self._later(f"{_job(job)}/samples"))
 
     def logs(
         self,
@@ -219,10 +223,10 @@ class Client:
             if cursor is None or not page["data"]:
                 return
 
-    def _later(self, path: str, after: int | str = 0) -> Iterator[Thing]:
+    def _later(self, path: str, after: int | str = 0, **filters: Any) -> Iterator[Thing]:
         """All of a list whose pages go on by ``after``."""
         while True:
-            page = self._get(path, after=after or None)
+            page = self._get(path, after=after or None, **filters)
             yield from page["data"]
             after = page.get("next_cursor") or ""
             if not after or not page["data"]:

@@ -33,6 +33,7 @@ OUTPUTS = {
     "download": "base_model",
     "finetune": "adapter",
     "inference": "results",
+    "evaluate": "results",
     "merge": "model",
     "prepare": "tokens",
 }
@@ -43,6 +44,7 @@ FITS = {
     "base": ("base_model", "model"),
     "base_of": ("adapter",),
     "adapter": ("adapter",),
+    "reward_model": ("adapter", "model", "base_model"),
     "dataset": ("dataset",),
     "tokens": ("tokens",),
 }
@@ -230,7 +232,8 @@ def _whole_already(field: str, kind: str) -> InputError:
 
 def _model(tx: Connection, team_id: UUID, reference: Reference) -> Inputs:
     name = str(reference.value)
-    if reference.what in ("model", "base") and (base := _base_named(tx, name)) is not None:
+    whole = ("model", "base", "reward_model")
+    if reference.what in whole and (base := _base_named(tx, name)) is not None:
         return {reference.field: {"base_model": str(base)}}
     by = ModelRow.id == parse_id("model", name) if is_id("model", name) else ModelRow.name == name
     row = tx.execute(MODEL.where(by, ModelRow.team_id == team_id)).one_or_none()
@@ -278,7 +281,7 @@ def _tuned(field: str, what: str, kind: str, artifact_id: UUID, base: Input) -> 
     """What a tuned model is to a reference. kind: adapter, which needs its base, or model."""
     own = {"artifact": str(artifact_id)}
     if kind == "model":
-        if what in ("model", "base"):
+        if what in ("model", "base", "reward_model"):
             return {field: own}
         raise _whole_already(field, "merge")
     if what == "base":
@@ -286,6 +289,8 @@ def _tuned(field: str, what: str, kind: str, artifact_id: UUID, base: Input) -> 
         raise InputError(message, code="not_a_whole_model", field=field, hint=GO_ON)
     if what == "model":
         return {field: base, "adapter": own}
+    if what == "reward_model":
+        return {field: own, "reward_base": base}
     return {field: base if what == "base_of" else own}
 
 
@@ -300,6 +305,7 @@ ON_ITS_WAY = text("""
     ORDER BY id DESC LIMIT 1
 """)
 MAKERS = {"base": ["download", "merge"], "model": ["download", "merge", "finetune"]}
+MAKERS["reward_model"] = MAKERS["model"]
 """What a reference asks for -> kinds of job that may be making it just now."""
 
 
@@ -465,12 +471,12 @@ _OTHER_BASE = "leave model out to merge onto its own base; force: true merges an
 def check_uses(
     tx: Connection, team_id: UUID, references: Sequence[Reference], inputs: Inputs
 ) -> None:
-    """Refuse an adapter that cannot be used so, by the spec that made or makes it.
+    """Refuse what was tuned and cannot be used so, by the spec that made or makes it.
 
     Raises: InputError unfit_adapter.
     """
     for reference in references:
-        if reference.use is None:
+        if reference.use is None or not inputs[reference.field].keys() & {"artifact", "job"}:
             continue
         document = _made_by(tx, team_id, inputs[reference.field])
         refused = use_refused(reference.use, document)  # type: ignore[arg-type]  # one of Use
@@ -480,7 +486,7 @@ def check_uses(
 
 
 def _made_by(tx: Connection, team_id: UUID, adapter: Input) -> Mapping[str, Any]:
-    """The spec of the fine-tune that an adapter comes of, or is to come of."""
+    """The spec of the job that an adapter or a model comes of, or is to come of."""
     spec = select(JobRow.spec).where(JobRow.team_id == team_id)
     if "job" in adapter:
         return dict(tx.execute(spec.where(JobRow.id == UUID(adapter["job"]))).scalar_one())

@@ -25,6 +25,7 @@ from tuneyard.specs.views import (
     MetricPoint,
     PipelineView,
     ProgressView,
+    SamplePoint,
 )
 
 
@@ -299,6 +300,29 @@ def list_metrics(
     values = {"job": job_id, "attempt": wanted.attempt, "names": list(wanted.names)}
     rows = tx.execute(METRICS, values | {"after": after, "limit": limit})
     return [MetricPoint(step=r.step, attempt=r.attempt, values=r.values) for r in rows]
+
+
+# As with metrics, a step that was done again counts as the newest attempt did it.
+SAMPLES = text("""
+    WITH told AS (
+        SELECT CAST(e.data ->> 'step' AS bigint) AS step, e.data ->> 'prompt' AS prompt,
+               e.data ->> 'text' AS said, e.seq, a.number
+        FROM events e JOIN attempts a ON a.id = e.attempt_id
+        WHERE e.job_id = :job AND e.type = 'sample'
+    ), newest AS (
+        SELECT DISTINCT ON (step, prompt) step, prompt, said, seq, number
+        FROM told WHERE step > :after ORDER BY step, prompt, number DESC, seq DESC
+    )
+    SELECT step, max(number) AS attempt,
+           jsonb_agg(jsonb_build_object('prompt', prompt, 'text', said) ORDER BY seq) AS answers
+    FROM newest GROUP BY step ORDER BY step LIMIT :limit
+""")
+
+
+def list_samples(tx: Connection, job_id: UUID, *, after: int, limit: int) -> list[SamplePoint]:
+    """What a job's model said on the way, by step."""
+    rows = tx.execute(SAMPLES, {"job": job_id, "after": after, "limit": limit})
+    return [SamplePoint(step=r.step, attempt=r.attempt, answers=r.answers) for r in rows]
 
 
 def list_artifacts(tx: Connection, job_id: UUID, *, kind: str | None = None) -> list[ArtifactView]:

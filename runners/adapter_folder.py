@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import LOG_FILE, Position, write_log
 from tuneyard.runners.learned import is_adapter, save_adapter
 from tuneyard.runners.origin import WEIGHTS_FILE
+from tuneyard.runners.results import write_texts
+from tuneyard.runners.run_files import write_run_files
 from tuneyard.runners.tensor_files import SINGLE_FILE
 from tuneyard.runners.training import Trainer
 from tuneyard.runners.tuned_folder import write_tuned
@@ -19,11 +22,24 @@ from tuneyard.specs.runner import TUNEYARD_FILE
 from tuneyard.store.folder import manifest_digest, publish_folder, read_manifest
 
 
-def publish_adapter(asked: Asked, attempt: Attempt, chat: Chat, trainer: Trainer) -> None:
-    """Write output/: adapter or model, what it needs to speak, and how it came about."""
+def publish_adapter(
+    asked: Asked,
+    attempt: Attempt,
+    chat: Chat,
+    trainer: Trainer,
+    *,
+    beside: Mapping[str, str] | None = None,
+    measured: Mapping[str, float] | None = None,
+) -> None:
+    """Write output/: the adapter or model, what it needs to speak, and how it came about.
+
+    beside: more files, by name; measured: more values for the ``result`` event.
+    """
     position, model = trainer.at, trainer.running.model
     aside = attempt.fresh_aside()
     about = origin(asked, attempt, chat, position) | {"steps": trainer.loaded_step or position.step}
+    if (reference := getattr(trainer.objective, "reference", None)) is not None:
+        about["reference"] = reference.said
     meta: dict[str, Any] = {"base": asked.base_id, "steps": position.step}
     if is_adapter(model):
         save_adapter(model, aside, base_id=asked.base_id)
@@ -34,6 +50,8 @@ def publish_adapter(asked: Asked, attempt: Attempt, chat: Chat, trainer: Trainer
         lineage = {"base": about["base"], "job": attempt.spec.job}
         meta |= {"kind": "model", "lineage": lineage}
     write_log(aside / LOG_FILE, position.log)
+    write_texts(aside, beside or {})
+    write_run_files(aside, asked, attempt, trainer, measured=measured or {})
     text = json.dumps(about, indent=1, sort_keys=True)
     (aside / TUNEYARD_FILE).write_text(text + "\n", encoding="utf-8")
     manifest = publish_folder(aside, attempt.output, meta)
@@ -52,6 +70,7 @@ def publish_adapter(asked: Asked, attempt: Attempt, chat: Chat, trainer: Trainer
         "last_loss": next(
             (line["loss"] for line in reversed(position.log) if "loss" in line), None
         ),
+        **(measured or {}),
     }
     attempt.events.emit("result", values={k: v for k, v in values.items() if v is not None})
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.failures import BadSpec
 from tuneyard.specs.download import DownloadSpec
+from tuneyard.specs.evaluate import EvaluateSpec
 from tuneyard.specs.fields import OF_THE_JOB, WHAT
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
@@ -45,6 +46,8 @@ class FinetuneArguments(FinetuneSpec):
     model_config = _BY_HAND
     model: Any = None
     ref_model: Any = None
+    ref_model_adapters: Any = None
+    reward_model: Any = None
     dataset: Any = None
     seed: int | None = None  # type: ignore[assignment]  # None: the spec's
     precision: Precision = "auto"
@@ -65,6 +68,16 @@ class InferArguments(InferenceSpec):
     model_config = _BY_HAND
     model: Any = None
     prompts: Any = None  # a list of them, where inputs name no file
+    seed: int | None = None  # type: ignore[assignment]  # None: the spec's
+    precision: Precision = "auto"
+
+
+class EvaluateArguments(EvaluateSpec):
+    """What `kind: evaluate` may say."""
+
+    model_config = _BY_HAND
+    model: Any = None
+    dataset: Any = None
     seed: int | None = None  # type: ignore[assignment]  # None: the spec's
     precision: Precision = "auto"
 

@@ -11,7 +11,9 @@ from tuneyard.runners.base_model import read_config
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.origin import read_adapter_config
 from tuneyard.runners.packages import check_packages
+from tuneyard.runners.similarity import check_packages as check_scoring
 from tuneyard.specs.optimizers import optimizer_clashes
+from tuneyard.specs.predicting import PredictingFields, predicting_clashes
 from tuneyard.specs.tuning import tuning_clashes
 
 
@@ -28,6 +30,20 @@ class Asked:
     config: Mapping[str, Any]
     base_id: str
     adapters: Sequence[Path] = ()  # to go on from, in their order
+
+
+def has_held_out(attempt: Attempt, arguments: FinetuneArguments) -> bool:
+    """Whether there are rows to measure."""
+    return bool(arguments.val_size) or "eval_dataset" in attempt.spec.inputs
+
+
+def check_predicting(arguments: PredictingFields, *, held_out: bool) -> None:
+    """What a submission would have refused, and the packages that scores need. Raises: BadSpec."""
+    stage = getattr(arguments, "stage", "sft")
+    for clash in predicting_clashes(arguments, stage=stage, held_out=held_out):
+        raise BadSpec(clash.message, field=clash.field, hint=clash.hint)
+    if arguments.generates:
+        check_scoring()
 
 
 def read_asked(attempt: Attempt) -> Asked:
@@ -47,6 +63,7 @@ def read_asked(attempt: Attempt) -> Asked:
     ]:
         raise BadSpec(clash.message, field=clash.field, hint=clash.hint)
     check_packages(arguments)
+    check_predicting(arguments, held_out=has_held_out(attempt, arguments))
     model = attempt.input("model")
     config = read_config(model)
     seed = attempt.spec.seed if arguments.seed is None else arguments.seed

@@ -4,7 +4,6 @@ import importlib.util
 import logging
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from tuneyard.runners.adapter import computes_by_casting, tune
 from tuneyard.runners.allocation import allocation_of
+from tuneyard.runners.answering import answerable, rollouts_of
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
@@ -30,7 +30,7 @@ from tuneyard.runners.continuing import go_on
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.mover import Mover
 from tuneyard.runners.noise import EmbeddingNoise
-from tuneyard.runners.objectives import load_reference, objective_of
+from tuneyard.runners.objectives import compares, objective_of
 from tuneyard.runners.optimizers import (
     build_mover,
     schedule_of,
@@ -39,10 +39,12 @@ from tuneyard.runners.optimizers import (
 )
 from tuneyard.runners.origin import read_origin
 from tuneyard.runners.precision import Precision, choose_precision
+from tuneyard.runners.reference import Reference, load_reference
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
 from tuneyard.runners.training import Data, Plan, Trainer
 from tuneyard.specs.evaluating import Strategy
+from tuneyard.specs.rewards import ONLINE
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ def build_trainer(
     """Load the base, add the adapter, go to the checkpoint if there is one."""
     arguments, device = asked.arguments, attempt.device.torch_name
     examples, held_out = tokenised.examples, tokenised.held_out
+    if arguments.stage in ONLINE:
+        examples, held_out = (answerable(each, asked, attempt) for each in (examples, held_out))
     if not held_out:
         examples, held_out = split(examples, arguments.val_size, seed=asked.seed)
     precision = pick_precision(asked, attempt)
@@ -75,19 +79,16 @@ def build_trainer(
     run = description(asked, tokenised.digest, len(examples), device, job=attempt.spec.job)
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
     judge, schedule = judge_of(arguments), schedule_of(arguments, plan.steps)
+    reference = reference_of(asked, attempt, model, precision)
     at = resume(attempt, running, run)
     if at.schedule:
         schedule.restore(at.schedule)
     resumed = Path(attempt.spec.resume) if attempt.spec.resume else None
     look_for_best(at, judge, attempt, resumed)
-    reference = partial(
-        load_reference,
-        model,
-        attempt.input("ref_model") if "ref_model" in attempt.spec.inputs else None,
-        asked.model,
-        dtype=getattr(torch, precision.weights),
-        device=device,
-    )
+    rollouts = None
+    if arguments.stage in ONLINE:
+        dtype = getattr(torch, precision.weights)
+        rollouts = rollouts_of(asked, attempt, chat, running, reference=reference, dtype=dtype)
     return Trainer(
         running=running,
         data=Data(examples, order, held_out, chat.tokenizer.pad_token_id),
@@ -103,6 +104,7 @@ def build_trainer(
         base_id=asked.base_id,
         judge=judge,
         resumed=resumed,
+        draw=rollouts,
     )
 
 
@@ -115,6 +117,19 @@ def look_for_best(at: Position, judge: Judge, attempt: Attempt, resumed: Path | 
         said = f"The checkpoint of step {at.best_step}, the best so far, is gone; the best of those"
         attempt.events.warn("best_gone", f"{said} that follow is taken.")
         forget_best(at)
+
+
+def reference_of(
+    asked: Asked, attempt: Attempt, model: Any, precision: Precision
+) -> Reference | None:
+    """What the stage compares with, if it does; before a checkpoint is gone to."""
+    if not compares(asked.arguments):
+        return None
+    dtype = getattr(torch, precision.weights)
+    quantisation = quantisation_of(
+        asked.arguments, asked.arguments.ref_model_quantization_bit, dtype
+    )
+    return load_reference(asked, attempt, model, dtype=dtype, quantisation=quantisation)
 
 
 def pick_precision(asked: Asked, attempt: Attempt) -> Precision:
@@ -144,13 +159,8 @@ def load_model(asked: Asked, precision: Precision, device: str, *, steps: int) -
         dtype=dtype,
         device=device,
         scoring=arguments.stage == "rm",
-        quantisation=quantisation_of(arguments, dtype),
+        quantisation=quantisation_of(arguments, arguments.quantization_bit, dtype),
     )
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks its weights in the first evaluation, for sums in bf16 that no
-            # gradient passes: what follows would learn another base, or nothing.
-            module.support_avx512bf16_for_cpu = False
     if arguments.gradient_checkpointing and not arguments.disable_gradient_checkpointing:
         # Not reentrant: it needs no gradient at the input, so layers below the first adapter
         # still take no part in the backward pass.
@@ -160,13 +170,13 @@ def load_model(asked: Asked, precision: Precision, device: str, *, steps: int) -
     return tune(base, arguments, seed=asked.seed, precision=precision, steps=steps)
 
 
-def quantisation_of(arguments: FinetuneArguments, dtype: torch.dtype) -> Any:
+def quantisation_of(arguments: FinetuneArguments, bits: int | None, dtype: torch.dtype) -> Any:
     """How the base is quantised while it is loaded: products are computed in the weights' format.
 
     Norms, embedding and output stay as they are: peft's prepare_model_for_kbit_training would widen
     them to fp32, which is slow and costs 4 GiB at 8B. Raises: BadSpec without bitsandbytes.
     """
-    if arguments.quantization_bit is None:
+    if bits is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         message = "This node's runner has no bitsandbytes."
@@ -174,7 +184,7 @@ def quantisation_of(arguments: FinetuneArguments, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if arguments.quantization_bit == 8:
+    if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -222,6 +232,8 @@ def scaler_of(precision: Precision) -> torch.amp.GradScaler:
 def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
     """How many steps, and what happens after which."""
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    if arguments.stage in ONLINE:
+        rows //= arguments.generations
     epoch, steps = steps_of(
         examples,
         rows_per_step=rows,
@@ -229,15 +241,18 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         max_steps=arguments.max_steps,
     )
     eval_steps = arguments.eval_steps or arguments.logging_steps
+    eval_every = every(arguments.eval_strategy, eval_steps, epoch=epoch, total=steps)
+    if eval_every is None and arguments.do_eval:
+        eval_every = steps  # before the first and after the last
     save: Strategy = "no" if arguments.save_strategy == "best" else arguments.save_strategy
     return Plan(
         steps=steps,
         steps_per_epoch=epoch,
         rows_per_batch=arguments.per_device_train_batch_size,
-        batches_per_step=arguments.gradient_accumulation_steps,
+        rows_per_step=rows,
         eval_rows_per_batch=arguments.per_device_eval_batch_size,
         max_grad_norm=arguments.max_grad_norm,
-        eval_every=every(arguments.eval_strategy, eval_steps, epoch=epoch, total=steps),
+        eval_every=eval_every,
         save_every=every(save, arguments.save_steps, epoch=epoch, total=steps),
         log_every=every("steps", arguments.logging_steps, epoch=epoch, total=steps) or 1,
         keep=arguments.save_total_limit,

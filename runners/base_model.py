@@ -16,11 +16,13 @@ from tuneyard.specs.base_models import asks_for_code
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 _CLASS = re.compile(r"[A-Z][A-Za-z0-9_]*ForCausalLM")
+_SCORING = re.compile(r"[A-Z][A-Za-z0-9_]*For(CausalLM|SequenceClassification)")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, *, scoring: bool = False) -> dict[str, Any]:
     """A base's config.json, nothing in it that would run code of its own.
 
+    scoring: a model that scores sequences is welcome, too.
     Raises: BadSpec, InputGone. Reads a few kB; imports nothing.
     """
     config = _read_json(folder / "config.json")
@@ -35,15 +37,15 @@ def read_config(folder: Path) -> dict[str, Any]:
             field="model",
             hint="save its tokenizer with transformers' save_pretrained, then add it again",
         )
-    class_name(config)
+    class_name(config, scoring=scoring)
     return config
 
 
-def class_name(config: Mapping[str, Any]) -> str:
+def class_name(config: Mapping[str, Any], *, scoring: bool = False) -> str:
     """The one class of transformers that config.json names. Raises: BadSpec."""
     names = config.get("architectures") or []
     for name in names:
-        if isinstance(name, str) and _CLASS.fullmatch(name):
+        if isinstance(name, str) and (_SCORING if scoring else _CLASS).fullmatch(name):
             return name
     raise BadSpec(
         f"config.json names {names or 'no architecture'}: not a causal language model.",
@@ -59,7 +61,7 @@ def load_class(config: Mapping[str, Any], *, scoring: bool = False) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    name = class_name(config)
+    name = class_name(config, scoring=scoring)
     if scoring:
         transformers.utils.logging.set_verbosity_error()  # of a head that is not there yet
         name = name.replace("ForCausalLM", "ForSequenceClassification")
@@ -92,7 +94,7 @@ def load_weights(
         more = {"device_map": {"": device}, "quantization_config": quantisation}
     if scoring:
         more["num_labels"] = 1
-    return load_class(config, scoring=scoring).from_pretrained(
+    model = load_class(config, scoring=scoring).from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation="sdpa",
@@ -100,6 +102,12 @@ def load_weights(
         use_safetensors=True,
         **more,
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes repacks its weights in the first evaluation, for sums in bf16 that no
+            # gradient passes: what follows would learn another base, or nothing.
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from tuneyard.runners.examples import IGNORED, Item, Labelled, sequences_of
+from tuneyard.runners.examples import IGNORED, Drawn, Item, Labelled, sequences_of
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.seeds import stream_seed
 
@@ -98,7 +98,8 @@ class Batch:
     Of items of two sequences all first ones come before all second ones.
     ids: [sequences, length]; positions: [p], the ones that predict a target in any sequence;
     targets: [sequences, p], IGNORED where this sequence has none; lengths: [sequences], without
-    padding; wanted: [items] of labelled answers, else [0].
+    padding; wanted: [items] of labelled answers, else [0]; advantages: [items] of drawn ones, else
+    [0].
     """
 
     ids: torch.Tensor
@@ -107,6 +108,7 @@ class Batch:
     lengths: torch.Tensor
     tokens: int
     wanted: torch.Tensor
+    advantages: torch.Tensor
 
     def to(self, device: str) -> "Batch":
         """The same on a device."""
@@ -147,6 +149,7 @@ def collate(items: Sequence[Item], pad_id: int) -> Batch:
         following = torch.full_like(labels, IGNORED)
     lengths = torch.tensor([len(e.ids) for e in examples])
     wanted = [item.wanted for item in items if isinstance(item, Labelled)]
+    advantages = [item.advantage for item in items if isinstance(item, Drawn)]
     return Batch(
         ids,
         positions,
@@ -154,4 +157,5 @@ def collate(items: Sequence[Item], pad_id: int) -> Batch:
         lengths,
         int(lengths.sum()),
         torch.tensor(wanted, dtype=torch.bool),
+        torch.tensor(advantages, dtype=torch.float32),
     )

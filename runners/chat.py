@@ -8,28 +8,14 @@ from typing import Any
 from jinja2 import TemplateError
 
 from tuneyard.runners.failures import BadData, BadSpec
+from tuneyard.runners.layouts import LAYOUTS, SEAM, jinja
 from tuneyard.runners.rows import Message
 
 DATE = "26 Jul 2024"
 """What a template that prints the day is given: a run must not depend on when it runs."""
 
-TEMPLATES = {
-    "alpaca": (
-        "{% for m in messages %}"
-        "{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}"
-        "{% elif m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
-        "{% else %}{{ '### Response:\n' + m['content'] + eos_token + '\n\n' }}{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
-    ),
-    "chatml": (
-        "{% for m in messages %}"
-        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-}
-"""Templates for bases that bring none, by the names that LLaMA-Factory gives them."""
+_CLOCK = f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro %}}"
+"""Before each template: transformers 5.23 hands no functions over, and its own tells the day."""
 
 _MARK = "answer7f3a9c"
 
@@ -39,13 +25,15 @@ class Chat:
     """A tokenizer and the template that speaks through it.
 
     template: jinja, rendered in transformers' sandbox, or nothing where plain text is learned;
-    default_system: for conversations without.
+    default_system: for conversations without; seamed: the same template with SEAMs, of a layout of
+    LLaMA-Factory's, which also learns all that closes an answer.
     """
 
     tokenizer: Any
     template: str
     name: str = "tokenizer"
     default_system: str | None = None
+    seamed: str | None = None
 
     def render(
         self,
@@ -54,17 +42,18 @@ class Chat:
         generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         line: int | None = None,
+        seams: bool = False,
     ) -> str:
         """The conversation as text. Raises: BadData when the template refuses it."""
+        template = self.seamed if seams and self.seamed else self.template
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
-                tools=list(tools) if tools else None,
-                chat_template=self.template,
+                tools=list(tools) if tools or (tools is not None and self.seamed) else None,
+                chat_template=_CLOCK + template,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
                 date_string=DATE,
-                strftime_now=lambda _format: DATE,
             )
         except (TemplateError, TypeError) as error:  # a template that adds None to a text
             raise BadData(f"The chat template refuses this: {error}", line=line) from None
@@ -78,8 +67,11 @@ class Chat:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered texts. Nothing is added: the template wrote all there is."""
-        backend = self.tokenizer.backend_tokenizer
-        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encode = self.tokenizer.backend_tokenizer.encode_batch_fast
+        pieces = [text.split(SEAM) if self.seamed else [text] for text in texts]
+        flat = [piece for each in pieces for piece in each]
+        ids = (encoding.ids for encoding in encode(flat, add_special_tokens=False))
+        return [[i for _ in each for i in next(ids)] for each in pieces]
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -98,6 +90,17 @@ class Chat:
         (ids,) = self.encode([text.partition(_MARK)[2]])
         return next((i for i in ids if i in self.special_ids), None)
 
+    @cached_property
+    def writes_calls(self) -> bool:
+        """Whether the template writes which function an answer calls; many leave it out."""
+        call = {"type": "function", "function": {"name": _MARK, "arguments": {}}}
+        asked = {"role": "user", "content": "question"}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            return _MARK in self.render([asked, answer])
+        except BadData:
+            return True  # it wants more than this, so it knows of calls
+
     def stop_ids(self, generation_ends: Sequence[int] = ()) -> list[int]:
         """All ids that end a turn: the configuration's, the tokenizer's, the template's."""
         found = {*generation_ends, self.tokenizer.eos_token_id, self.closing_id}
@@ -109,7 +112,7 @@ def chat_of(
 ) -> Chat:
     """The template asked for, else the tokenizer's own. Raises: BadSpec when one is needed.
 
-    template: a name of TEMPLATES, jinja itself, or nothing. Any other name means the base's own
+    template: a name of LAYOUTS, jinja itself, or nothing. Any other name means the base's own
     template, as that is what such a base was tuned with.
     """
     own = tokenizer.chat_template
@@ -117,8 +120,12 @@ def chat_of(
         own = own.get("default")
     if template and "{" in template:
         return Chat(tokenizer, template, "given", default_system)
-    if template in TEMPLATES and not (template == "chatml" and own):
-        return Chat(tokenizer, TEMPLATES[template], template, default_system)
+    if template is not None and template in LAYOUTS:
+        layout = LAYOUTS[template]
+        written, seamed = (
+            jinja(layout, default_system=default_system, seams=seams) for seams in (False, True)
+        )
+        return Chat(tokenizer, written, template, default_system, seamed)
     if own:
         return Chat(tokenizer, own, "tokenizer", default_system)
     if not needed and not template:
@@ -127,5 +134,5 @@ def chat_of(
         "The base has no chat template"
         + (f", and {template!r} is not one that we have." if template else "."),
         field="template",
-        hint=f"set template to one of {', '.join(TEMPLATES)}, or to jinja of your own",
+        hint=f"set template to one of {', '.join(LAYOUTS)}, or to jinja of your own",
     )

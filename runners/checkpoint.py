@@ -54,6 +54,8 @@ class Position:
     skipped_steps: int = 0
     baseline: RunningMean = field(default_factory=RunningMean)
     log: list[dict[str, Any]] = field(default_factory=list)
+    watched_step: int = -1
+    answers: list[dict[str, Any]] = field(default_factory=list)  # to watch-prompts, so far
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,21 @@ class EventLog:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._handle = os.open(workdir / EVENTS_FILE, flags, 0o644)
         self._n = 0
+        self._writing = threading.Lock()
         self._close_torn_line()
 
     def emit(self, type_: str, **fields: Any) -> None:
-        """Write one event. Its keys are those of specs/runner.py."""
-        self._n += 1
-        event = {
-            "v": 1,
-            "n": self._n,
-            "t_mono": round(time.monotonic(), 6),
-            "type": type_,
-            **fields,
-        }
-        os.write(self._handle, _line(event))
+        """Write one event, from any thread. Its keys are those of specs/runner.py."""
+        with self._writing:
+            self._n += 1
+            event = {
+                "v": 1,
+                "n": self._n,
+                "t_mono": round(time.monotonic(), 6),
+                "type": type_,
+                **fields,
+            }
+            os.write(self._handle, _line(event))
 
     def metric(self, step: int, **values: float) -> None:
         """Write what was measured at a step; what is not finite has no place in JSON."""

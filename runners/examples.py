@@ -9,7 +9,15 @@ from typing import Any
 
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.failures import BadData, BadSpec
-from tuneyard.runners.rows import Conversation, Message, Opinion, Preference, StageRow, Text
+from tuneyard.runners.rows import (
+    Conversation,
+    Message,
+    Opinion,
+    Preference,
+    StageRow,
+    Text,
+    Unanswered,
+)
 
 IGNORED = -100
 """The label of a token that is not a target: torch's default for cross entropy."""
@@ -57,7 +65,33 @@ class Labelled:
         return self.example.targets
 
 
-Item = Example | Pair | Labelled
+@dataclass(frozen=True)
+class Question:
+    """What the model itself is to answer, and the row that asks it; no tokens: it was too long."""
+
+    ids: list[int]
+    row: Unanswered
+
+    @property
+    def targets(self) -> int:
+        """Whether there is something to answer."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An answer that the model drew, and how much better it is than others to its question."""
+
+    example: Example
+    advantage: float
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learned."""
+        return self.example.targets
+
+
+Item = Example | Pair | Labelled | Question | Drawn
 """What a row of training data becomes, by stage."""
 
 
@@ -67,7 +101,9 @@ def sequences_of(item: Item) -> tuple[Example, ...]:
         return item.chosen, item.rejected
     if isinstance(item, Labelled):
         return item.example, item.mismatched
-    return (item,)
+    if isinstance(item, Question):
+        return (Example(item.ids, [IGNORED] * len(item.ids)),)
+    return (item.example,) if isinstance(item, Drawn) else (item,)
 
 
 @dataclass(frozen=True)
@@ -95,11 +131,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Encoded:
-    """All items that teach something, and how many rows did not or only in part."""
+    """All items that teach something, and how many rows did not or only in part.
+
+    kept: for each item the place of what it was made of.
+    """
 
     examples: list[Item]
     skipped: int = 0
     last_turn_only: int = 0
+    kept: Sequence[int] = ()
 
 
 Progress = Callable[[int], None]
@@ -115,14 +155,43 @@ def encode(
 ) -> Encoded:
     """Tokenise all rows. Raises: BadData when the template refuses one or nothing is left."""
     encoded = _STAGES[stage](rows, chat, cutting, progress)
-    useful = [item for item in encoded.examples if item.targets]
+    kept = [i for i, item in enumerate(encoded.examples) if item.targets]
+    useful = [encoded.examples[i] for i in kept]
     if not useful:
         raise BadData(
             "No row has a token to learn.",
             hint=f"cutoff_len is {cutting.cutoff_len}: does it cut every answer away?",
         )
     skipped = len(encoded.examples) - len(useful)
-    return Encoded(useful, skipped, encoded.last_turn_only)
+    return Encoded(useful, skipped, encoded.last_turn_only, kept)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row to be answered: all up to its last answer, and that answer."""
+
+    prompt: list[int]
+    label: list[int]
+
+
+def encode_questions(
+    rows: Sequence[Conversation],
+    chat: Chat,
+    cutoff_len: int,
+    *,
+    progress: Progress = lambda _: None,
+) -> list[Question]:
+    """Rows as prompts and labels, together at most cutoff_len tokens.
+
+    Source: behaviour of LLaMA-Factory 0.9.5, data/processor/unsupervised.py: one share for all
+    that comes before the last answer, which keeps its start.
+    """
+    found = []
+    for pieces, _ in _in_pieces(rows, chat, progress):
+        asked, said = one_turn(pieces)
+        kept, room = share(len(asked), len(said), cutoff_len)
+        found.append(Question(asked[:kept], said[:room]))
+    return found
 
 
 def _conversations(
@@ -171,6 +240,34 @@ def _opinions(rows: Sequence[Opinion], chat: Chat, cutting: Cutting, progress: P
     return Encoded(found)
 
 
+def _questions(
+    rows: Sequence[Unanswered], chat: Chat, cutting: Cutting, progress: Progress
+) -> Encoded:
+    """Stages grpo and rloo: questions as inference asks them, whole or not at all."""
+    found: list[Item] = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = rows[start : start + ROWS_AT_ONCE]
+        texts = [
+            chat.render(
+                chat.with_system(row.messages),
+                generation_prompt=True,
+                tools=row.tools,
+                line=row.line,
+            )
+            for row in part
+        ]
+        for row, ids in zip(part, chat.encode(texts), strict=True):
+            found.append(Question(ids if len(ids) <= cutting.cutoff_len else [], row))
+        progress(start + len(part))
+    return Encoded(found)
+
+
+def encode_answers(rows: Sequence[Conversation], chat: Chat, cutoff_len: int) -> list[Example]:
+    """The last answers of conversations, cut as stage rm cuts them."""
+    pieces = _in_pieces(rows, chat, lambda done: None)
+    return [_cut_answer(each, cutoff_len) for each, _ in pieces]
+
+
 def _cut_answer(pieces: Sequence[Piece], cutoff_len: int) -> Example:
     asked, said = one_turn(pieces)
     kept, room = share(len(asked), len(said), cutoff_len)
@@ -186,7 +283,7 @@ def _texts(rows: Sequence[Text], chat: Chat, cutting: Cutting, progress: Progres
     dropped, and a block's first token makes way for bos.
     """
     tokenizer, width = chat.tokenizer, cutting.cutoff_len
-    begin = tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
+    begin = begin_of(chat)
     sequences: list[list[int]] = []
     flat: list[int] = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -202,12 +299,19 @@ def _texts(rows: Sequence[Text], chat: Chat, cutting: Cutting, progress: Progres
     return Encoded([Example(ids, list(ids)) for ids in sequences])
 
 
+def begin_of(chat: Chat) -> list[int]:
+    """What the tokenizer puts before a plain text."""
+    return list(chat.tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids)
+
+
 _STAGES: Mapping[str, Callable[[Any, Chat, Cutting, Progress], Encoded]] = {
     "sft": _conversations,
     "pt": _texts,
     "rm": _preferences,
     "dpo": _preferences,
     "kto": _opinions,
+    "grpo": _questions,
+    "rloo": _questions,
 }
 
 
@@ -242,6 +346,7 @@ def _turns(conversation: Conversation, chat: Chat) -> tuple[list[Turn], bool]:
     then the text up to the last question is all source.
     """
     messages = chat.with_system(conversation.messages)
+    _check_calls(conversation, chat)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     turns, written = [], ""
     for number, i in enumerate(answers):
@@ -255,13 +360,24 @@ def _turns(conversation: Conversation, chat: Chat) -> tuple[list[Turn], bool]:
     return turns, False
 
 
+def _check_calls(conversation: Conversation, chat: Chat) -> None:
+    """Refuse to learn empty answers where the template leaves out what they call."""
+    calls = any(message.get("tool_calls") for message in conversation.messages)
+    if calls and not chat.writes_calls:
+        raise BadSpec(
+            f"Line {conversation.line} calls a function, and the chat template writes no calls.",
+            field="template",
+            hint="set template to one that does: chatml, qwen, or jinja of your own",
+        )
+
+
 def _rendered(
     conversation: Conversation, messages: Sequence[Message], chat: Chat
 ) -> tuple[str, str]:
     """The text up to the last answer, and the text with it."""
     tools, line = conversation.tools, conversation.line
-    prompt = chat.render(messages[:-1], generation_prompt=True, tools=tools, line=line)
-    whole = chat.render(messages, tools=tools, line=line)
+    prompt = chat.render(messages[:-1], generation_prompt=True, tools=tools, line=line, seams=True)
+    whole = chat.render(messages, tools=tools, line=line, seams=True)
     if whole.startswith(prompt):
         return prompt, whole
     raise BadSpec(
@@ -289,9 +405,12 @@ def _closed(target: list[int], chat: Chat) -> tuple[list[int], list[int]]:
     """An answer up to its closing token, and what the template writes after it.
 
     What follows ("\\n", mostly) is context of the next turn and no target: nobody generates it.
+    Under a name of LLaMA-Factory's it is a target, as there.
     """
     if chat.closing_id is None:
         return [*target, chat.tokenizer.eos_token_id], []
+    if chat.seamed:
+        return target, []
     end = len(target) - 1
     while end >= 0 and target[end] not in chat.special_ids:
         end -= 1

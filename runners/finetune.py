@@ -2,7 +2,7 @@
 
 inputs: model (a folder), dataset (a file), eval_dataset (a file, optional); tokens (a folder that a
 prepare job made of them, optional). arguments: those of FinetuneArguments. output: the adapter in
-peft's format, the tokenizer, tuneyard.json.
+peft's format, the tokenizer, tuneyard.json; what it said of watch-prompts and held-out rows.
 """
 
 from tuneyard.runners.asked import read_asked
@@ -12,7 +12,7 @@ from tuneyard.runners.tokenising import load_chat, read_rows_of, read_tokens, to
 
 
 def finetune(attempt: Attempt) -> None:
-    """Check, load, train, publish."""
+    """Check, load, train, say, publish."""
     asked = read_asked(attempt)
     prepared = "tokens" in attempt.spec.inputs
     rows = {} if prepared else read_rows_of(attempt, asked.arguments)
@@ -21,6 +21,8 @@ def finetune(attempt: Attempt) -> None:
     # Not before the data are known to be good: torch and transformers take seconds to import.
     from tuneyard.runners.adapter_folder import publish_adapter
     from tuneyard.runners.assembly import build_trainer
+    from tuneyard.runners.saying import Saying
+    from tuneyard.runners.tracking import tracked
 
     chat = load_chat(asked.model, asked.arguments, attempt)
     if prepared:
@@ -29,9 +31,14 @@ def finetune(attempt: Attempt) -> None:
     else:
         tokenised = tokenise(rows, asked.arguments, chat, attempt)
     trainer = build_trainer(asked, attempt, chat, tokenised)
+    saying = Saying(asked, attempt, chat, trainer, rows=len(tokenised.examples))
     attempt.events.emit("phase", phase="running")
-    trainer.train()
-    publish_adapter(asked, attempt, chat, trainer)
+    with tracked(asked, attempt, trainer):
+        trainer.train()
+        predictions = saying.predict()
+    beside = saying.files(predictions)
+    measured = predictions.values(saying.prefix) if predictions else {}
+    publish_adapter(asked, attempt, chat, trainer, beside=beside, measured=measured)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from tuneyard.runners.chat import TEMPLATES
+from tuneyard.runners.layouts import LAYOUTS, jinja
 
 WORDS = ["<|unknown|>", "<|im_start|>", "<|im_end|>"]
 SEED = 7
@@ -75,7 +75,7 @@ def _write_tokenizer(folder: Path, alphabet: Sequence[str]) -> None:
         "eos_token": "<|im_end|>",
         "pad_token": "<|im_end|>",
         "model_max_length": 4096,
-        "chat_template": TEMPLATES["chatml"],
+        "chat_template": jinja(LAYOUTS["chatml"]),
     }
     tokenizer.save(str(folder / "tokenizer.json"))
     text = json.dumps(config, indent=2)

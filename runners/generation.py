@@ -1,7 +1,8 @@
 """Generating: which settings apply, and batches of prompts as batches of texts."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,29 @@ class Answer:
     completion_tokens: int
 
 
+@contextmanager
+def undisturbed(model: Any, device: str, *, half: bool = False) -> Iterator[None]:
+    """Let a model that learns speak: its dropout, its settings and all random streams stay.
+
+    half: it computes in fp16 by autocast.
+    """
+    learning = [module for module in model.modules() if module.training]
+    before = [(each, vars(each).get("generation_config")) for each in model.modules()]
+    devices = [torch.cuda.current_device()] if device == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.autocast(device, torch.float16, enabled=half):
+            model.eval()
+            yield
+    finally:
+        for module in learning:
+            module.training = True
+        for module, settings in before:
+            if settings is not None:
+                module.generation_config = settings
+            else:
+                vars(module).pop("generation_config", None)
+
+
 @dataclass(frozen=True)
 class Speaker:
     """A loaded model and how it is to speak.
@@ -103,7 +127,8 @@ class Speaker:
         ids, mask = self._padded(prompts)
         torch.manual_seed(stream_seed(self.settings.seed, "sampling", batch))
         self._configure(room)
-        with torch.inference_mode(), warnings.catch_warnings():
+        # Not inference_mode: a model that learns may keep something that it made meanwhile.
+        with torch.no_grad(), warnings.catch_warnings():
             # Without padding they are counted as they would be given.
             warnings.filterwarnings("ignore", "Position ids are not supported", UserWarning)
             out = self.model.generate(

@@ -62,12 +62,26 @@ def means(outcomes: Iterable[Outcome]) -> dict[str, torch.Tensor]:
     return {name: total / counts[name] for name, total in totals.items() if counts[name]}
 
 
-def token_losses(model: Any, batch: Batch, *, smoothing: float = 0.0) -> torch.Tensor:
-    """-log p of each target, [sequences, positions] in fp32; 0 where there is no target.
+def token_losses(model: Any, batch: Batch, *, temperature: float = 1.0) -> torch.Tensor:
+    """-log p of each target, [sequences, positions] in fp32; 0 where there is no target."""
+    logits = token_logits(model, batch)
+    if temperature != 1.0:
+        logits = logits.float() / temperature
+    return losses_of(logits, batch)
+
+
+def token_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """[sequences, positions, vocabulary], where something is a target."""
+    output = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.positions)
+    found: torch.Tensor = output.logits
+    return found
+
+
+def losses_of(logits: torch.Tensor, batch: Batch, *, smoothing: float = 0.0) -> torch.Tensor:
+    """-log p of each target by its logits.
 
     smoothing: the share of each target that all words of the vocabulary have in equal parts.
     """
-    logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.positions).logits
     flat = cross_entropy(
         logits.float().flatten(0, 1),
         batch.targets.flatten(),
@@ -78,15 +92,34 @@ def token_losses(model: Any, batch: Batch, *, smoothing: float = 0.0) -> torch.T
     return flat.view_as(batch.targets)
 
 
+def accuracy_of(logits: torch.Tensor, batch: Batch) -> Measure:
+    """Which share of a row's targets were the likeliest tokens: each row counts the same.
+
+    Source: behaviour of LLaMA-Factory 0.9.5, ComputeAccuracy in train/sft/metric.py.
+    """
+    wanted = batch.targets != IGNORED
+    hits = (logits.argmax(-1) == batch.targets) & wanted
+    counts = wanted.sum(1)
+    shares = hits.sum(1).double() / counts.clamp(min=1)
+    return Measure(shares.sum(), (counts > 0).sum())
+
+
 @dataclass(frozen=True)
 class TokenLoss:
-    """Stages sft and pt: the mean of -log p over all targets of a step."""
+    """Stages sft and pt: the mean of -log p over all targets of a step.
 
+    accuracy: measured beside it, where nothing is learned.
+    """
+
+    accuracy: bool = False
     smoothing: float = 0.0
 
     def loss(self, model: Any, batch: Batch) -> Outcome:
         """The sum over the targets."""
-        return Outcome(token_losses(model, batch, smoothing=self.smoothing).sum())
+        logits = token_logits(model, batch)
+        measured = self.accuracy and not model.training
+        measures = {"accuracy": accuracy_of(logits.detach(), batch)} if measured else {}
+        return Outcome(losses_of(logits, batch, smoothing=self.smoothing).sum(), measures)
 
     def units(self, item: Item) -> int:
         """Its targets."""

@@ -237,6 +237,9 @@ def lineage_of(asked: Asked, attempt: Attempt) -> dict[str, Any]:
     base = {"id": ids.get("model") or asked.model.name, "digest": digest_of(asked.model)}
     base |= {name: manifest[name] for name in ("source", "revision") if name in manifest}
     adapter = {"id": ids.get("adapter") or asked.adapter.name, "digest": digest_of(asked.adapter)}
+    bits = (asked.origin.get("arguments") or {}).get("quantization_bit")
+    if bits is not None:  # the sum is onto the base as it is stored, not as it was trained over
+        adapter["trained_over_bits"] = bits
     return {"base": base, "adapter": adapter, "job": attempt.spec.job}
 
 

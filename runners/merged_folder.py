@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tuneyard.runners.base_model import PICKLED, end_ids
-from tuneyard.runners.chat import TEMPLATES
+from tuneyard.runners.layouts import LAYOUTS, jinja
 from tuneyard.runners.origin import CONFIG_FILE, WEIGHTS_FILE
+from tuneyard.runners.run_files import RUN_FILES
 from tuneyard.runners.tensor_files import INDEX_FILE
 from tuneyard.specs.runner import TUNEYARD_FILE
 from tuneyard.store.folder import MANIFEST_FILE, is_safe_name
@@ -25,7 +26,7 @@ ADAPTER_FOLDER = "adapter"
 TEMPLATE_FILE = "chat_template.jinja"
 
 _NOT_COPIED = {*PICKLED, ".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", ".py"}
-_NOT_THE_BASES = {MANIFEST_FILE, INDEX_FILE, TUNEYARD_FILE, CONFIG_FILE, "README.md"}
+_NOT_THE_BASES = {MANIFEST_FILE, INDEX_FILE, TUNEYARD_FILE, CONFIG_FILE, "README.md", *RUN_FILES}
 _OF_AN_ADAPTER = (CONFIG_FILE, WEIGHTS_FILE, TUNEYARD_FILE, "trainer_log.jsonl")
 
 
@@ -108,13 +109,19 @@ def _write_template(folder: Path, change: Change) -> None:
     own = _own_template(folder, tokenizer)
     template = change.origin.get("template")
     if template is None and own is None and change.template:
-        named = TEMPLATES.get(change.template)
-        template = change.template if "{" in change.template else named
+        template = _named(change.template)
     if template is None or template == own:
         return
     (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     if "chat_template" in tokenizer:
         _edit(path, {"chat_template": template})
+
+
+def _named(template: str) -> str | None:
+    """The jinja that is meant; None where a name means the base's own."""
+    if "{" in template:
+        return template
+    return jinja(LAYOUTS[template]) if template in LAYOUTS else None
 
 
 def _own_template(folder: Path, tokenizer: Mapping[str, Any]) -> str | None:

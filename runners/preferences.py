@@ -9,28 +9,10 @@ from torch.nn.functional import logsigmoid
 from tuneyard.runners.batches import Batch
 from tuneyard.runners.examples import IGNORED, Item
 from tuneyard.runners.losses import Measure, Outcome, RunningMean, token_losses
+from tuneyard.runners.reference import Reference
 
 AVERAGED = frozenset({"ipo", "orpo", "simpo"})
 """Losses over the mean log-probability of a token, not the sum over an answer."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The model that answers are compared with: ``frozen``, or the trained one without adapter."""
-
-    frozen: Any | None = None
-
-    @torch.no_grad()
-    def logps(self, model: Any, batch: Batch) -> torch.Tensor:
-        """log p of each target, [sequences, positions]; without dropout and noise."""
-        if self.frozen is not None:
-            return -token_losses(self.frozen, batch)
-        training = model.training
-        model.eval()
-        with model.disable_adapter():
-            found = -token_losses(model, batch)
-        model.train(training)
-        return found
 
 
 @dataclass(frozen=True)
@@ -58,16 +40,18 @@ class PairLoss:
 
     def loss(self, model: Any, batch: Batch) -> Outcome:
         """The sum over the pairs."""
-        tokens = -token_losses(model, batch)
         targets = batch.targets != IGNORED
+        before = None
+        if self.reference is not None:  # first: what it computes is not kept for the gradient
+            # As LLaMA-Factory: ld_alpha is the trained model's alone.
+            before = self._answers(self.reference.logps(model, batch), targets, None)
+        tokens = -token_losses(model, batch)
         chosen, rejected = self._answers(tokens, targets, self.ld_alpha).chunk(2)
         sft = -(tokens.sum(1) / targets.sum(1)).chunk(2)[0]
-        if self.reference is None:
+        if before is None:
             losses = self._alone(chosen, rejected)
             old = torch.zeros_like(chosen), torch.zeros_like(rejected)
         else:
-            # As LLaMA-Factory: ld_alpha is the trained model's alone.
-            before = self._answers(self.reference.logps(model, batch), targets, None)
             old = before.chunk(2)[0], before.chunk(2)[1]
             losses = self._compared((chosen - rejected) - (old[0] - old[1]))
         good, bad = self.beta * (chosen - old[0]), self.beta * (rejected - old[1])
@@ -146,12 +130,13 @@ class LabelLoss:
     def loss(self, model: Any, batch: Batch) -> Outcome:
         """The sum over the rows."""
         own, other = batch.halves()
-        tokens, wanted = -token_losses(model, own), batch.wanted
-        logps = tokens.sum(1)
         with torch.no_grad():
             drift = -token_losses(model, other) - self.reference.logps(model, other)
             divergence = drift.sum(1).mean().clamp(min=0)
-        rewards = self.beta * (logps - self.reference.logps(model, own).sum(1))
+        before = self.reference.logps(model, own).sum(1)
+        tokens, wanted = -token_losses(model, own), batch.wanted
+        logps = tokens.sum(1)
+        rewards = self.beta * (logps - before)
         distance = torch.where(wanted, 1.0, -1.0) * (rewards - self.beta * divergence)
         weights = torch.where(wanted, self.wanted_weight, self.unwanted_weight)
         sft = -tokens.sum(1) / (own.targets != IGNORED).sum(1)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,5 +57,15 @@ def read_results(attempt: Attempt, key: str) -> Results:
 
 def write_results(path: Path, results: Results) -> None:
     """Write the results in the order of the prompts."""
-    lines = (json.dumps(results[i], ensure_ascii=False) + "\n" for i in sorted(results))
-    path.write_text("".join(lines), encoding="utf-8")
+    path.write_text(as_json_lines(results[i] for i in sorted(results)), encoding="utf-8")
+
+
+def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files, by name, into a folder."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")

@@ -1,9 +1,9 @@
 """Rows of a training file as what a stage learns from; no torch.
 
 Forms: alpaca (instruction, input, output, system, history; or prompt, completion), OpenAI chat
-(messages, tools), ShareGPT (conversations of from and value, system); of preferences the same with
-chosen and rejected, of labelled answers with kto_tag or label; text. Nothing is substituted in the
-texts.
+(messages, tools), ShareGPT (conversations of from and value, system, tools); of preferences the
+same with chosen and rejected, of labelled answers with kto_tag or label; text. Nothing is
+substituted in the texts.
 """
 
 import json
@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.row_files import read_rows
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.rows import NEEDS, SPEAKERS, STAGE_OF, TRAINABLE, check_row
+from tuneyard.specs.rows import (
+    NEEDS,
+    SPEAKERS,
+    STAGE_OF,
+    TRAINABLE,
+    check_row,
+    columns_of,
+    read_calls,
+)
 
 Row = Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -64,7 +72,17 @@ class Text:
     line: int
 
 
-StageRow = Conversation | Preference | Opinion | Text
+@dataclass(frozen=True)
+class Unanswered:
+    """Messages that the assistant has to answer, and what rewards may read beside them."""
+
+    messages: Sequence[Message]
+    columns: Mapping[str, Any]
+    line: int
+    tools: Sequence[Mapping[str, Any]] | None = None
+
+
+StageRow = Conversation | Preference | Opinion | Text | Unanswered
 
 
 def read_conversations(path: Path, *, limit: int | None = None) -> list[Conversation]:
@@ -138,12 +156,24 @@ def _text(row: Row, line: int) -> Text:
     return Text(row["text"], line)
 
 
+def _unanswered(row: Row, line: int) -> Unanswered:
+    """A row's question; an answer that it holds is for the rewards."""
+    messages = _asked(row)
+    if isinstance(row.get("completion"), list):
+        messages += _answer(row["completion"])
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    return Unanswered(messages, columns_of(row), line, _tools(row))
+
+
 _STAGES: Mapping[str, Callable[[Row, int], StageRow]] = {
     "sft": _conversation,
     "pt": _text,
     "rm": _preference,
     "dpo": _preference,
     "kto": _opinion,
+    "grpo": _unanswered,
+    "rloo": _unanswered,
 }
 
 
@@ -206,10 +236,12 @@ def _openai(row: Row, line: int) -> Conversation:
 
 
 def _tools(row: Row) -> Sequence[Mapping[str, Any]] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = json.loads(tools) if tools.strip() else None
-    return tools or None
+    """The functions that an answer may call; an empty list is told from none."""
+    given = row.get("tools")
+    if isinstance(given, str):
+        given = json.loads(given) if given.strip() else None
+    tools: Sequence[Mapping[str, Any]] | None = given
+    return tools
 
 
 def _openai_message(message: Message) -> Message:
@@ -222,11 +254,19 @@ def _openai_message(message: Message) -> Message:
 
 
 def _sharegpt(row: Row, line: int) -> Conversation:
-    return _all_trained([*_system(row), *_turns(row["conversations"])], line)
+    messages = [*_system(row), *_turns(row["conversations"])]
+    return _all_trained(messages, line, _tools(row))
 
 
 def _turns(conversations: Sequence[Row]) -> list[Message]:
-    return [_says(SPEAKERS[turn["from"]], turn["value"]) for turn in conversations]
+    return [_sharegpt_message(turn) for turn in conversations]
+
+
+def _sharegpt_message(turn: Row) -> Message:
+    if turn["from"] != "function_call":
+        return _says(SPEAKERS[turn["from"]], turn["value"])
+    calls = [{"type": "function", "function": call} for call in read_calls(turn["value"], "value")]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 _FORMS: Mapping[str, Callable[[Row, int], Conversation]] = {

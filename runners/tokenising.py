@@ -138,6 +138,7 @@ def made_from(arguments: RowsSpec, model: Path, chat: Chat) -> dict[str, Any]:
         "stage": arguments.stage,
         "packing": arguments.packing,
         "template": chat.template,
+        "seamed": chat.seamed,
         "default_system": arguments.default_system,
         "cutoff_len": arguments.cutoff_len,
         "train_on_prompt": arguments.train_on_prompt,

@@ -2,13 +2,15 @@
 
 Each split is a safetensors file of flat arrays: ``ids`` and ``labels`` (int32, all sequences one
 after the other) and ``ends`` (int64, where each ends). Of pairs and labelled answers two sequences
-make an item; ``wanted`` (uint8, one an item) tells the latter. tokens.json says what made them.
+make an item; ``wanted`` (uint8, one an item) tells the latter. Of questions ``rows`` (uint8) and
+``row_ends`` hold what asked them, as JSON. tokens.json says what made them.
 """
 
 import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,8 +18,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tuneyard.runners.examples import Example, Item, Labelled, Pair, sequences_of
+from tuneyard.runners.examples import Example, Item, Labelled, Pair, Question, sequences_of
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.rows import Unanswered
 
 ABOUT_FILE = "tokens.json"
 TRAINING, HELD_OUT = "training", "held_out"
@@ -33,6 +36,8 @@ class TokenRows(Sequence[Item]):
         names = self._file.keys()
         self._wanted = self._file.get_tensor("wanted") if "wanted" in names else None
         self._paired = "paired" in names or self._wanted is not None
+        self._rows = self._file.get_slice("rows") if "rows" in names else None
+        self._row_ends = self._file.get_tensor("row_ends") if "rows" in names else []
 
     def __len__(self) -> int:
         return len(self._ends) // (2 if self._paired else 1)
@@ -47,6 +52,8 @@ class TokenRows(Sequence[Item]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
+        if self._rows is not None:
+            return Question(self._sequence(index).ids, self._row(index))
         if not self._paired:
             return self._sequence(index)
         first, second = self._sequence(2 * index), self._sequence(2 * index + 1)
@@ -59,6 +66,11 @@ class TokenRows(Sequence[Item]):
         end = int(self._ends[index])
         return Example(self._ids[start:end].tolist(), self._labels[start:end].tolist())
 
+    def _row(self, index: int) -> Unanswered:
+        assert self._rows is not None  # noqa: S101 - the caller looked
+        start = int(self._row_ends[index - 1]) if index else 0
+        return Unanswered(**json.loads(self._rows[start : int(self._row_ends[index])].tobytes()))
+
 
 class RowWriter:
     """Collects the items of one split in flat arrays."""
@@ -66,11 +78,15 @@ class RowWriter:
     def __init__(self) -> None:
         self._ids, self._labels, self._ends = array("i"), array("i"), array("q")
         self._wanted, self._paired = array("B"), False
+        self._rows, self._row_ends = bytearray(), array("q")
 
     def add(self, items: Iterable[Item]) -> None:
         """Append items, all of one form."""
         for item in items:
-            self._paired |= not isinstance(item, Example)
+            self._paired |= not isinstance(item, Example | Question)
+            if isinstance(item, Question):
+                self._rows += _as_json(item.row)
+                self._row_ends.append(len(self._rows))
             if isinstance(item, Labelled):
                 self._wanted.append(item.wanted)
             for sequence in sequences_of(item):
@@ -94,7 +110,14 @@ class RowWriter:
             arrays["wanted"] = np.frombuffer(self._wanted, np.uint8)
         elif self._paired:
             arrays["paired"] = np.ones(1, np.uint8)
+        if self._row_ends:
+            arrays["rows"] = np.frombuffer(self._rows, np.uint8)
+            arrays["row_ends"] = np.frombuffer(self._row_ends, np.int64)
         save_file(arrays, path)
+
+
+def _as_json(row: Unanswered) -> bytes:
+    return json.dumps(asdict(row), sort_keys=True).encode()
 
 
 def digest_of(items: Iterable[Item]) -> str:
@@ -105,6 +128,8 @@ def digest_of(items: Iterable[Item]) -> str:
             digest.update(array("q", [len(each.ids), *each.ids, *each.labels]).tobytes())
         if isinstance(item, Labelled):
             digest.update(bytes([item.wanted]))
+        if isinstance(item, Question):
+            digest.update(_as_json(item.row))
     return digest.hexdigest()
 
 

@@ -11,10 +11,10 @@ import math
 import resource
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -29,6 +29,7 @@ from tuneyard.runners.checkpoint import (
 from tuneyard.runners.events import EventLog
 from tuneyard.runners.examples import Item
 from tuneyard.runners.failures import LossNotFinite, Stopped
+from tuneyard.runners.generation import undisturbed
 from tuneyard.runners.learned import restore_learned
 from tuneyard.runners.losses import Objective, Outcome, means
 from tuneyard.runners.noise import EmbeddingNoise
@@ -39,6 +40,8 @@ from tuneyard.store.folder import verify_folder
 
 log = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -47,7 +50,7 @@ class Plan:
     steps: int
     steps_per_epoch: int
     rows_per_batch: int
-    batches_per_step: int
+    rows_per_step: int
     eval_rows_per_batch: int
     max_grad_norm: float
     eval_every: int | None
@@ -65,6 +68,10 @@ class Plan:
         """As often as was asked."""
         return step > 0 and _divides(self.save_every, step)
 
+    def watch_due(self, step: int) -> bool:
+        """Before the first step, at checkpoints that were asked for, and after the last."""
+        return step in (0, self.steps) or self.save_due(step)
+
 
 def _divides(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
@@ -80,6 +87,22 @@ class Data:
     pad_id: int
 
 
+class Draw(Protocol):
+    """Makes what is learned of what a step asks; see runners/rollouts.py."""
+
+    def __call__(
+        self,
+        model: Any,
+        items: Sequence[Item],
+        /,
+        *,
+        before: int,
+        purpose: str,
+        give_way: Callable[[], None],
+    ) -> tuple[Sequence[Item], dict[str, float]]:
+        """What is to be learned, and measures of it. before: how many items were asked so far."""
+
+
 @dataclass(frozen=True)
 class Step:
     """What a step did. ``seconds`` are wall time; ``tokens`` include those that are no target."""
@@ -92,8 +115,8 @@ class Step:
     seconds: float
 
 
-class _Interrupted(Exception):
-    """SIGTERM came between two batches."""
+class Interrupted(Exception):
+    """SIGTERM came between two batches, or two tokens."""
 
 
 @dataclass
@@ -102,6 +125,7 @@ class Trainer:
 
     run: what a resumed run must agree with, and what it runs on; base_id: what files call the base.
     judge: which evaluation is the best; resumed: the checkpoint that the run began from.
+    watch: given a step, what the model says then.
     """
 
     running: Running
@@ -118,6 +142,8 @@ class Trainer:
     base_id: str
     judge: Judge
     resumed: Path | None = None
+    draw: Draw | None = None
+    watch: Callable[[int], list[dict[str, Any]]] | None = None
 
     def __post_init__(self) -> None:
         self.durations: deque[float] = deque(maxlen=20)
@@ -132,21 +158,29 @@ class Trainer:
         Raises: LossNotFinite; Stopped, after a checkpoint if there is anything to keep.
         """
         self.running.model.train()
+        self.interruptible(self._run)
+        self._end()
+
+    def interruptible(self, work: Callable[[], Answer]) -> Answer:
+        """Work that gives way. Raises: Stopped, after a checkpoint if there is anything to keep."""
         self.stops.defer()
         try:
-            self._run()
-        except _Interrupted:
-            self._save()
+            return work()
+        except Interrupted:
+            self.save()
             raise Stopped(at_checkpoint=self.at.step > 0) from None
-        self._end()
 
     def _run(self) -> None:
         while True:
-            self._report_progress()
+            self.report_progress()
             if self.data.held_out and self._eval_due():
                 self._evaluate()
-            if self._save_due():
-                self._save()
+            saving = self._save_due()
+            if self.watch is not None and self._watch_due(saving=saving):
+                with self.running.mover.at_rest():
+                    self._answer(self.watch)
+            if saving:
+                self.save()
             if self.at.step >= self.plan.steps or self.judge.is_over(self.at):
                 return
             self._finish(self._step())
@@ -176,24 +210,39 @@ class Trainer:
         log.info("took the model of step %d", self.loaded_step)
 
     def _step(self) -> Step:
-        """One optimizer step. Raises: _Interrupted, with nothing changed but gradients."""
+        """One optimizer step. Raises: Interrupted, with nothing changed but gradients."""
         began = time.monotonic()
         size = self.plan.rows_per_batch
-        rows = self.data.order.take(self.at.examples, size * self.plan.batches_per_step)
-        examples = [self.data.examples[i] for i in rows]
+        rows = self.data.order.take(self.at.examples, self.plan.rows_per_step)
+        examples, drawn = self._items([self.data.examples[i] for i in rows])
         units = max(1, sum(map(self.objective.units, examples)))
         learning_rate = self.schedule.at(self.at.step)
         self.running.mover.set_rate(learning_rate)
         parts, tokens = [], 0
         for start in range(0, len(examples), size):
-            self._give_way()
+            self.give_way()
             batch = collate(examples[start : start + size], self.data.pad_id)
             parts.append(self._backward(batch, units))
             tokens += batch.tokens
         loss, measures = _summary(parts)  # the GPU is waited for here, once a step
         grad_norm = self._update(loss)
         self.at.examples += len(rows)
-        return Step(loss, measures, grad_norm, learning_rate, tokens, time.monotonic() - began)
+        return Step(
+            loss, drawn | measures, grad_norm, learning_rate, tokens, time.monotonic() - began
+        )
+
+    def _items(self, items: Sequence[Item]) -> tuple[Sequence[Item], dict[str, float]]:
+        """What a step learns of its rows."""
+        if self.draw is None:
+            return items, {}
+        return self._drawn(items, before=self.at.examples, purpose="answers")
+
+    def _drawn(
+        self, items: Sequence[Item], *, before: int, purpose: str
+    ) -> tuple[Sequence[Item], dict[str, float]]:
+        assert self.draw is not None  # noqa: S101 - the caller looked
+        model, give_way = self.running.model, self._give_way
+        return self.draw(model, items, before=before, purpose=purpose, give_way=give_way)
 
     def _backward(self, batch: Batch, units: int) -> Outcome:
         """Add a group's share to the gradients; returns its share of the step's loss."""
@@ -259,6 +308,7 @@ class Trainer:
         line: dict[str, float] = {
             "current_steps": done,
             "total_steps": total,
+            "percentage": round(100 * done / total, 2),
             "total_tokens": self.at.tokens,
         }
         line |= {"epoch": round(done / self.plan.steps_per_epoch, 4), **values}
@@ -284,12 +334,18 @@ class Trainer:
 
     @torch.no_grad()
     def _measure(self) -> tuple[float, dict[str, float]]:
-        """The loss over all units of the held-out rows together, and the measures beside it."""
+        """The loss over all units of the held-out rows together, and the measures beside it.
+
+        Of answers that are drawn, what counts is their reward: the loss is minus that.
+        """
+        if self.draw is not None:
+            _, found = self._drawn(self.data.held_out, before=0, purpose="evaluation")
+            return -found["reward"], found
         model, size = self.running.model, self.plan.eval_rows_per_batch
         rows, units, parts = self.data.held_out, 0, []
         model.eval()
         for start in range(0, len(rows), size):
-            self._give_way()
+            self.give_way()
             group = rows[start : start + size]
             units += sum(map(self.objective.units, group))
             batch = collate(group, self.data.pad_id).to(self.running.device)
@@ -300,13 +356,32 @@ class Trainer:
         loss, measures = _summary(parts)
         return loss / units, measures
 
+    def _watch_due(self, *, saving: bool) -> bool:
+        due = saving or self.plan.watch_due(self.at.step)
+        return due and self.at.watched_step < self.at.step
+
+    def _answer(self, watch: Callable[[int], list[dict[str, Any]]]) -> None:
+        """Before the checkpoint of this step, which holds the answers then: nothing comes twice.
+
+        Those at a resume point, which comes when it comes, are told and not kept: the same run
+        leaves the same file.
+        """
+        model, device = self.running.model, self.running.device
+        with undisturbed(model, device, half=self.running.scaler.is_enabled()):
+            lines = watch(self.at.step)
+        for line in lines:
+            self.events.emit("sample", **line)
+        self.at.watched_step = self.at.step
+        if self.plan.watch_due(self.at.step):
+            self.at.answers += lines
+
     def _save_due(self) -> bool:
         asked = self.stops.take_checkpoint_asked()
         old = time.monotonic() - self.saved_at > RESUME_POINT_S
         due = self.plan.save_due(self.at.step) or self.judge.wants_kept(self.at)
         return asked or old or due
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Write a checkpoint of the last whole step, unless it is there already."""
         if self.at.step == self.saved_step:
             return
@@ -325,7 +400,8 @@ class Trainer:
         best = self.at.best_step
         drop_old(self.workdir, newest=self.at.step, best=best, limit=self.plan.keep)
 
-    def _report_progress(self) -> None:
+    def report_progress(self) -> None:
+        """Say how many steps are done."""
         left, mean = self.plan.steps - self.at.step, 0.0
         if self.durations:
             mean = sum(self.durations) / len(self.durations)
@@ -333,9 +409,10 @@ class Trainer:
         done, total = self.at.step, self.plan.steps
         self.events.emit("progress", done=done, total=total, unit="steps", eta_s=eta_s)
 
-    def _give_way(self) -> None:
+    def give_way(self) -> None:
+        """Between two pieces of work. Raises: Interrupted when the runner was asked to stop."""
         if self.stops.stop_asked:
-            raise _Interrupted
+            raise Interrupted
 
 
 def _summary(parts: Sequence[Outcome]) -> tuple[float, dict[str, float]]:

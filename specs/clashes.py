@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.evaluating import best_model_clashes
+from tuneyard.specs.evaluate import EvaluateSpec, evaluate_clashes
 from tuneyard.specs.fields import Spec
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec, RowsSpec
 from tuneyard.specs.inference import InferenceSpec
@@ -12,10 +13,14 @@ from tuneyard.specs.llamafactory import TEMPLATE_NAMES
 from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.optimizers import optimizer_clashes
 from tuneyard.specs.optimizing import schedule_clashes, smoothing_clashes
+from tuneyard.specs.predicting import predicting_clashes
 from tuneyard.specs.preferences import preference_clashes
 from tuneyard.specs.problems import nearest, problem
+from tuneyard.specs.rewards import reward_clashes
 from tuneyard.specs.sources import read_source
+from tuneyard.specs.tracking import tracking_clashes
 from tuneyard.specs.tuning import tuning_clashes
+from tuneyard.specs.watching import watching_clashes
 
 
 def clashes_of(spec: Spec) -> list[InputError]:
@@ -32,10 +37,17 @@ def clashes_of(spec: Spec) -> list[InputError]:
         found += _row_pairs(spec)
     if isinstance(spec, RowsSpec | InferenceSpec):
         found += _template(spec.template)
+    if isinstance(spec, EvaluateSpec):
+        separate = spec.eval_dataset is not None
+        found += evaluate_clashes(spec, held_out=spec.held_out, separate=separate)
     if isinstance(spec, FinetuneSpec):
+        held_out = spec.val_size > 0 or spec.eval_dataset is not None
+        found += predicting_clashes(spec, stage=spec.stage, held_out=held_out)
+        found += watching_clashes(spec, stage=spec.stage)
         found += [*_pairs(spec), *_evaluation(spec), *schedule_clashes(spec)]
         found += [*optimizer_clashes(spec), *smoothing_clashes(spec), *best_model_clashes(spec)]
-        found += preference_clashes(spec, spec.stage)
+        found += [*preference_clashes(spec, spec.stage), *reward_clashes(spec)]
+        found += tracking_clashes(spec)
         found += tuning_clashes(spec, spec.stage)
         if spec.max_steps == 0:
             message, hint = "max_steps = 0 trains nothing.", "-1 counts epochs"

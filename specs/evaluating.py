@@ -82,7 +82,9 @@ def best_model_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
             message = f"{field} = {getattr(spec, field)} goes by evaluations, and there are none."
             hint = "eval_strategy: steps or epoch, with val_size or eval_dataset"
             yield problem("conflicting_fields", message, field, hint)
-    known = MEASURED.get(spec.stage)
+    known = MEASURED.get(spec.stage, frozenset())
+    if known and spec.compute_accuracy:
+        known |= {"accuracy"}
     if known and spec.best_metric not in known:
         message = f"An evaluation of stage: {spec.stage} does not measure {spec.best_metric}."
         hint = f"one of: {', '.join(sorted(known))}"

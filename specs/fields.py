@@ -172,14 +172,15 @@ class Reference(BaseModel):
     """A thing that a spec names.
 
     what: a model to ask (an adapter brings its base along), a base that must be whole, the base of
-    the named adapter, an adapter, or a file. fits: fields of adapters that must have been tuned
-    over it. use: what an adapter must be fit for, in the words of specs/tuning.py. data_file: which
-    file of a data set that has several.
+    the named adapter, an adapter, a model that scores (an adapter brings its base along, as
+    ``reward_base``), or a file. fits: fields of adapters that must have been tuned over it. use:
+    what an adapter must be fit for, in the words of specs/tuning.py. data_file: which file of a
+    data set that has several.
     """
 
     model_config = ConfigDict(frozen=True)
     field: str
-    what: Literal["model", "base", "base_of", "adapter", "dataset", "prompts"]
+    what: Literal["model", "base", "base_of", "adapter", "reward_model", "dataset", "prompts"]
     value: str | dict[str, str]
     fits: tuple[str, ...] = ()
     use: str | None = None
@@ -195,9 +196,11 @@ DATA_FILES = {"dataset": "data_file", "eval_dataset": "eval_data_file"}
 """Field that names a data set -> field that picks one of its files."""
 
 
-WHAT: dict[str, Literal["model", "adapter", "dataset", "prompts"]] = {
+WHAT: dict[str, Literal["model", "adapter", "reward_model", "dataset", "prompts"]] = {
     "model": "model",
     "ref_model": "model",
+    "ref_model_adapters": "adapter",
+    "reward_model": "reward_model",
     "adapter": "adapter",
     "dataset": "dataset",
     "eval_dataset": "dataset",

@@ -9,14 +9,23 @@ from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Reference, Spec, 
 from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizers import OptimizerFields
 from tuneyard.specs.optimizing import OptimizingFields
+from tuneyard.specs.predicting import PredictingFields
 from tuneyard.specs.preferences import PreferenceFields
+from tuneyard.specs.rewards import RewardFields
+from tuneyard.specs.tracking import TrackingFields
 from tuneyard.specs.tuning import SHAPING, TuningFields
+from tuneyard.specs.watching import WatchingFields
 
-TEMPLATES = ("alpaca", "chatml")
-"""Chat templates that come along, for bases that have none."""
+TEMPLATES = (
+    "alpaca", "chatml", "chatml_de", "cohere", "cpm4", "deepseek", "deepseek3", "default",
+    "exaone", "falcon_h1", "gemma", "gemma3", "granite3", "llama2", "llama3", "mistral", "olmo",
+    "openchat", "opencoder", "phi", "phi4", "phi4_mini", "qwen", "qwen3", "qwen3_nothink",
+    "smollm", "smollm2", "starchat", "vicuna", "yi", "zephyr",
+)  # fmt: skip
+"""Chat templates that come along: they write what LLaMA-Factory's of these names write."""
 
 
-Stage = Literal["sft", "pt", "rm", "dpo", "kto"]
+Stage = Literal["sft", "pt", "rm", "dpo", "kto", "grpo", "rloo"]
 
 
 class RowsSpec(Spec):
@@ -36,8 +45,7 @@ class RowsSpec(Spec):
     stage: Stage = Field("sft", description="What is learned from the rows.")
     template: Text | None = Field(
         None,
-        description="Chat template of a base that has none: alpaca, chatml, or jinja; unset: "
-        "the tokenizer's own.",
+        description="Chat template, by LLaMA-Factory's name, or jinja; unset: the tokenizer's own.",
     )
     default_system: Text | None = Field(None, description="System text where a row has none.")
     cutoff_len: int = Field(2048, ge=8, le=1_048_576, description="Tokens kept of a row.")
@@ -50,10 +58,14 @@ class RowsSpec(Spec):
 
 
 class FinetuneSpec(
+    TrackingFields,
+    WatchingFields,
+    PredictingFields,
     EvaluatingFields,
     OptimizerFields,
     OptimizingFields,
     PreferenceFields,
+    RewardFields,
     TuningFields,
     RowsSpec,
 ):
@@ -70,6 +82,11 @@ class FinetuneSpec(
         """Tuning goes to a GPU where there is one."""
         return True
 
+    @property
+    def measures(self) -> bool:
+        """Whether held-out rows are measured at all."""
+        return self.do_eval or self.eval_strategy != "no"
+
     def references(self) -> list[Reference]:
         """The base and the data, then the adapters to go on from: adapter, adapter_2, …"""
         found = [each for each in super().references() if each.field != "adapter"]
@@ -80,7 +97,17 @@ class FinetuneSpec(
             use = self.finetuning_type if last else "sum"
             adapters.append(Reference(field=field, what="adapter", value=value, use=use))
         fits = tuple(each.field for each in adapters)
-        found = [r.model_copy(update={"fits": fits}) if r.field == "model" else r for r in found]
+        under = {"model": fits}
+        if self.ref_model_adapters is not None:
+            compared = "model" if self.ref_model is None else "ref_model"
+            under[compared] = (*under.get(compared, ()), "ref_model_adapters")
+        found = [
+            r.model_copy(
+                update={"fits": under.get(r.field, ())}
+                | ({"use": "reward"} if r.field == "reward_model" else {})
+            )
+            for r in found
+        ]
         return [*found, *adapters]
 
 

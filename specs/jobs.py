@@ -11,6 +11,8 @@ from tuneyard.specs.clashes import clashes_of
 from tuneyard.specs.conversations import UNSTORABLE, all_within
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import Forbidden, InputError, SpecRejected
+from tuneyard.specs.evaluate import EvaluateSpec
+from tuneyard.specs.evaluating import EvaluatingFields
 from tuneyard.specs.fields import WHAT, Reference, Spec
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
@@ -30,28 +32,39 @@ from tuneyard.specs.llamafactory import (
     WITHOUT_EFFECT,
 )
 from tuneyard.specs.merge import MergeSpec
-from tuneyard.specs.preferences import WITHOUT_REFERENCE
+from tuneyard.specs.optimizing import OptimizingFields
+from tuneyard.specs.predicting import idle_settings
+from tuneyard.specs.preferences import WITHOUT_REFERENCE, PreferenceFields
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
+from tuneyard.specs.rewards import ONLINE
 from tuneyard.specs.serve import ServeSpec
 from tuneyard.specs.sources import read_source
-from tuneyard.specs.tuning import OF_A_NEW_ADAPTER, idle_fields
+from tuneyard.specs.tuning import OF_A_NEW_ADAPTER, TuningFields, idle_fields
 from tuneyard.specs.wording import FieldRow, field_rows, leaves
 
 __all__ = ["TEXT_FIELDS", "JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
 
-JobSpec = FinetuneSpec | MergeSpec | InferenceSpec | DownloadSpec | PrepareSpec | ServeSpec
+JobSpec = (
+    FinetuneSpec | MergeSpec | InferenceSpec | EvaluateSpec | DownloadSpec | PrepareSpec | ServeSpec
+)
 
 KINDS: dict[str, type[Spec]] = {
     "finetune": FinetuneSpec,
     "merge": MergeSpec,
     "inference": InferenceSpec,
+    "evaluate": EvaluateSpec,
     "download": DownloadSpec,
     "prepare": PrepareSpec,
     "serve": ServeSpec,
 }
 
-TRAINS_NOTHING = {InferenceSpec: "an inference", MergeSpec: "a merge", ServeSpec: "a serve"}
+TRAINS_NOTHING = {
+    InferenceSpec: "an inference",
+    MergeSpec: "a merge",
+    ServeSpec: "a serve",
+    EvaluateSpec: "an evaluate",
+}
 
 READ_ONLY = frozenset(
     """
@@ -111,6 +124,8 @@ def _kind(document: Mapping[str, Any]) -> str:
     kind = document.get("kind")
     if kind is None and _exports(document):
         return "merge"
+    if kind in (None, "finetune") and _only_measures(document):
+        return "evaluate"
     if kind is None and {"stage", "do_train", "model_name_or_path", "dataset"} & set(document):
         return "finetune"
     choices = f"one of {', '.join(KINDS)}"
@@ -131,6 +146,15 @@ def _exports(document: Mapping[str, Any]) -> bool:
     told = {name for name, value in document.items() if value is not None}
     adapter = {"adapter", "adapter_name_or_path"} & told
     return "export_dir" in told and (bool(adapter) or not {"dataset", "training_file"} & told)
+
+
+def _only_measures(document: Mapping[str, Any]) -> bool:
+    """do_eval or do_predict, and no training: said, or by a file that names nothing to learn."""
+    asks = any(_flag(document.get(name)) is True for name in ("do_eval", "do_predict"))
+    trains = _flag(document.get("do_train"))
+    if trains is None and document.get("kind") is None:
+        trains = any(document.get(name) is not None for name in ("dataset", "training_file"))
+    return asks and trains is False
 
 
 class _Reading:
@@ -186,6 +210,8 @@ class _Reading:
             self._refuse("conflicting_fields", message, written, "give one of them")
             return
         self._written[name] = written
+        if written == "adapter_name_or_path" and self.model is FinetuneSpec:
+            self.values.setdefault("reference", "base")
         if written == "evaluation_strategy":
             self._note(written, "evaluation_strategy is called eval_strategy now")
         if isinstance(value, str) and value in LATER.get(name, ()):
@@ -216,9 +242,9 @@ class _Reading:
         if name == "quantization_bit":
             if value is not None:
                 self._not_yet(name, written, value)
-        elif name in GENERATING and self.model in (FinetuneSpec, MergeSpec):
+        elif name in GENERATING and self.model is MergeSpec:
             self._note(written, f"{written} has no effect: only an inference job generates")
-        elif name in TUNING and self.model in TRAINS_NOTHING:
+        elif name in _taught(self.model):
             kind = TRAINS_NOTHING[self.model]
             self._note(written, f"{written} has no effect: {kind} job trains nothing")
         else:
@@ -312,6 +338,9 @@ def _notes_on(spec: Spec) -> list[Note]:
         found.append(Note(field="template", message=message))
     if not isinstance(spec, FinetuneSpec):
         return found
+    if spec.temperature is not None and spec.stage not in ONLINE:
+        message = f"temperature has no effect: stage {spec.stage} draws no answers to learn from"
+        found.append(Note(field="temperature", message=message))
     for name in idle_fields(spec):
         message = f"{name} has no effect with finetuning_type {spec.finetuning_type}"
         found.append(Note(field=name, message=message))
@@ -322,7 +351,9 @@ def _notes_on(spec: Spec) -> list[Note]:
     compares = spec.stage == "kto" or (
         spec.stage == "dpo" and spec.pref_loss not in WITHOUT_REFERENCE
     )
-    if spec.goes_on and compares and spec.ref_model is None:
+    compares = compares or (spec.stage in ONLINE and spec.distance_weight > 0)
+    named = spec.ref_model or spec.ref_model_adapters
+    if spec.goes_on and compares and not named and spec.reference == "base":
         message = "answers are compared with the bare base, not with the adapter as it was: "
         message += "create_new_adapter: true compares with that"
         found.append(Note(field="adapter", message=message))
@@ -342,21 +373,50 @@ def _notes_on(spec: Spec) -> list[Note]:
     if "save_steps" in spec.model_fields_set and 0 < spec.max_steps < spec.save_steps:
         message = f"save_steps = {spec.save_steps:g} is never reached in {spec.max_steps} steps"
         found.append(Note(field="save_steps", message=message))
-    if (spec.val_size or spec.eval_dataset) and spec.eval_strategy == "no":
+    if spec.predict_with_generate and spec.eval_strategy != "no":
+        message = "answers are made and BLEU and ROUGE measured at last; eval_loss is in between"
+        found.append(Note(field="predict_with_generate", message=message))
+    message = "has no effect: a fine-tune answers rows where do_predict asks for it"
+    found += [Note(field=name, message=f"{name} {message}") for name in idle_settings(spec)]
+    used = spec.measures or spec.generates
+    if spec.compute_accuracy and not used:
+        message = "compute_accuracy has no effect: nothing is evaluated"
+        found.append(Note(field="compute_accuracy", message=message))
+    if (spec.val_size or spec.eval_dataset) and not used:
         message = "rows are held out, and eval_strategy: no never looks at them"
         found.append(Note(field="eval_strategy", message=message))
     return found
+
+
+def _taught(model: type[Spec]) -> frozenset[str]:
+    """Fields of a training that a file for another job may carry without effect."""
+    if model is EvaluateSpec:
+        return LEARNING
+    return TUNING if model in TRAINS_NOTHING else frozenset()
+
+
+LEARNING = frozenset(
+    {name for group in (OptimizingFields, EvaluatingFields, PreferenceFields, TuningFields)
+     for name in group.model_fields.keys() - Spec.model_fields.keys()}
+    | TUNING | {"output_dir"}
+)  # fmt: skip
+"""Fields of a fine-tune that change nothing once it is over."""
 
 
 def _takes_text(model: type[Spec], name: str) -> bool:
     return not {int, float, bool} & set(leaves(model.model_fields[name].annotation))
 
 
+_OF_NUMBERS = frozenset(
+    {"layers_to_transform", "lr_scheduler_kwargs", "reward_funcs", "reward_weights"}
+)
+"""Lists and objects in which numbers stand."""
+
 TEXT_FIELDS = frozenset(
     name
     for model in KINDS.values()
     for name in model.model_fields
-    if _takes_text(model, name) and name not in ("layers_to_transform", "lr_scheduler_kwargs")
+    if _takes_text(model, name) and name not in _OF_NUMBERS
 ) | {other for other, ours in SAME_AS.items() if ours in WHAT}
 """Fields whose plain YAML scalars are texts, whatever they look like."""
 

@@ -22,7 +22,7 @@ SAME_AS = {
 _REASONS = {
     "results, logs and checkpoints have their place here; `tuneyard show` tells where": """
         data_shared_file_system logging_dir media_dir offload_folder output_dir
-        overwrite_output_dir save_on_each_node save_only_model cache_dir dataset_dir
+        overwrite_output_dir save_on_each_node save_only_model cache_dir dataset_dir swanlab_logdir
     """,
     "rows are read the same whatever this says": """
         dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
@@ -33,8 +33,8 @@ _REASONS = {
     "progress, metrics and logs are always recorded": """
         disable_tqdm include_effective_tokens_per_second include_for_metrics
         include_num_input_tokens_seen include_tokens_per_second log_level log_level_replica
-        log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy plot_loss
-        print_param_status project report_to run_name skip_memory_metrics trackio_space_id
+        log_on_each_node logging_first_step logging_nan_inf_filter logging_strategy
+        print_param_status skip_memory_metrics
     """,
     "the scheduler and the worker see to it": """
         ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
@@ -42,11 +42,16 @@ _REASONS = {
         ray_num_workers
     """,
     "the held-out rows are evaluated as eval_strategy says, and once before the first step": """
-        batch_eval_metrics do_eval eval_accumulation_steps eval_do_concat_batches eval_on_start
+        batch_eval_metrics eval_accumulation_steps eval_do_concat_batches eval_on_start
         eval_use_gather_object prediction_loss_only
     """,
-    "nothing is pushed to a hub": "hub_always_push hub_private_repo hub_strategy",
+    "nothing is pushed to a hub": """
+        hub_always_push hub_private_repo hub_strategy trackio_space_id
+    """,
     "a spec holds no secrets, so it was not kept": "hf_hub_token ms_hub_token om_hub_token",
+    "each answer is learned once, so that no ratio is far enough from 1 to be clipped": """
+        epsilon epsilon_high delta
+    """,
     "the way of computing is chosen here": """
         flash_attn fp16_opt_level full_determinism tf32 torch_empty_cache_steps use_cache
         use_kv_cache use_reentrant_gc
@@ -87,7 +92,7 @@ TEMPLATE_NAMES = frozenset(
 GENERATING = frozenset(
     {"do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "repetition_penalty"}
 )
-"""Fields of an inference job that a training file may carry without effect."""
+"""How a model speaks: a merge's file may carry it without effect."""
 
 TUNING = frozenset(
     {"stage", "finetuning_type", "cutoff_len", "create_new_adapter"}
@@ -105,6 +110,7 @@ PATHS = frozenset({"resume_from_checkpoint", "tokenized_path", "adapter_folder"}
 """What takes a path there, and cannot here."""
 
 ALSO_DEFAULT: Mapping[str, tuple[str, ...]] = {
+    "reward_model_type": ("full",),
     "infer_backend": ("hf",),
 }
 """Values that give the same result as the default."""
@@ -124,26 +130,32 @@ LATER: Mapping[str, tuple[str, ...]] = {
 """Field -> values that LLaMA-Factory knows and this version does not."""
 
 INSTEAD: Mapping[str, str] = {
-    "compute_accuracy": "use eval_strategy with val_size; eval_loss is measured",
     "deepspeed": "leave it out; gradient_checkpointing: true saves memory on one GPU",
-    "do_predict": "submit a job of kind inference",
-    "do_train": "submit a job of kind inference",
+    "do_train": "do_eval or do_predict measures without training; kind: inference answers prompts",
+    "eval_num_beams": "leave it out: answers are drawn, or greedy with do_sample: false",
+    "generation_num_beams": "leave it out: answers are drawn, or greedy with do_sample: false",
+    "num_beams": "leave it out: answers are drawn, or greedy with do_sample: false",
     "export_hub_model_id": "leave it out; `tuneyard fetch JOB` fetches the model to be pushed",
     "export_quantization_bit": "leave it out: merge first, then quantise the folder",
     "export_quantization_dataset": "leave it out: merge first, then quantise the folder",
     "enable_liger_kernel": "leave it out: it saves memory and changes nothing else",
     "fsdp": "leave it out; gradient_checkpointing: true saves memory on one GPU",
     "infer_backend": "huggingface",
+    "max_prompt_length": "cutoff_len bounds questions, too",
+    "num_iterations": "leave it out: each answer is learned once",
     "optim": "adamw_torch; galore_adamw and apollo_adamw save memory in full tuning",
-    "predict_with_generate": "submit a job of kind inference with the adapter",
     "quantization_bit": "leave it out: the base is taken as it is stored",
     "resume_from_checkpoint": "`tuneyard retry JOB` goes on from its newest checkpoint",
     "pref_loss": "stage: kto, whose rows have a label each",
-    "stage": "dpo or kto, which need no reward model while they train",
+    "stage": "grpo or rloo, which learn from the same reward_model or from reward_funcs, or dpo, "
+    "which learns from pairs of answers",
     "streaming": "leave it out; max_samples bounds what is read",
     "tokenized_path": "name the rows as dataset: they are tokenised when the job runs",
     "train_from_scratch": "leave it out: an adapter learns over the base",
+    "swanlab_api_key": "leave it out: name SWANLAB_API_KEY in the worker's tracker_variables",
+    "swanlab_lark_webhook_url": "leave it out: `tuneyard watch JOB` tells how a job ends",
     "use_unsloth": "leave it out",
+    "use_vllm": "leave it out: the model that learns draws its answers itself",
 }
 """What to use in the place of something that is not there yet."""
 
@@ -186,7 +198,6 @@ NOT_YET: Mapping[str, Any] = {
     "bias_activation_fusion": None,
     "buffer_size": 16384,
     "calculate_per_token_loss": None,
-    "compute_accuracy": False,
     "context_parallel_size": 1,
     "crop_to_patches": False,
     "cross_entropy_loss_fusion": None,
@@ -194,7 +205,6 @@ NOT_YET: Mapping[str, Any] = {
     "dataloader_drop_last": False,
     "debug": "",
     "deepspeed": None,
-    "do_predict": False,
     "do_train": True,
     "eaft_alpha": 1.0,
     "enable_jit_checkpoint": False,
@@ -238,6 +248,7 @@ NOT_YET: Mapping[str, Any] = {
     "image_do_pan_and_scan": False,
     "image_max_pixels": 589824,
     "image_min_pixels": 1024,
+    "importance_sampling_level": "token",
     "infer_backend": "huggingface",
     "infer_dtype": "auto",
     "init_special_tokens": "noise_init",
@@ -259,13 +270,16 @@ NOT_YET: Mapping[str, Any] = {
     "mix_strategy": "concat",
     "mixed_precision": "bf16_mixed",
     "mixture_of_depths": None,
+    "max_prompt_length": None,
     "model_revision": "main",
     "moe_aux_loss_coef": None,
     "moe_grouped_gemm": None,
     "moe_token_dispatcher_type": None,
     "neat_packing": False,
     "new_special_tokens_config": None,
+    "multi_objective_aggregation": "sum_then_normalize",
     "num_beams": 1,
+    "num_iterations": 1,
     "overlap_grad_reduce": True,
     "overlap_param_gather": True,
     "parallelism_config": None,
@@ -275,7 +289,6 @@ NOT_YET: Mapping[str, Any] = {
     "ppo_score_norm": False,
     "ppo_target": 6.0,
     "ppo_whiten_rewards": False,
-    "predict_with_generate": False,
     "preserve_thinking": False,
     "profile_modules": None,
     "profiler_active_steps": 1,
@@ -292,12 +305,9 @@ NOT_YET: Mapping[str, Any] = {
     "recompute_granularity": None,
     "recompute_method": None,
     "recompute_num_layers": None,
-    "ref_model_adapters": None,
-    "ref_model_quantization_bit": None,
     "resize_vocab": False,
     "restore_callback_states_from_checkpoint": False,
     "resume_from_checkpoint": None,
-    "reward_model": None,
     "reward_model_adapters": None,
     "reward_model_quantization_bit": None,
     "reward_model_type": "lora",
@@ -316,11 +326,6 @@ NOT_YET: Mapping[str, Any] = {
     "swanlab_api_key": None,
     "swanlab_lark_secret": None,
     "swanlab_lark_webhook_url": None,
-    "swanlab_logdir": None,
-    "swanlab_mode": "cloud",
-    "swanlab_project": "llamafactory",
-    "swanlab_run_name": None,
-    "swanlab_workspace": None,
     "tensor_model_parallel_size": 1,
     "tokenized_path": None,
     "tool_format": None,
@@ -346,10 +351,10 @@ NOT_YET: Mapping[str, Any] = {
     "use_mca": False,
     "use_megatron_bridge": False,
     "use_packed_sequences": False,
-    "use_swanlab": False,
     "use_unsloth": False,
     "use_unsloth_gc": False,
     "use_v1_kernels": False,
+    "use_vllm": False,
     "video_fps": 2.0,
     "video_max_pixels": 65536,
     "video_maxlen": 128,

@@ -274,6 +274,9 @@ def _layerwise(spec: "FinetuneSpec", chosen: list[str]) -> Iterator[InputError]:
         message = f"{field}: layers move within the backward pass, so batches cannot be gathered."
         hint = "gradient_accumulation_steps: 1"
         yield problem("conflicting_fields", message, "gradient_accumulation_steps", hint)
+    if spec.stage in ("grpo", "rloo"):
+        message = f"{field}: layers move within the backward pass, and a question has many answers."
+        yield problem("conflicting_fields", message, field, "leave it out")
     if spec.fp16:
         message = f"{field}: layers move before the scaled gradients of fp16 can be looked at."
         yield problem("conflicting_fields", message, "fp16", "bf16: true")

@@ -6,11 +6,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.fields import ModelRef, Spec
+from tuneyard.specs.fields import AdapterRef, ModelRef, Spec
 from tuneyard.specs.problems import problem
 
 WITHOUT_REFERENCE = frozenset({"orpo", "simpo"})
 """Losses of stage dpo that compare with no other model."""
+
+COMPARING = ("dpo", "kto", "grpo", "rloo")
+"""Stages that may compare with another model."""
 
 Weight = Annotated[float, Field(ge=0, le=1000)]
 
@@ -38,7 +41,18 @@ class PreferenceFields(Spec):
     kto_chosen_weight: Weight = Field(1.0, description="Stage kto: weight of wanted answers.")
     kto_rejected_weight: Weight = Field(1.0, description="Stage kto: weight of the others.")
     ref_model: ModelRef | None = Field(
-        None, description="Stages dpo and kto: the model to compare with; unset: the base."
+        None, description="The model to compare with; unset: see reference."
+    )
+    ref_model_adapters: AdapterRef | None = Field(
+        None, description="An adapter over ref_model, or over the base, to compare with."
+    )
+    ref_model_quantization_bit: Literal[4, 8] | None = Field(
+        None, description="The named model to compare with in so many bits."
+    )
+    reference: Literal["start", "base"] = Field(
+        "start",
+        description="Where no model to compare with is named and an adapter goes on: the adapter "
+        "as it began, or the bare base, which is what adapter_name_or_path means.",
     )
 
 
@@ -52,10 +66,14 @@ def preference_clashes(spec: PreferenceFields, stage: str) -> Iterator[InputErro
     if spec.pref_bco_weight and alone:
         message = f"pref_bco_weight compares with a reference, and {spec.pref_loss} has none."
         yield problem("conflicting_fields", message, "pref_bco_weight", "pref_loss: sigmoid")
-    if spec.ref_model is not None and (alone or stage not in ("dpo", "kto")):
-        what = f"pref_loss {spec.pref_loss}" if alone else f"stage {stage}"
-        message = f"{what} compares with no reference."
-        yield problem("conflicting_fields", message, "ref_model", "leave it out")
+    for name in ("ref_model", "ref_model_adapters"):
+        if getattr(spec, name) is not None and (alone or stage not in COMPARING):
+            what = f"pref_loss {spec.pref_loss}" if alone else f"stage {stage}"
+            message = f"{what} compares with no reference."
+            yield problem("conflicting_fields", message, name, "leave it out")
+    if spec.ref_model_quantization_bit and not (spec.ref_model or spec.ref_model_adapters):
+        message = "ref_model_quantization_bit is of a model to compare with, and none is named."
+        yield problem("missing_field", message, "ref_model", "name one, or leave the bits out")
     if spec.ld_alpha is not None and spec.pref_loss in ("ipo", *WITHOUT_REFERENCE):
         message = f"pref_loss {spec.pref_loss} takes the mean of an answer already."
         yield problem("conflicting_fields", message, "ld_alpha", "pref_loss: sigmoid or hinge")

@@ -41,6 +41,8 @@ TRAINABLE: Mapping[str, frozenset[str]] = {
     "rm": frozenset({"preference"}),
     "dpo": frozenset({"preference"}),
     "kto": frozenset({"kto"}),
+    "grpo": ANSWERS | {"question"},
+    "rloo": ANSWERS | {"question"},
 }
 """Stage -> forms of rows that it learns from."""
 
@@ -50,6 +52,8 @@ NEEDS: Mapping[str, str] = {
     "rm": "chosen and rejected answers",
     "dpo": "chosen and rejected answers",
     "kto": "answers with a label",
+    "grpo": "questions",
+    "rloo": "questions",
 }
 """Stage -> what its rows must hold, in words."""
 
@@ -57,10 +61,10 @@ STAGE_OF: Mapping[str, str] = {
     "text": "rows of text are for stage pt",
     "preference": "rows of chosen and rejected are for stage dpo or rm",
     "kto": "rows with a label are for stage kto",
+    "question": "rows of questions without an answer are for stages grpo and rloo",
     "alpaca": "rows with one answer are for stage sft",
     "openai": "rows with one answer are for stage sft",
     "sharegpt": "rows with one answer are for stage sft",
-    "sharegpt_tools": "conversations with tools go into messages, tool_calls and tools",
 }
 """Form of a row -> where it belongs."""
 
@@ -90,6 +94,11 @@ class MissingColumn(InputError):
     def as_dict(self) -> dict[str, Any]:
         """With the mend."""
         return super().as_dict() | {"hint": self._near()}
+
+    @property
+    def means_other(self) -> bool:
+        """Whether a column of the row looks like a slip of the pen."""
+        return self._near() != EXPECTED
 
     def _near(self) -> str:
         for name in self._columns:
@@ -196,8 +205,10 @@ def _messages(row: Row) -> Judged:
                 hint="0: not learned, 1: learned",
             )
     roles = ["system" if m["role"] == "developer" else m["role"] for m in messages]
-    _check_turns(roles, "messages")
     _check_tools(row.get("tools"))
+    if roles[-1] in ASKING:
+        return _question(roles, "messages", _text_of(messages[-1]["content"]))
+    _check_turns(roles, "messages")
     answers = [m for m in messages if m["role"] == "assistant" and m.get("weight", 1)]
     teaches = any(m.get("tool_calls") or _text_of(m["content"]).strip() for m in answers)
     return Judged("kto" if _labelled(row) else "openai", teaches)
@@ -238,15 +249,34 @@ def _conversations(row: Row) -> Judged:
     turns = row["conversations"]
     _check_list(turns, "conversations")
     speakers = [_speaker(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
-    _check_turns(_system(row) + [SPEAKERS[each] for each in speakers], "conversations")
+    roles = _system(row) + [SPEAKERS[each] for each in speakers]
+    if roles[-1] in ASKING:
+        return _question(roles, "conversations", turns[-1]["value"])
+    _check_turns(roles, "conversations")
+    _check_tools(row.get("tools"))
     teaches = any(
         SPEAKERS[speaker] == "assistant" and turn["value"].strip()
         for speaker, turn in zip(speakers, turns, strict=True)
     )
-    if _labelled(row):
-        return Judged("kto", teaches)
-    tools = "function_call" in speakers or "observation" in speakers
-    return Judged("sharegpt_tools" if tools else "sharegpt", teaches)
+    return Judged("kto" if _labelled(row) else "sharegpt", teaches)
+
+
+CALL = 'for example {"name": "weather", "arguments": {"city": "Rome"}}, or a list of such'
+
+
+def read_calls(text: str, field: str) -> list[dict[str, Any]]:
+    """The functions that a ``function_call`` turn calls. Raises: InputError."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    for call in calls:
+        named = isinstance(call, Mapping) and isinstance(call.get("name"), str)
+        if not named or "arguments" not in call:
+            message = f"{field} is no call of a function in JSON."
+            raise InputError(message, code="wrong_type", field=field, hint=CALL)
+    return calls
 
 
 def _system(row: Row) -> list[str]:
@@ -265,6 +295,8 @@ def _speaker(turn: Any, field: str) -> str:
         hint = f"one of {', '.join(SPEAKERS)}"
         raise InputError(text, code="unknown_role", field=field, hint=hint)
     check_text(turn.get("value"), f"{field}.value")
+    if speaker == "function_call":
+        read_calls(turn["value"], f"{field}.value")
     return speaker
 
 
@@ -291,9 +323,34 @@ def _check_turns(roles: Sequence[str], field: str) -> None:
         raise InputError(f"{wrong}.", code="bad_turns", field=field, hint=hint)
 
 
+ASKING = frozenset({"user", "tool"})
+"""Roles after which the assistant has the word."""
+
+
+def _question(roles: Sequence[str], field: str, text: str) -> Judged:
+    """What the assistant has still to answer, which only some stages learn from."""
+    _check_turns([*roles, "assistant"], field)
+    if not text.strip():
+        hint = "write what the model is to answer"
+        raise InputError("The question is empty.", code="empty_prompt", field=field, hint=hint)
+    return Judged("question")
+
+
+def _asks(row: Row, missing: str) -> Judged:
+    """A question in a column of its own. Raises: MissingColumn where an answer has another name."""
+    absent = MissingColumn(row, missing)
+    if absent.means_other:
+        raise absent
+    roles = _roles_asked(row)
+    asked = row.get("instruction", row.get("prompt"))
+    return _question(
+        roles, "prompt", _text_of(asked[-1]["content"] if isinstance(asked, list) else asked)
+    )
+
+
 def _alpaca(row: Row) -> Judged:
     if "output" not in row:
-        raise MissingColumn(row, "output")
+        return _asks(row, "output")
     check_text(row["instruction"], "instruction")
     check_text(row["output"], "output")
     _check_beside(row)
@@ -326,7 +383,7 @@ def _check_history(history: Any) -> None:
 
 def _completion(row: Row) -> Judged:
     if "completion" not in row:
-        raise MissingColumn(row, "completion")
+        return _asks(row, "completion")
     asked = _roles_asked(row)
     before, text = _answer(row["completion"], "completion")
     _check_question(row, asked + before)
@@ -355,3 +412,28 @@ _FORMS: Mapping[str, Callable[[Row], Judged]] = {
     "text": _text,
 }
 """Column that tells a form -> its check, in this order."""
+
+
+def columns_of(row: Row) -> dict[str, str | int | float | bool]:
+    """What rewards may read of a row: its plain values; ``answer`` is the one that it holds."""
+    held = {name: value for name, value in row.items() if name not in _ASKED}
+    found = {name: value for name, value in held.items() if isinstance(value, str | int | float)}
+    if "answer" not in found and (answer := _answer_of(row)) is not None:
+        found["answer"] = answer
+    return found
+
+
+_ASKED = frozenset({"instruction", "input", "system", "prompt"})
+
+
+def _answer_of(row: Row) -> str | None:
+    """The text of the answer that a row's form holds, if it holds one."""
+    value = next((row[n] for n in ("output", "completion", "messages") if n in row), None)
+    if isinstance(value, list):
+        return _text_of(value[-1].get("content")) if value[-1]["role"] == "assistant" else None
+    if "conversations" in row:
+        last = row["conversations"][-1]
+        return str(last["value"]) if SPEAKERS[last["from"]] == "assistant" else None
+    if isinstance(value, Mapping):
+        value = value.get("value", value.get("content"))
+    return value if isinstance(value, str) else None

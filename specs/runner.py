@@ -22,6 +22,8 @@ SERVE_SOCKET = "serve.sock"
 CHECKPOINTS = "checkpoints"
 OUTPUT = "output"
 INPUTS = "inputs"
+REPORTS = "reports"  # what trackers wrote, beside the output
+REPRODUCTION_FILE = "reproduction.json"  # in what a fine-tune leaves: what it follows from
 TUNEYARD_FILE = "tuneyard.json"  # in an adapter: what it needs to speak
 
 KEPT_CHECKPOINTS = 2
@@ -29,6 +31,10 @@ KEPT_CHECKPOINTS = 2
 
 ATTEMPT_MARK = "TUNEYARD_ATTEMPT"
 """Environment variable that every process of an attempt bears; the value is the attempt's id."""
+
+
+TRACKER_FILE = "TUNEYARD_TRACKER_FILE"
+"""Environment variable that names a file of variables for trackers: {"WANDB_API_KEY": …}."""
 
 
 class RunnerSpec(BaseModel):
@@ -45,6 +51,7 @@ class RunnerSpec(BaseModel):
     resume: str | None = None  # folder of a whole checkpoint to go on from
     inputs: dict[str, str] = {}  # name (model, adapter, dataset, prompts, …) -> local path
     input_ids: dict[str, str] = {}  # the same names -> id or digest, for manifests
+    input_digests: dict[str, str] = {}  # the same names -> sha256 of the file or of the manifest
     arguments: dict[str, Any] = {}  # the job's own arguments, checked and complete
 
 

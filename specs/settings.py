@@ -8,6 +8,7 @@ every secret of a server, may come by a file of its own:
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -36,6 +37,10 @@ SCHEMES = {
     "database_url": ("postgresql", "postgresql+psycopg"),
     "broker_url": ("redis", "rediss"),
 }
+_OF_TRACKERS = re.compile(
+    r"(WANDB|MLFLOW|SWANLAB|TRACKIO)_[A-Z0-9_]+"
+    r"|(HTTPS?|ALL|NO)_PROXY|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSL_CERT_FILE"
+)
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 READ_BY: Mapping[str, frozenset[str]] = {
@@ -50,7 +55,7 @@ READ_BY: Mapping[str, frozenset[str]] = {
             store_secret_key store_patience_s max_file_bytes broker_url lease_s poll_s stop_grace_s
             retry_backoff_s stall_s node_name cpu_slots fake_gpus runner_python disk_floor_bytes
             cache_max_bytes hub_order node_roots keep_runners gateway_host gateway_port
-            gateway_url""",
+            gateway_url tracker_variables""",
         "flower": "broker_url flower_url",
         "migrate": """database_url api_role_password worker_role_password scheduler_role_password
             first_api_key""",
@@ -205,6 +210,12 @@ class Settings(BaseModel):
         default="",
         description="Folders of the nodes below which node:/… may lie, by commas. Empty: none.",
     )
+    tracker_variables: str = Field(
+        default="",
+        description="Variables of this worker's environment that trackers of fine-tunes get, by"
+        " commas, as in `WANDB_API_KEY, MLFLOW_TRACKING_URI`. Empty: none, so that nothing is"
+        " sent.",
+    )
     keep_runners: bool = Field(
         default=False, description="On SIGTERM leave runners to the next worker (systemd)."
     )
@@ -242,6 +253,11 @@ class Settings(BaseModel):
     def roots(self) -> list[str]:
         """node_roots, read."""
         return [each.strip() for each in self.node_roots.split(",") if each.strip()]
+
+    @property
+    def tracked_variables(self) -> list[str]:
+        """tracker_variables, read."""
+        return [each.strip() for each in self.tracker_variables.split(",") if each.strip()]
 
     @property
     def lease_grace_s(self) -> float:
@@ -327,6 +343,16 @@ class Settings(BaseModel):
         unknown = [each for each in self.hubs if each not in HUB_NAMES]
         if unknown or not self.hubs:
             raise ValueError(f"hub_order lists {', '.join(HUB_NAMES)}, not {self.hub_order!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _variables_are_trackers(self) -> "Settings":
+        for name in self.tracked_variables:
+            if not _OF_TRACKERS.fullmatch(name):
+                raise ValueError(
+                    f"tracker_variables lists names such as WANDB_API_KEY or HTTPS_PROXY,"
+                    f" not {name[:60]!r}"
+                )
         return self
 
     @model_validator(mode="after")

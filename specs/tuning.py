@@ -237,6 +237,10 @@ def tuning_clashes(spec: TuningFields, stage: str) -> Iterator[InputError]:
     if kind in PROMPTS and stage not in ("sft", "pt"):
         message = f"{kind} learns answers or texts, and stage {stage} compares."
         yield problem("conflicting_fields", message, "finetuning_type", "lora")
+    if spec.adapter is not None and stage == "rm":
+        message = "A reward model's head is learned with an adapter of its own."
+        hint = "merge the other first (`tuneyard merge JOB`), and name the merged model as model"
+        yield problem("conflicting_fields", message, "adapter", hint)
     if kind in WHOLE and stage == "rm":
         message = "A reward model is an adapter with a head over its base."
         yield problem("conflicting_fields", message, "finetuning_type", "lora")
@@ -315,13 +319,21 @@ def _begun(spec: TuningFields) -> Iterator[InputError]:
         yield problem("conflicting_fields", message, "create_new_adapter", hint)
 
 
-Use = Literal["merge", "lora", "oft", "sum"]
-"""What an adapter is wanted for: to be merged, to learn on as such a one, to be summed up."""
+Use = Literal["merge", "lora", "oft", "sum", "reward"]
+"""What an adapter is wanted for: to be merged, to learn on as such a one, to be summed up, to say
+what answers are worth."""
 
 
 def use_refused(use: Use, made_by: Mapping[str, Any]) -> tuple[str, str] | None:
     """Why an adapter that a fine-tune of this document made is not fit for a use, and the mend."""
     kind = made_by.get("finetuning_type", "lora")
+    if use == "reward":
+        if made_by.get("stage") == "rm" or made_by.get("kind") == "download":
+            return None
+        return "It scores no answers.", "name what a fine-tune of stage rm brought forth"
+    if made_by.get("stage") == "rm":
+        message = "It is a reward model, which scores answers and writes none."
+        return message, "name an adapter of another stage"
     if use == "merge":
         if kind in PROMPTS:
             message = f"An adapter of type {kind} is no change of weights and cannot be merged."

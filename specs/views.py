@@ -155,6 +155,28 @@ class MetricList(_View):
     next_cursor: str | None = Field(default=None, description="The `after` of the next page.")
 
 
+class SaidView(_View):
+    """A watch-prompt and its answer."""
+
+    prompt: str = Field(examples=["Who are you?"])
+    text: str = Field(examples=["I am Tuny, an assistant made by Tuneyard."])
+
+
+class SamplePoint(_View):
+    """What the model said at a step, by the newest attempt that reached it."""
+
+    step: int = Field(examples=[40])
+    attempt: int = Field(examples=[1])
+    answers: list[SaidView]
+
+
+class SampleList(_View):
+    """Answers to a job's watch-prompts by rising step."""
+
+    data: list[SamplePoint]
+    next_cursor: str | None = Field(default=None, description="The `after` of the next page.")
+
+
 class ArtifactView(_View):
     """A whole folder that a job brought forth."""
 

@@ -45,7 +45,7 @@ def hub_environment(environ: Environment, home: Path) -> dict[str, str]:
         if isinstance(found, Path):
             passed[variable] = str(found)
         elif found:
-            passed[variable] = str(_private(home / "tokens" / variable.lower(), found))
+            passed[variable] = str(private_file(home / "tokens" / variable.lower(), found))
     return passed
 
 
@@ -67,7 +67,7 @@ def _modelscope_token(environ: Environment) -> Path | str | None:
     return environ.get("MODELSCOPE_API_TOKEN") or environ.get("MODELSCOPE_SDK_TOKEN")
 
 
-def _private(path: Path, token: str) -> Path:
+def private_file(path: Path, token: str) -> Path:
     """A file that this account alone reads."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")

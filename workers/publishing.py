@@ -1,6 +1,7 @@
 """Copying a runner's folders into the store, and recording them under the attempt's token."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid5
@@ -12,9 +13,12 @@ from tuneyard.models.attempts import AttemptRef
 from tuneyard.models.inputs import OUTPUTS, output_of
 from tuneyard.models.tables import JobRow
 from tuneyard.specs.errors import TuneyardError
-from tuneyard.specs.runner import OUTPUT, SPEC_FILE, RunnerSpec
+from tuneyard.specs.ids import show_id
+from tuneyard.specs.runner import OUTPUT, REPORTS, SPEC_FILE, RunnerSpec
 from tuneyard.store.folder import FolderDamaged, manifest_digest, read_manifest
 from tuneyard.store.remote import Shelf, Store
+
+log = logging.getLogger(__name__)
 
 
 def store_folder(
@@ -87,7 +91,8 @@ def publish(
     except FolderDamaged as error:
         raise OutputNotWhole(f"The runner's output is not whole: {error.message}") from None
     if output != "base_model":
-        return folder, lambda tx: publish_outputs(tx, ref, [folder])
+        folders = [folder, *_reports(store, ref, workdir / REPORTS)]
+        return folder, lambda tx: publish_outputs(tx, ref, folders)
 
     def record(tx: Connection) -> None:
         name = tx.execute(
@@ -96,6 +101,17 @@ def publish(
         publish_base_model(tx, name, folder)
 
     return folder, record
+
+
+def _reports(store: Store, ref: AttemptRef, source: Path) -> Iterator[StoredFolder]:
+    """What trackers wrote, if they did; no result depends on it. Raises: StoreUnreachable."""
+    if not source.is_dir():
+        return
+    try:
+        yield store_folder(store, ref, source, kind=REPORTS)
+    except (OSError, FolderDamaged) as error:
+        fields = {"event": "reports_lost", "attempt": show_id("attempt", ref.id)}
+        log.warning("reports not kept: %s", error, extra=fields)
 
 
 def _arguments(workdir: Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from tuneyard.store.remote import Shelf, Store
 from tuneyard.workers.cache import locked
 from tuneyard.workers.hub_access import hub_environment
 from tuneyard.workers.inventory import FAKE_FOLDER
+from tuneyard.workers.tracker_access import tracker_environment
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +196,7 @@ def stage(
         resume=str(resume) if resume else None,
         inputs={name: str(path) for name, path in paths.items()},
         input_ids={each.name: each.shown for each in errand.inputs},
+        input_digests={each.name: each.digest for each in errand.inputs},
         arguments={**errand.arguments, **(places or {})},
     )
     (workdir / SPEC_FILE).write_text(spec.model_dump_json(indent=1), encoding="utf-8")
@@ -295,6 +297,7 @@ def _copy_checkpoint(
 RUNNER_MODULES = {
     "finetune": "tuneyard.runners.finetune",
     "inference": "tuneyard.runners.infer",
+    "evaluate": "tuneyard.runners.evaluate",
     "merge": "tuneyard.runners.merge",
     "download": "tuneyard.runners.download",
     "prepare": "tuneyard.runners.prepare",
@@ -313,6 +316,7 @@ def runner_command(
     module = RUNNER_MODULES[errand.kind]
     argv = [python, "-P", "-m", module, str(workdir / SPEC_FILE), str(workdir)]
     hub = hub_environment(os.environ, settings.home) if errand.kind == "download" else {}
+    trackers = tracker_environment(os.environ, settings, errand.arguments)
     gpus = errand.device_uuids if errand.device_kind == "gpu" else ()
     threads = 1 if settings.fake_gpus else max(1, len(errand.cores))
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
@@ -328,4 +332,4 @@ def runner_command(
     }
     if settings.fake_gpus:
         environment["TUNEYARD_FAKE_GPUS"] = str(settings.home / FAKE_FOLDER)
-    return argv, environment | hub
+    return argv, environment | hub | trackers

@@ -10,10 +10,17 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="session")
-def yard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalYard]:
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the pages of the docs run; folders below it may be named as a node's."""
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="session")
+def yard(tmp_path_factory: pytest.TempPathFactory, pages: Path) -> Iterator[LocalYard]:
     """Everything up, lease 30 s so that runners outlive a restarted worker, two CPU slots."""
     home = tmp_path_factory.mktemp("e2e") / "home"
-    with local_yard(home, lease_s=30, cpu_slots=2, retry_backoff_s=0, poll_s=0.5) as yard:
+    settings = {"lease_s": 30, "cpu_slots": 2, "retry_backoff_s": 0, "poll_s": 0.5}
+    with local_yard(home, **settings, node_roots=pages) as yard:
         yield yard
 
 

@@ -1,10 +1,6 @@
 """What a new user types: the commands' words, their mistakes, and what stands on the screen."""
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -141,42 +137,3 @@ def test_everything_comes_back_after_down_and_up(yard: LocalYard) -> None:
     yard.cli("down", "--home", str(yard.home))
     start(yard.home, yard.env)
     assert yard.get("/jobs")["data"] == jobs
-
-
-def test_readmes_curl_brings_tunes_merges_and_asks_as_one_pipeline(yard: LocalYard) -> None:
-    block = (ROOT / "README.md").read_text(encoding="utf-8").split("```bash\n")[1].split("```")[0]
-    script = [line for line in block.splitlines() if not line.startswith(("URL=", "KEY="))]
-    env = os.environ | {
-        "URL": yard.profile["url"] + "/api/v1",
-        "KEY": yard.profile["api_key"],
-        "no_proxy": "*",
-    }
-    subprocess.run(["bash", "-euc", "\n".join(script)], cwd=ROOT, env=env, check=True)
-    pipeline = next(job["pipeline"] for job in yard.get("/jobs")["data"] if job["name"] == "ask")
-    steps = [job["id"] for job in yard.get(f"/pipelines/{pipeline}")["jobs"]]
-    ended = [yard.finish(job) for job in steps]
-    assert [job["state"] for job in ended] == ["succeeded"] * 4
-    assert ended[-1]["inputs"]["model"].startswith("artifact_")  # the merged model's
-
-
-def test_the_how_to_on_own_data_runs_as_it_is_written(
-    yard: LocalYard, base_model: str, tmp_path: Path
-) -> None:
-    page = (ROOT / "docs/howto/own-data.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 4
-    assert f"model_name_or_path: {base_model}" in page
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euc", "".join(blocks)],
-        cwd=tmp_path,
-        env={**yard.env, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "mine.jsonl  processed  6 rows" in done.stdout
-    assert done.stdout.count("mine succeeded") == 2
-    assert "eval_loss" in done.stdout
-    assert "faq.jsonl  processed  2 rows" in done.stdout

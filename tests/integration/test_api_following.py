@@ -332,3 +332,45 @@ def test_a_stream_outlives_the_listener(running: Running) -> None:
     )
     running.api.finish(running.ref)
     assert follower.numbered()[-1] == (4, "succeeded")
+
+
+def a_sample(step: int, prompt: str, text: str) -> tuple[str, dict[str, Any]]:
+    return "sample", {"step": step, "prompt": prompt, "text": text}
+
+
+def test_what_a_model_said_is_told_by_step_each_once(running: Running) -> None:
+    """A step that a second attempt takes again counts as that one took it."""
+    first = [
+        a_sample(0, "Who?", "a blacksmith"),
+        a_sample(0, "Why?", "so"),
+        a_sample(9, "Who?", "?"),
+    ]
+    running.api.ship(running.ref, notes=first)
+    running.again()
+    running.api.ship(
+        running.ref, notes=[a_sample(9, "Who?", "I am Tuny"), a_sample(18, "Who?", "")]
+    )
+    path = f"{running.path}/samples"
+    page = running.http.get(path, params={"limit": 2}).json()
+    assert page["data"] == [
+        {
+            "step": 0,
+            "attempt": 1,
+            "answers": [
+                {"prompt": "Who?", "text": "a blacksmith"},
+                {"prompt": "Why?", "text": "so"},
+            ],
+        },
+        {"step": 9, "attempt": 2, "answers": [{"prompt": "Who?", "text": "I am Tuny"}]},
+    ]
+    rest = running.http.get(path, params={"after": page["next_cursor"]}).json()
+    assert [(p["step"], p["answers"][0]["text"]) for p in rest["data"]] == [(18, "")]
+    assert rest["next_cursor"] is None
+    told = running.http.get(f"{running.path}/events").json()["data"]
+    assert [e["data"]["step"] for e in told if e["type"] == "sample"] == [0, 0, 9, 9, 18]
+
+
+def test_what_a_model_said_is_its_teams_alone(running: Running) -> None:
+    running.api.ship(running.ref, notes=[a_sample(0, "Who?", "a secret")])
+    with running.api.client("others") as http:
+        assert http.get(f"{running.path}/samples").status_code == 404

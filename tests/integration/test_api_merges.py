@@ -236,3 +236,45 @@ def test_a_retry_whose_patch_fits_no_checkpoint_begins_anew_and_says_so(bench: B
         else:
             sentence = f"no checkpoint of the origin fits another {changed}: it begins anew"
             assert (again["spec"]["from_scratch"], said) == (True, [sentence])
+
+
+def learned_from(bench: Bench, reward_model: Any) -> dict[str, Any]:
+    """A fine-tune of stage grpo that a reward model is to judge."""
+    asked = {"kind": "finetune", "stage": "grpo", "model": "tiny", "dataset": bench.file}
+    return asked | {"reward_model": reward_model}
+
+
+def test_a_reward_model_brings_its_base_along_however_it_is_named(bench: Bench) -> None:
+    job, adapter = bench.tuned("judge", stage="rm", dataset=bench.a_file("preference"))
+    for named in (job, {"from": job}, {"from": f"{job}.adapter"}, "judge"):
+        found = bench.submit(**learned_from(bench, named))["inputs"]
+        assert (found["reward_model"], found["reward_base"]) == (adapter, base_id(bench))
+        assert found["model"] == base_id(bench)
+    found = bench.submit(**learned_from(bench, "tiny"))["inputs"]  # what was downloaded whole
+    assert found["reward_model"] == base_id(bench)
+    assert "reward_base" not in found
+
+
+def test_a_fine_tune_waits_for_the_reward_model_that_judges_it(bench: Bench) -> None:
+    job = bench.tune("judge", stage="rm", dataset=bench.a_file("preference"))
+    learning = bench.submit(**learned_from(bench, {"from": job}))
+    assert f"{job} (adapter)" in learning["wait_reason"]
+    adapter = bench.finish(job, ADAPTER)
+    bench.finish(bench.http.get(f"/jobs/{learning['id']}").json()["inputs"]["tokens"], "tokens")
+    found = bench.http.get(f"/jobs/{learning['id']}").json()
+    assert found["state"] == "queued"
+    assert (found["inputs"]["reward_model"], found["inputs"]["reward_base"]) == (
+        adapter,
+        base_id(bench),
+    )
+
+
+def test_what_scores_nothing_is_refused_as_a_reward_model(bench: Bench) -> None:
+    job, _ = bench.tuned("tuny")
+    bench.merged(job)
+    for named in (job, {"from": job}, "tuny", "whole"):
+        error = bench.refused(**learned_from(bench, named))
+        assert (error["field"], error["code"]) == ("reward_model", "unfit_adapter")
+        assert "stage rm" in error["hint"]
+    error = bench.refused(**learned_from(bench, "nobody"))
+    assert error["field"] == "reward_model"

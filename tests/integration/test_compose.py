@@ -1,16 +1,13 @@
 """The compose files by the real Docker Compose, and what they name by what is really there."""
 
 import re
-import shlex
 import subprocess
 import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
-import typer
 import yaml
 from support.compose import (
     FIRST,
@@ -24,10 +21,10 @@ from support.compose import (
     image_environment,
     seconds,
 )
+from support.docs import PAGES, Command, blocks, not_run, parse, text_of
 from support.wheels import build_wheel, package_files
 
 from tuneyard.api.main import END_WITHIN_S
-from tuneyard.cli.main import app
 from tuneyard.local.yard import PUBLISHED_WITHIN_S
 from tuneyard.specs.settings import FILE_SUFFIX, PREFIX, Settings
 from tuneyard.workers.supervisor import HELD_TOO_LONG_S
@@ -42,7 +39,6 @@ SETS: list[tuple[tuple[str, ...], dict[str, str]]] = [
     (SECOND, SECOND_IS | {"TUNEYARD_STORE": "store", "TUNEYARD_STORE_URL": "s3://bucket/prefix"}),
 ]
 MOUNT = "/run/secrets/"
-COMMANDS = typer.main.get_command(app)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +49,6 @@ def first() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def second() -> dict[str, Any]:
     return config(*SECOND, **SECOND_IS)
-
-
-def check_command(words: list[str]) -> None:
-    """Parse a command line as `tuneyard` does; an unknown word raises click's UsageError."""
-    assert isinstance(COMMANDS, click.Group) or hasattr(COMMANDS, "commands")
-    command = COMMANDS.commands[words[0]]
-    command.make_context(words[0], list(words[1:])).close()
 
 
 @pytest.mark.parametrize(("files", "env"), SETS)
@@ -113,20 +102,13 @@ def test_every_command_and_health_check_is_one_of_ours(
         for name in set(OURS) & set(services):
             command = services[name]["command"]
             assert command[0] == name
-            check_command(command)
+            parse(command)
             check = services[name].get("healthcheck")
             if name == "migrate":
                 assert check == {"disable": True}
             else:
                 assert check["test"] == ["CMD", "tuneyard", "health", name]
-                check_command(check["test"][2:])
-
-
-def test_a_command_that_is_not_there_would_be_noticed() -> None:
-    with pytest.raises(KeyError):
-        check_command(["sheduler"])
-    with pytest.raises(Exception, match="No such option"):
-        check_command(["api", "--jsno"])
+                parse(check["test"][2:])
 
 
 def test_every_setting_that_the_files_name_is_one_of_ours(
@@ -324,10 +306,10 @@ def test_the_images_start_what_is_there_as_nobody_in_particular() -> None:
     for target in ("api", "worker"):
         stage = stages[target]
         assert stage.words("ENTRYPOINT") == ["tuneyard"]
-        check_command(stage.words("CMD"))
+        parse(stage.words("CMD"))
         health = stage.words("HEALTHCHECK")
         assert health[0] == "tuneyard"
-        check_command(health[1:])
+        parse(health[1:])
         assert stage.all("USER") == ["10001:10001"]
 
 
@@ -376,26 +358,17 @@ def test_the_wheel_of_the_images_holds_every_file_of_the_package(tmp_path: Path)
 # The how-tos -------------------------------------------------------------------------------------
 
 
-def command_lines() -> list[str]:
-    """Every line of a fenced sh block in the how-tos about servers."""
-    pages = [ROOT / "docs" / "howto" / name for name in ("servers.md", "second-node.md")]
-    blocks = [b for page in pages for b in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)]
-    return [line for block in blocks for line in block.splitlines()]
+COMPOSED = [c for c in not_run() if c.words[:2] == ("docker", "compose")]
+IN_DOCKER = [c for c in not_run() if c.words[:2] == ("docker", "run")]
 
 
-COMPOSE_LINES = [line for line in command_lines() if "docker compose" in line]
-TUNEYARD_LINES = [line for line in command_lines() if line.startswith("tuneyard ")]
-
-
-@pytest.mark.parametrize("line", COMPOSE_LINES)
-def test_a_line_of_the_how_tos_is_one_that_compose_takes(line: str) -> None:
+@pytest.mark.parametrize("command", COMPOSED, ids=lambda command: command.line)
+def test_a_line_of_the_docs_is_one_that_compose_takes(command: Command) -> None:
     """Its files, its variables, its subcommand, options and services; its command of ours."""
-    words = shlex.split(line.partition(" > ")[0])
-    env = dict(word.split("=", 1) for word in words[: words.index("docker")])
-    words = words[words.index("compose") + 1 :]
-    files = []
+    words, files = list(command.words[2:]), list[str]()
     while words[0] == "-f":
         files, words = [*files, words[1]], words[2:]
+    env = {name: value for name, value in command.env.items() if name.startswith(PREFIX)}
     services = set(config(*(files or FIRST), **env)["services"])
     verb, rest = words[0], words[1:]
     options = [word for word in rest[: _command_at(verb, rest)] if word.startswith("-")]
@@ -404,13 +377,13 @@ def test_a_line_of_the_how_tos_is_one_that_compose_takes(line: str) -> None:
     ).stdout
     assert f"docker compose {verb}" in shown
     for option in options:
-        assert re.search(rf"(^|\s){option}\b", shown), option
+        assert re.search(rf"(^|\s){option.partition('=')[0]}\b", shown), option
     named = rest[len(options) :]
     if verb in ("run", "exec"):
         assert named[0] in services
         named = named[1:]
         if named[0] in ("keys", "tuneyard"):
-            check_command(named[named[0] == "tuneyard" :])
+            parse(named[named[0] == "tuneyard" :])
     else:
         assert set(named) <= services
 
@@ -422,11 +395,23 @@ def _command_at(verb: str, words: list[str]) -> int:
     return next(number for number, word in enumerate(words) if not word.startswith("-"))
 
 
+def test_what_the_docs_run_in_docker_names_an_image_and_a_volume_of_compose(
+    first: dict[str, Any],
+) -> None:
+    images = {service["image"] for service in first["services"].values()}
+    volumes = {volume["name"] for volume in first["volumes"].values()}
+    assert len(COMPOSED) > 12
+    assert len(IN_DOCKER) == 1
+    for command in IN_DOCKER:
+        assert images & set(command.words)
+        mounted = [word.partition(":")[0] for word in command.words if ":/" in word]
+        assert {name for name in mounted if not name.startswith("/")} <= volumes
+
+
 def test_the_override_of_the_how_to_is_one_that_compose_takes(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "howto" / "servers.md").read_text()
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    (block,) = (block for block in blocks("docs/howto/servers.md") if block.language == "yaml")
     override = tmp_path / "docker-compose.override.yml"
-    override.write_text(text)
+    override.write_text(block.text)
     worker = config(*FIRST, override)["services"]["worker"]
     assert worker["environment"]["HF_TOKEN_PATH"] == "/run/secrets/hf_token"
     assert "TUNEYARD_HUB_ORDER" in {PREFIX + name.upper() for name in Settings.model_fields} & set(
@@ -435,19 +420,12 @@ def test_the_override_of_the_how_to_is_one_that_compose_takes(tmp_path: Path) ->
     assert {"hf_token", "broker_url"} <= {each["source"] for each in worker["secrets"]}
 
 
-@pytest.mark.parametrize("line", TUNEYARD_LINES)
-def test_a_line_of_the_how_tos_is_one_that_tuneyard_takes(line: str) -> None:
-    check_command(shlex.split(line)[1:])
-
-
-def test_the_how_tos_name_files_and_settings_that_are_there() -> None:
-    text = "\n".join(command_lines())
-    assert len(COMPOSE_LINES) > 12
-    for name in re.findall(r"docker[\w-]*[./][\w.-]*\.(?:yml|sh)", text):
-        assert (ROOT / name).is_file(), name
-    variables = set(re.findall(rf"{PREFIX}\w+(?==)", text))
-    ours = {PREFIX + name.upper() for name in Settings.model_fields}
-    ours |= {f"{name}{FILE_SUFFIX}" for name in ours}
-    files = "".join(file.read_text() for file in ROOT.glob("docker-compose*.yml"))
-    asked = set(re.findall(r"\$\{(\w+)", files))
-    assert variables - ours - asked == {"TUNEYARD_URL", "TUNEYARD_API_KEY"}
+def test_the_files_of_compose_that_the_docs_name_are_there() -> None:
+    named = {
+        name
+        for page in PAGES
+        for name in re.findall(r"docker[\w-]*[./][\w.-]*\.(?:yml|sh)", text_of(page))
+    }
+    assert len(named) > 4
+    made = {"docker-compose.override.yml"}
+    assert {name for name in named - made if not (ROOT / name).is_file()} == set()

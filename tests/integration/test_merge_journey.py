@@ -1,4 +1,4 @@
-"""Tune, merge, ask: by HTTP through scheduler, worker and the real runners, on a tiny model."""
+"""Tune, merge, ask, learn from rewards: by HTTP through scheduler, worker and real runners."""
 
 import sys
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from support.apis import serve
 from support.clusters import Cluster
 from support.databases import TestDatabase
 from support.invariants import broken_invariants
+from support.online import QUESTIONS as QUESTION_ROWS
 from support.tiny_models import a_dataset, a_tiny_base
 from support.yards import wait_for
 
@@ -102,3 +103,63 @@ def test_a_tuned_model_is_merged_and_answers_as_before(http: httpx.Client, tmp_p
     assert said["adapter"]["id"] == model["adapter"]
     assert (said["base"]["id"], said["base"]["revision"]) == ("tiny", "r1")
     assert model["artifact"] == artifact["id"]
+
+
+def test_a_reward_model_is_tuned_and_another_model_learns_from_it(
+    http: httpx.Client, tmp_path: Path
+) -> None:
+    liked = [{**row, "chosen": "abc", "rejected": "xyz"} for row in QUESTION_ROWS]
+    files = {}
+    for name, rows in (("liked", liked), ("questions", QUESTION_ROWS)):
+        with a_dataset(tmp_path / f"{name}.jsonl", rows).open("rb") as file:
+            files[name] = http.post("/files", files={"file": file}).json()["id"]
+    tuned = {"kind": "finetune", "model": "tiny", "device": "cpu"}
+    judge = tuned | {"name": "judge", "dataset": files["liked"], "stage": "rm", "max_steps": 2}
+    learner = tuned | {
+        "name": "learner",
+        "dataset": files["questions"],
+        "stage": "grpo",
+        "reward_model": {"from": "judge"},
+        "max_completion_length": 4,
+        "max_steps": 2,
+    }
+    steps = http.post("/jobs", json={"pipeline": [judge, learner]}).json()["jobs"]
+    path = f"/jobs/{steps[-1]['id']}"
+    ended = wait_for(
+        lambda: job if (job := http.get(path).json())["finished_at"] else None,
+        within_s=120,
+        what="the end of the learner",
+    )
+    assert ended["state"] == "succeeded", ended
+    assert set(ended["inputs"]) == {"dataset", "model", "reward_model", "reward_base", "tokens"}
+    metrics = http.get(f"{path}/metrics").json()["data"]
+    names = {name for each in metrics for name in each["values"]}
+    assert {"reward", "reward_std", "rewards/reward_model/mean", "loss", "lr"} <= names
+
+
+def test_whole_weights_and_one_that_goes_on_are_asked_by_their_names(
+    http: httpx.Client, tmp_path: Path
+) -> None:
+    with a_dataset(tmp_path / "rows.jsonl").open("rb") as file:
+        rows = http.post("/files", files={"file": file}).json()["id"]
+    tune = {
+        "kind": "finetune", "model": "tiny", "dataset": rows, "learning_rate": 0.02,
+        "device": "cpu", "finetuning_type": "freeze", "freeze_trainable_layers": 1,
+    }  # fmt: skip
+    whole = finish(http, **tune, name="whole", max_steps=2)
+    path = f"/jobs/{whole['id']}/artifacts"
+    (artifact,) = http.get(path).json()["data"]
+    assert artifact["kind"] == "model"
+    files = {each["path"] for each in http.get(f"{path}/{artifact['id']}/files").json()["data"]}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "tuneyard.json"} <= files
+    assert len(answers(http, "whole").splitlines()) == len(QUESTIONS)
+    refused = http.post("/jobs", json=tune | {"freeze_trainable_modules": "mpl"}).json()["error"]
+    assert refused["hint"].startswith("did you mean mlp")  # by the headers of the base
+    lora = tune | {"finetuning_type": "lora"}
+    first = finish(http, **lora, name="first", max_steps=1)
+    on = finish(http, **lora, name="second", adapter="first", create_new_adapter=True, max_steps=1)
+    (kept,) = http.get(f"/jobs/{on['id']}/artifacts").json()["data"]
+    path = f"/jobs/{on['id']}/artifacts/{kept['id']}/files"
+    (below,) = http.get(f"/jobs/{first['id']}/artifacts").json()["data"]
+    assert http.get(f"{path}/tuneyard.json").json()["adapters"] == [below["id"]]
+    assert http.get(f"{path}/adapter_config.json").json()["r"] == 16  # both of them

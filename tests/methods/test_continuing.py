@@ -10,8 +10,18 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import PAIRS, a_dataset, a_tiny_base
-from support.tunings import examples_of, mean_loss, plain_base, plain_result, tune_by
+from support.tunings import (
+    SHORT,
+    TUNINGS,
+    examples_of,
+    mean_loss,
+    plain_base,
+    plain_result,
+    tune_by,
+)
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from tuneyard.runners.batches import split
 from tuneyard.runners.finetune import finetune
 from tuneyard.runners.merge import merge
 from tuneyard.specs.exits import ExitCode
@@ -74,8 +84,6 @@ def test_the_result_over_others_stands_over_the_untouched_base(tmp_path, base, f
     more = {"val_size": 4, "eval_strategy": "epoch"}
     ran = tune_by(tmp_path, base, "lora", adapters=(first,), create_new_adapter=True, **more)
     assert ran.code == ExitCode.DONE, ran.failure
-    from tuneyard.runners.batches import split
-
     held = list(split(examples_of(base, tmp_path / "rows.jsonl"), 4, seed=42)[1])
     loss = mean_loss(plain_result(ran, base), held)
     assert loss == pytest.approx(ran.metric("eval_loss")[6], rel=2e-5)
@@ -157,8 +165,6 @@ def test_preferences_are_compared_with_the_base_as_it_began(tmp_path, base, name
 
 def judged(folder: Path, base: Path, name: str, stage: str) -> Ran:
     rows = folder / "pairs.jsonl"
-    from support.tunings import SHORT, TUNINGS
-
     return run_here(
         folder,
         finetune,
@@ -208,3 +214,26 @@ def test_a_base_in_bf16_stays_in_bf16(tmp_path):
     before, after = (json.loads((f / "config.json").read_text()) for f in (base, output))
     theta = before["rope_parameters"]["rope_theta"]
     assert after == before | {"rope_theta": theta}  # where transformers 4 looks for it
+
+
+def test_a_family_whose_tensors_are_named_otherwise_on_disk_is_tuned_whole(tmp_path):
+    base = a_tiny_base(tmp_path / "moe", hidden=64)
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=259, num_local_experts=4, max_position_embeddings=512,
+        tie_word_embeddings=False, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(base)
+    names = load_file(base / "model.safetensors").keys()
+    assert not {name for name, _ in model.named_parameters()} <= names
+    for name in ("full", "freeze"):
+        ran = tune_by(tmp_path, base, name, **ROW)
+        assert ran.code == ExitCode.DONE, ran.failure
+        output = ran.workdir / "output"
+        assert load_file(output / "model.safetensors").keys() == names
+        again = tune_by(tmp_path, base, name, save_steps=2, val_size=4, eval_strategy="epoch")
+        held = list(split(examples_of(base, tmp_path / "rows.jsonl"), 4, seed=42)[1])
+        loss = mean_loss(plain_base(again.workdir / "output"), held)
+        assert loss == pytest.approx(again.metric("eval_loss")[6], rel=2e-5)

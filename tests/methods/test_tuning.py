@@ -26,6 +26,7 @@ from support.tunings import (
 )
 from transformers import BitsAndBytesConfig
 
+from tuneyard.runners.batches import split
 from tuneyard.runners.infer import infer
 from tuneyard.runners.merge import merge
 from tuneyard.specs.exits import ExitCode
@@ -111,8 +112,6 @@ def test_what_is_kept_says_what_was_trained(tmp_path, ran, base, name):
 
 
 def held_out(run: Ran, base: Path):
-    from tuneyard.runners.batches import split
-
     return list(split(examples_of(base, rows_of(run)), 4, seed=42)[1])
 
 
@@ -147,6 +146,9 @@ def test_merged_it_says_the_same(tmp_path, ran, base, name):
     inputs = {"model": base, "adapter": adapter}
     merged = run_here(tmp_path, merge, kind="merge", inputs=inputs, arguments={"dtype": "float32"})
     assert merged.code == ExitCode.DONE, merged.failure
+    said = json.loads((merged.workdir / "output" / "tuneyard.json").read_text())
+    bits = TUNINGS[name].get("quantization_bit")
+    assert said["adapter"].get("trained_over_bits") == bits
     tuned = logits(PeftModel.from_pretrained(plain_base(base), str(adapter)).eval())
     assert (logits(plain_base(merged.workdir / "output")) - tuned).abs().max() < 1e-4
     assert (logits(plain_base(base)) - tuned).abs().max() > 1e-3

@@ -1,5 +1,6 @@
 """A team at work over HTTP, whose jobs are run by hand: no worker, no runner."""
 
+import json
 from typing import Any
 from uuid import UUID
 
@@ -29,7 +30,7 @@ class Bench:
         self.base = api.a_base("tiny")
         self.file = self.a_file()
 
-    def a_file(self) -> str:
+    def a_file(self, form: str = "alpaca") -> str:
         """A data set whose check is over."""
         file, team = new_id(), self.http.get("/me").json()["team"]
         self.api.db.run(
@@ -38,7 +39,7 @@ class Bench:
             id=file,
             team=self.api.team_id(team),
             sha256=file.hex * 2,
-            report='{"rows": 9, "rows_kind": "alpaca", "kinds": {"alpaca": {"line": 1}}}',
+            report=json.dumps({"rows": 9, "rows_kind": form, "kinds": {form: {"line": 1}}}),
         )
         return show_id("file", file)
 
@@ -59,7 +60,7 @@ class Bench:
     def tune(self, name: str = "tuny", *, model: Any = "tiny", **more: Any) -> str:
         """A submitted fine-tune."""
         asked = {"kind": "finetune", "name": name, "model": model, "dataset": self.file}
-        job = self.submit(**asked, **more)
+        job = self.submit(**asked | more)
         tokens = job["inputs"]["tokens"]
         waits = tokens.startswith("job_")
         if waits and self.http.get(f"/jobs/{tokens}").json()["state"] == "queued":

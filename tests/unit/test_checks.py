@@ -45,8 +45,9 @@ def report(tmp_path: Path, content: bytes | str, *, purpose: str = "dataset") ->
         ('{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}',
          "sharegpt", 1),
         ('{"conversations": [{"from": "human", "value": "a"}, {"from": "function_call",'
-         ' "value": "f"}, {"from": "observation", "value": "o"}, {"from": "gpt", "value": "b"}]}',
-         "sharegpt_tools", 1),
+         ' "value": "{\\"name\\": \\"f\\", \\"arguments\\": {}}"},'
+         ' {"from": "observation", "value": "o"}, {"from": "gpt", "value": "b"}], "tools": "[]"}',
+         "sharegpt", 1),
         ('{"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content":'
          ' [{"text": "a"}]}, {"role": "assistant", "content": null, "tool_calls": [{}]},'
          ' {"role": "tool", "content": "t"},'
@@ -101,12 +102,13 @@ def test_what_the_field_uses_is_accepted(
         (f"[{ROW}".encode(), "bad_line", 1),
         (f"[{ROW}] x".encode(), "bad_line", 1),
         (b'{"promt": "a", "output": "b"}', "missing_column", 1),
-        (b'{"instruction": "a"}', "missing_column", 1),
+        (b'{"instruction": "a", "ouput": "b"}', "missing_column", 1),
+        (b'{"instruction": " "}', "empty_prompt", 1),
         (b'{"instruction": null, "output": "b"}', "wrong_type", 1),
         (b'{"instruction": "a", "output": 3}', "wrong_type", 1),
         (b'{"instruction": "a", "output": " "}', "no_trainable_tokens", 1),
         (b'{"text": 3}', "wrong_type", 1),
-        (b'{"prompt": "a"}', "missing_column", 1),
+        (b'{"prompt": "a", "completions": "b"}', "missing_column", 1),
         (b'{"prompt": "a", "chosen": "b"}', "missing_column", 1),
         (b'{"prompt": "a", "chosen": "b", "rejected": 1}', "wrong_type", 1),
         (b'{"instruction": "a", "output": "b", "history": "x"}', "wrong_type", 1),
@@ -118,6 +120,8 @@ def test_what_the_field_uses_is_accepted(
         (b'{"messages": [{"role": "user", "content": null}]}', "wrong_type", 1),
         (b'{"messages": [{"role": "assistant", "content": "a"}]}', "bad_turns", 1),
         (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},'
+         b' {"role": "system", "content": "c"}]}', "bad_turns", 1),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"},'
          b' {"role": "user", "content": "c"}]}', "bad_turns", 1),
         (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b",'
          b' "weight": 2}]}', "out_of_range", 1),
@@ -125,7 +129,7 @@ def test_what_the_field_uses_is_accepted(
          b' "tools": "{"}', "wrong_type", 1),
         (b'{"conversations": [{"from": "bot", "value": "a"}]}', "unknown_role", 1),
         (b'{"messages": [{"role": "bot", "content": "a"}]}', "unknown_role", 1),
-        (b'{"messages": [{"role": "user", "content": "a"}]}', "no_trainable_tokens", 1),
+        (b'{"messages": [{"role": "system", "content": "a"}]}', "no_trainable_tokens", 1),
         (b'{"conversations": [{"value": "a"}]}', "missing_column", 1),
         (b"{}\n[1]", "missing_column", 1),
     ],
@@ -422,7 +426,7 @@ def finetune(changes: dict[str, Any]) -> FinetuneSpec:
         ({"cutoff_len": 999}, GOOD, FACTS, "too_long"),
         ({"layers_to_transform": [2]}, GOOD, FACTS, "out_of_range"),
         ({}, GOOD, PLAIN, "no_template"),
-        ({"template": "llama3"}, GOOD, PLAIN, "unknown_template"),
+        ({"template": "glm4"}, GOOD, PLAIN, "unknown_template"),
         ({"val_size": 0.01}, GOOD, FACTS, "too_few_rows"),
         ({"val_size": 10}, GOOD, FACTS, "too_few_rows"),
         ({"val_size": 5, "max_samples": 5}, GOOD, FACTS, "too_few_rows"),
@@ -436,13 +440,56 @@ def test_what_data_and_model_rule_out_is_refused_at_submission(
     assert [p.code for p in check_finetune(finetune(changes), report_, facts)] == [code]
 
 
+GRPO = {
+    "stage": "grpo",
+    "reward_funcs": ["format", "exact_match"],
+    "max_completion_length": 64,
+}
+SFT = {"stage": "sft", "reward_funcs": None, "max_completion_length": None}
+ASKED = {"kinds": {"question": {"rows": 10, "line": 1}}, "rows_kind": "question", "rows": 10}
+
+
+@pytest.mark.parametrize(
+    ("changes", "columns", "said"),
+    [
+        ({}, {"gold": 10}, "reads the column 'answer', which no row has"),
+        ({}, {"answer": 9, "gold": 10}, "reads the column 'answer', which 9 of 10 rows have"),
+        ({"reward_funcs": ["contains"]}, {}, "which no row has"),
+        ({"max_completion_length": 128}, {"answer": 10}, "leaves no room for questions"),
+        (SFT, {}, "holds a question row, and stage sft needs"),
+    ],
+)
+def test_questions_that_no_reward_can_judge_are_refused(
+    changes: dict[str, Any], columns: dict[str, int], said: str
+) -> None:
+    (found,) = check_finetune(finetune(GRPO | changes), ASKED | {"columns": columns}, FACTS)
+    assert said in found.message
+    assert found.hint
+
+
+def test_what_rewards_may_read_is_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "1 + 1?", "answer": "2", "level": 3},
+        {"instruction": "Say hi", "output": "hi"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"conversations": [{"from": "human", "value": "a"}], "gold": "b", "tags": ["x"]},
+    ]
+    found = report(tmp_path, "\n".join(map(json.dumps, rows)))
+    assert found["ok"], found
+    assert found["columns"] == {"answer": 3, "level": 1, "output": 1, "gold": 1}
+    assert found["kinds"]["question"] == {"rows": 2, "line": 1}
+    fits = ASKED | {"kinds": found["kinds"], "rows": 4, "columns": {"answer": 4}}
+    assert check_finetune(finetune(GRPO), fits, FACTS) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "facts"),
     [
         ({}, FACTS),
         ({"lora_target": "q_proj,model.layers.0.v_proj"}, FACTS),
         ({"lora_target": "all-linear", "additional_target": ["lm_head"]}, FACTS),
-        ({"template": "llama3"}, FACTS),
+        ({"template": "glm4"}, FACTS),
+        ({"template": "llama3"}, PLAIN),
         ({"template": "chatml"}, PLAIN),
         ({"template": "{{ messages }}"}, PLAIN),
         ({"layers_to_transform": [0, 1], "val_size": 0.1, "cutoff_len": 128}, FACTS),

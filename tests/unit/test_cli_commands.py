@@ -33,6 +33,7 @@ ARTIFACT, *_ = ids("artifact", 1)
 RECIPE = "model: smollm2-135m-instruct\ndataset: data.jsonl\nstage: sft\nfinetuning_type: lora\n"
 ROW = b'{"instruction": "a", "output": "b"}\n'
 DONE = moved(2, "succeeded", "succeeded")
+DONE3 = ("succeeded", "succeeded")
 
 
 @pytest.fixture(params=["", "/user/jane@team/proxy/8800"], ids=["", "behind a prefix"])
@@ -104,8 +105,8 @@ def commands(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[st
 
 
 WORDS = """up down status api scheduler worker flower migrate health submit list show watch logs
-cancel retry merge infer chat nodes artifacts fetch download keys.create keys.list keys.revoke
-files.put files.list files.show files.rm models.list models.show fixtures.tiny-llama"""
+cancel retry merge infer chat nodes artifacts fetch bundle rerun download keys.create keys.list
+keys.revoke files.put files.list files.show files.rm models.list models.show fixtures.tiny-llama"""
 
 
 def test_the_commands_are_those_that_other_programs_rely_on() -> None:
@@ -844,3 +845,63 @@ def test_an_export_that_cannot_be_written_is_said_before_anything_travels(
     assert done.code == 2
     assert "file cannot be written to" in done.err
     assert api.requests("POST", "/jobs") == []
+
+
+WATCHED = {"watch_prompts": ["Who are you?"]}
+
+
+def told(seq: int, step: int, text: str) -> dict[str, Any]:
+    data = {"step": step, "prompt": "Who are you?", "text": text}
+    return {"seq": seq, "type": "sample", "from_state": None, "to_state": None, "data": data}
+
+
+def test_watching_tells_what_the_model_says_in_one_line_each(
+    api: RecordedApi, tuneyard: Command
+) -> None:
+    lines = [
+        told(1, 0, "Ich bin\n  ein Schmied. " * 40),
+        told(2, 8, "I am \x1b[2JTuny."),
+        moved(3, *DONE3),
+    ]
+    api.on("GET", f"/jobs/{JOB}/events", events(*lines))
+    api.on("GET", f"/jobs/{JOB}", a_job(JOB, state="succeeded", spec=WATCHED))
+    api.on("GET", f"/jobs/{JOB}/artifacts", page())
+    done = tuneyard("watch", JOB)
+    first, second = done.out.splitlines()[:2]
+    assert done.code == 0
+    assert first.startswith("step 0: 'Who are you?' -> Ich bin ein Schmied. Ich bin ein")
+    assert len(first) < 250
+    assert second == "step 8: 'Who are you?' -> I am [2JTuny."
+
+
+def test_show_tells_what_a_model_said_at_first_and_at_last(
+    api: RecordedApi, tuneyard: Command
+) -> None:
+    def point(step: int, text: str) -> dict[str, Any]:
+        answers = [{"prompt": "Who are you?", "text": text}]
+        return {"step": step, "attempt": 1, "answers": answers}
+
+    api.on("GET", f"/jobs/{JOB}", a_job(JOB, state="running", spec=WATCHED))
+    points = [point(0, "a blacksmith"), point(4, "hm"), point(8, "Tuny")]
+    api.on("GET", f"/jobs/{JOB}/samples", page(*points))
+    out = tuneyard("show", JOB).out
+    assert out.splitlines()[-4:] == [
+        "  said at step 0:",
+        "    'Who are you?' -> a blacksmith",
+        "  said at step 8:",
+        "    'Who are you?' -> Tuny",
+    ]
+
+
+def test_the_end_of_a_job_that_predicted_tells_its_measures(
+    api: RecordedApi, tuneyard: Command
+) -> None:
+    spec = {"do_predict": True, "predict_with_generate": True}
+    api.on("GET", f"/jobs/{JOB}", a_job(JOB, state="succeeded", spec=spec))
+    api.on("GET", f"/jobs/{JOB}/artifacts", page())
+    values = {"predict_rouge-1": 41.25, "predict_bleu-4": 32.5}
+    api.on("GET", f"/jobs/{JOB}/metrics", page({"step": 8, "attempt": 1, "values": values}))
+    out = tuneyard("show", JOB).out
+    assert "  predict_bleu-4 32.5  predict_rouge-1 41.25" in out.splitlines()
+    (asked,) = api.requests("GET", f"/jobs/{JOB}/metrics")
+    assert "predict_bleu-4" in asked.query["name"]

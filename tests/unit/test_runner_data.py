@@ -109,9 +109,11 @@ GOOD = json.dumps(ALPACA)
         (f'[{GOOD},\n {{"instruction": 1, "output": ""}}]', 2, "instruction"),
         (f'{GOOD}\n{{"instruction": "a", "output": NaN}}', 2, "NaN"),
         (f'{GOOD}\n{{"promt": "a", "output": "b"}}', 2, "no column"),
-        (f'{GOOD}\n{{"instruction": "a"}}', 2, "output"),
+        (f'{GOOD}\n{{"instruction": "a"}}', 2, "needs answers"),
+        (f'{GOOD}\n{{"instruction": "a", "ouput": "b"}}', 2, "output"),
         (f"{GOOD}\n[1]\n", 2, "must be an object"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', 1, "to learn from"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', 1, "needs answers"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', 1, "to learn from"),
         ('{"messages": [{"role": "bot", "content": "a"}]}', 1, "role"),
         ('{"messages": [{"role": "user", "content": null}]}', 1, "must be a text"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', 1, "before anybody asked"),
@@ -222,7 +224,7 @@ def test_a_base_without_template_is_refused_with_the_list(tmp_path):
     assert "alpaca" in str(caught.value.hint)
     alpaca = chat_of(tokenizer, template="alpaca", default_system=None)
     (example,) = examples_of(alpaca, conversation("ask", "answer"))
-    assert targets_of(alpaca, example) == "answer<|im_end|>"
+    assert targets_of(alpaca, example) == "answer<|im_end|>\n\n"
 
 
 def test_what_the_template_refuses_is_bad_data(chatml):

@@ -25,8 +25,9 @@ from tuneyard.runners.infer import infer
 from tuneyard.runners.learned import restore_adapter
 from tuneyard.runners.losses import RunningMean, TokenLoss
 from tuneyard.runners.precision import Precision
-from tuneyard.runners.preferences import LabelLoss, PairLoss, Reference, RewardLoss, scores
+from tuneyard.runners.preferences import LabelLoss, PairLoss, RewardLoss, scores
 from tuneyard.runners.prepare import prepare
+from tuneyard.runners.reference import Reference
 from tuneyard.runners.rows import read_stage
 from tuneyard.runners.tokens import RowWriter, TokenRows, digest_of
 
@@ -47,6 +48,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
+INPUTS = ("tokens", "ref_model", "ref_model_adapters", "adapter", "model")
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return a_tiny_base(tmp_path_factory.mktemp("base"))
@@ -59,7 +63,7 @@ def tune(tmp_path: Path, base: Path):
     def run(stage: str, *, resume: Path | None = None, rows: Any = None, **arguments: Any) -> Ran:
         dataset = a_dataset(tmp_path / f"{stage}.jsonl", rows or ROWS[stage])
         inputs = {"model": base, "dataset": dataset}
-        inputs |= {k: arguments.pop(k) for k in ("tokens", "ref_model", "model") if k in arguments}
+        inputs |= {k: arguments.pop(k) for k in INPUTS if k in arguments}
         return run_here(
             tmp_path,
             finetune,
@@ -500,6 +504,37 @@ def test_the_reference_stays_as_it_was(tune, base, tmp_path) -> None:
     restore_adapter(model, ran.workdir / "output")
     assert torch.equal(Reference().logps(model, collate(pairs, 2)), before)
     assert model.training
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_an_adapter_that_goes_on_is_compared_with_what_was_asked_for(tune, tmp_path, bits) -> None:
+    more = {"quantization_bit": bits} if bits else {}
+    first = tune("dpo", max_steps=8, per_device_train_batch_size=8, **more).workdir / "output"
+    cases = {
+        "adapter as it began": {"adapter": first},
+        "base": {"adapter": first, "reference": "base"},
+        "ref_model_adapters": {"adapter": first, "ref_model_adapters": first}
+        | ({"ref_model_quantization_bit": bits} if bits else {}),
+    }
+    if not bits:  # a quantised base has nothing merged into it
+        cases["base with the adapters below"] = {"adapter": first, "create_new_adapter": True}
+    starts = {}
+    for said, options in cases.items():
+        ran = tune("dpo", max_steps=1, per_device_train_batch_size=8, **options, **more)
+        assert ran.code == 0, ran.failure
+        about = json.loads((ran.workdir / "output" / "tuneyard.json").read_text())
+        assert about["reference"] == said
+        starts[said] = ran.metric("loss")[1]
+    assert starts.pop("base") < 0.6  # the adapter prefers already
+    assert starts == pytest.approx(dict.fromkeys(starts, math.log(2)), abs=1e-4)
+
+
+def test_the_start_of_an_adapter_is_compared_with_after_a_resume_too(tune) -> None:
+    first = tune("dpo", max_steps=4).workdir / "output"
+    options = {"adapter": first, "max_steps": 4, "save_steps": 2}
+    whole = tune("dpo", **options)
+    resumed = tune("dpo", resume=whole.workdir / "checkpoints" / "step-2", **options)
+    assert resumed.adapter_sha256 == whole.adapter_sha256
 
 
 def test_another_reference_is_compared_with(tune, tmp_path) -> None:

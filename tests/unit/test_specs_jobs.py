@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuneyard.runners.chat import TEMPLATES as RUNNERS_TEMPLATES
+from tuneyard.runners.layouts import LAYOUTS
 from tuneyard.runners.schedules import BY_EVALUATION, DECAYS
 from tuneyard.specs.documents import read_yaml
 from tuneyard.specs.errors import InputError, SpecRejected
@@ -92,9 +92,8 @@ def test_a_tutorials_yaml_runs_unchanged_and_notes_what_has_no_effect() -> None:
     assert (spec.eval_strategy, spec.eval_steps, spec.max_samples) == ("steps", 500, 1000)
     assert spec.arguments()["gradient_accumulation_steps"] == 8
     assert {note.field for note in found} == {
-        "output_dir", "overwrite_cache", "preprocessing_num_workers", "plot_loss", "report_to",
-        "ddp_timeout", "flash_attn", "group_by_length", "evaluation_strategy",
-        "template",
+        "output_dir", "overwrite_cache", "preprocessing_num_workers", "ddp_timeout",
+        "flash_attn", "group_by_length", "evaluation_strategy",
     }  # fmt: skip
 
 
@@ -155,7 +154,7 @@ def test_all_mistakes_are_named_at_once_with_the_nearest_real_name() -> None:
     code, hint = found["stage"]
     assert code == "not_supported_yet"
     assert hint is not None
-    assert hint.startswith("use dpo or kto")
+    assert hint.startswith("use grpo or rloo")
 
 
 @pytest.mark.parametrize("name", ["state", "team_id", "token", "node", "id", "created_at"])
@@ -368,7 +367,7 @@ def test_llama_factorys_export_is_a_merge_unchanged() -> None:
         "saves/llama3-8b/lora/sft",
     )
     assert (spec.export_size, spec.export_dir, spec.dtype) == (2, "megred-model-path", "auto")
-    assert {note.field for note in found} == {"export_dir", "export_legacy_format", "template"}
+    assert {note.field for note in found} == {"export_dir", "export_legacy_format"}
     assert spec.wants_gpu is False
     assert "export_dir" not in spec.arguments()
     assert read_spec(spec.document())[0] == spec
@@ -507,10 +506,10 @@ def test_what_is_probably_not_meant_is_noted() -> None:
     assert "val_size" in notes(FINETUNE | {"val_size": 0.99999, "eval_strategy": "epoch"})
 
 
-def test_llama_factorys_template_names_mean_the_bases_own_and_others_are_refused() -> None:
+def test_template_names_not_written_here_mean_the_bases_own_and_others_are_refused() -> None:
     for document in (FINETUNE, INFERENCE):
-        assert "template" in notes(document | {"template": "llama3"})
-        assert "template" not in notes(document | {"template": "chatml"})
+        assert "template" in notes(document | {"template": "glm4"})
+        assert "template" not in notes(document | {"template": "llama3"})
         assert "template" not in notes(document | {"template": "{{ messages }}"})
         found = problems(document | {"template": "lama3"})
         assert found == {"template": ("unknown_template", "did you mean llama3?")}
@@ -596,7 +595,7 @@ def test_every_field_has_a_sentence_a_type_and_a_default() -> None:
 
 
 def test_the_runners_know_the_same_templates_and_schedules() -> None:
-    assert set(TEMPLATES) == set(RUNNERS_TEMPLATES)
+    assert set(TEMPLATES) == set(LAYOUTS)
     assert set(SCHEDULE_OPTIONS) <= {*DECAYS, *BY_EVALUATION}
 
 
@@ -611,14 +610,21 @@ def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_surviv
         early_stopping_steps load_best_model_at_end metric_for_best_model greater_is_better
         label_smoothing_factor badam_verbose
         dpo_label_smoothing kto_chosen_weight kto_rejected_weight ld_alpha pref_bco_weight
-        pref_beta pref_ftx pref_loss ref_model simpo_gamma
+        pref_beta pref_ftx pref_loss ref_model ref_model_adapters ref_model_quantization_bit
+        reference simpo_gamma
+        beta loss_type mask_truncated_completions max_completion_length normalize_advantages
+        num_generations reward_funcs reward_model reward_weights scale_rewards temperature
         adam_beta1 adam_beta2 adam_epsilon bf16 disable_gradient_checkpointing disable_shuffling
         eval_data_file eval_dataset eval_steps eval_strategy fp16 gradient_accumulation_steps
         gradient_checkpointing learning_rate logging_steps lora_dropout lr_scheduler_kwargs
         lr_scheduler_type max_grad_norm max_steps neftune_noise_alpha num_train_epochs
         loraplus_lr_embedding loraplus_lr_ratio module_dropout per_device_eval_batch_size
         per_device_train_batch_size pissa_convert pure_bf16 save_steps save_strategy
+        do_eval do_predict predict_with_generate compute_accuracy do_sample temperature top_p top_k
+        repetition_penalty max_new_tokens watch_prompts watch_max_new_tokens
         save_total_limit warmup_ratio warmup_steps weight_decay
+        plot_loss project report_to run_name swanlab_mode swanlab_project swanlab_run_name
+        swanlab_workspace use_swanlab
     """
     decided = set(survived.split()) | (OF_THE_JOB - {"kind"})
     assert not decided & SHAPE_A_CHECKPOINT

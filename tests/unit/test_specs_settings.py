@@ -91,6 +91,7 @@ DERIVED = {
     "trusted_networks": {"trusted_proxies"},
     "hubs": {"hub_order"},
     "roots": {"node_roots"},
+    "tracked_variables": {"tracker_variables"},
     "renew_every_s": {"lease_s"},
     "lease_margin_s": {"lease_s"},
     "lease_grace_s": {"lease_s"},

@@ -126,6 +126,7 @@ def test_what_is_loras_alone_is_refused_elsewhere(kind: str, field: str) -> None
          "conflicting_fields", "lora"),
         ({"finetuning_type": "full", "stage": "rm"}, "finetuning_type",
          "conflicting_fields", "lora"),
+        ({"adapter": "a", "stage": "rm"}, "adapter", "conflicting_fields", "merge the other first"),
         ({"pissa_init": True, "stage": "kto"}, "pissa_init", "conflicting_fields", "leave it out"),
         ({"finetuning_type": "adalora", "adalora_init_rank": 8}, "adalora_init_rank",
          "out_of_range", "above 8"),
@@ -165,8 +166,10 @@ def test_fields_that_a_way_to_tune_does_not_read_are_noted() -> None:
 
 
 def test_preferences_over_an_adapter_say_what_they_are_compared_with() -> None:
-    said = notes(adapter="a", stage="dpo")["adapter"]
+    said = notes(adapter_name_or_path="a", stage="dpo")["adapter"]
     assert "create_new_adapter: true" in said
+    assert notes(adapter="a", stage="dpo") == {}  # with itself as it began
+    assert notes(adapter_name_or_path="a", stage="dpo", reference="start") == {}
     assert notes(adapter="a", stage="dpo", create_new_adapter=True) == {}
     assert notes(adapter="a", stage="dpo", ref_model="b") == {}
     assert notes(adapter="a", stage="dpo", pref_loss="orpo") == {}
@@ -175,6 +178,7 @@ def test_preferences_over_an_adapter_say_what_they_are_compared_with() -> None:
 def test_an_adapters_maker_decides_what_it_is_fit_for() -> None:
     assert use_refused("merge", {}) is None
     assert use_refused("merge", {"finetuning_type": "prefix"})
+    assert use_refused("merge", {"stage": "rm"}) == use_refused("lora", {"stage": "rm"})
     assert use_refused("lora", {"use_dora": True}) is None
     assert use_refused("sum", {"use_dora": True})
     assert use_refused("oft", {"finetuning_type": "oft"}) is None
