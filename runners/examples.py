@@ -167,7 +167,7 @@ def encode(
 
 
 @dataclass(frozen=True)
-class Question:
+class Exchange:
     """A row to be answered: all up to its last answer, and that answer."""
 
     prompt: list[int]
@@ -180,7 +180,7 @@ def encode_questions(
     cutoff_len: int,
     *,
     progress: Progress = lambda _: None,
-) -> list[Question]:
+) -> list[Exchange]:
     """Rows as prompts and labels, together at most cutoff_len tokens.
 
     Source: behaviour of LLaMA-Factory 0.9.5, data/processor/unsupervised.py: one share for all
@@ -190,7 +190,7 @@ def encode_questions(
     for pieces, _ in _in_pieces(rows, chat, progress):
         asked, said = one_turn(pieces)
         kept, room = share(len(asked), len(said), cutoff_len)
-        found.append(Question(asked[:kept], said[:room]))
+        found.append(Exchange(asked[:kept], said[:room]))
     return found
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.batches import split
 from tuneyard.runners.chat import Chat
-from tuneyard.runners.examples import Cutting, Question, encode, encode_questions
+from tuneyard.runners.examples import Cutting, Exchange, encode, encode_questions
 from tuneyard.runners.failures import BadData
 from tuneyard.runners.generation import Settings, Speaker
 from tuneyard.runners.infer import grouped
@@ -60,7 +60,7 @@ def held_out_of(
 
 def questions_of(
     rows: Sequence[Conversation], chat: Chat, *, cutoff_len: int, longest: int
-) -> list[Question]:
+) -> list[Exchange]:
     """Rows as prompts and labels. Raises: BadData where a prompt leaves no room for an answer."""
     questions = encode_questions(rows, chat, cutoff_len)
     for row, question in zip(rows, questions, strict=True):
@@ -90,7 +90,7 @@ def settings_of(asked: PredictingFields, stop_ids: Sequence[int], seed: int) -> 
 
 
 def predict(
-    questions: Sequence[Question],
+    questions: Sequence[Exchange],
     speaker: Speaker,
     *,
     batch_size: int,
@@ -115,7 +115,7 @@ def predict(
     return Predictions(lines, mean_scores(rows))
 
 
-def _line(question: Question, said: str, chat: Chat) -> dict[str, str]:
+def _line(question: Exchange, said: str, chat: Chat) -> dict[str, str]:
     decode = chat.tokenizer.decode
     return {
         "prompt": str(decode(question.prompt, skip_special_tokens=False)),

@@ -8,7 +8,7 @@ from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import end_ids, read_generation_config
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.data_files import data_file
-from tuneyard.runners.examples import Question
+from tuneyard.runners.examples import Exchange
 from tuneyard.runners.generation import Speaker, undisturbed
 from tuneyard.runners.predictions import (
     Predictions,
@@ -55,7 +55,7 @@ class Saying:
             trainer.watch = Watch(arguments.watch_prompts, encoded, self._speaker).answer
         self._questions = self._read_questions(chat, rows) if arguments.generates else []
 
-    def _read_questions(self, chat: Chat, useful: int) -> list[Question]:
+    def _read_questions(self, chat: Chat, useful: int) -> list[Exchange]:
         arguments = self._asked.arguments
         separate = "eval_dataset" in self._attempt.spec.inputs
         name = "eval_dataset" if separate else "dataset"

@@ -241,7 +241,7 @@ class Trainer:
         self, items: Sequence[Item], *, before: int, purpose: str
     ) -> tuple[Sequence[Item], dict[str, float]]:
         assert self.draw is not None  # noqa: S101 - the caller looked
-        model, give_way = self.running.model, self._give_way
+        model, give_way = self.running.model, self.give_way
         return self.draw(model, items, before=before, purpose=purpose, give_way=give_way)
 
     def _backward(self, batch: Batch, units: int) -> Outcome:
