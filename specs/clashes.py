@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.evaluating import best_model_clashes
 from tuneyard.specs.evaluate import EvaluateSpec, evaluate_clashes
+from tuneyard.specs.evaluating import best_model_clashes
 from tuneyard.specs.fields import Spec
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec, RowsSpec
 from tuneyard.specs.inference import InferenceSpec
