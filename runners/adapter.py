@@ -265,6 +265,18 @@ _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:
 """Source: transformers 5.23, Trainer.get_decay_parameter_names."""
 
 
+def decaying_names(model: torch.nn.Module) -> set[str]:
+    """Parameters that weight decay draws to 0: neither norms nor biases."""
+    norms = {
+        f"{name}.{inner}"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.LayerNorm)
+        for inner, _ in module.named_parameters(recurse=False)
+    }
+    names = {name for name, _ in model.named_parameters()}
+    return {name for name in names - norms if not _NOT_DECAYED.search(name.lower())}
+
+
 def parameter_groups(model: Any, arguments: FinetuneArguments) -> list[dict[str, Any]]:
     """Groups for an optimizer: params, weight_decay, lr, and ``lr_scale``.
 
@@ -273,8 +285,9 @@ def parameter_groups(model: Any, arguments: FinetuneArguments) -> list[dict[str,
     go where: LLaMA-Factory 0.9.5, train/trainer_utils.py.
     """
     found: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    decaying = decaying_names(model)
     for name, parameter in trained_parameters(model).items():
-        decays = not _NOT_DECAYED.search(name.lower())
+        decays = name in decaying
         scale = _lr_scale(name, parameter, arguments)
         key = (scale, arguments.weight_decay if decays else 0.0)
         found.setdefault(key, []).append(parameter)

@@ -1,4 +1,4 @@
-"""Putting a run together: weights, adapter, optimizer, schedule, plan, and where to begin."""
+"""Putting a run together: weights, adapter, plan, and where to begin."""
 
 import importlib.util
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tuneyard.runners.adapter import computes_by_casting, parameter_groups, tune
+from tuneyard.runners.adapter import computes_by_casting, tune
 from tuneyard.runners.allocation import allocation_of
 from tuneyard.runners.answering import answerable, rollouts_of
 from tuneyard.runners.arguments import FinetuneArguments, Way
@@ -18,6 +18,7 @@ from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.attention import attend_by, choose_way
 from tuneyard.runners.base_model import load_weights
 from tuneyard.runners.batches import Order, split, steps_of
+from tuneyard.runners.best_model import Judge, best_folder, forget_best, judge_of
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import (
     Position,
@@ -30,13 +31,19 @@ from tuneyard.runners.continuing import go_on
 from tuneyard.runners.examples import Item
 from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.mover import Mover
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.objectives import compares, objective_of
+from tuneyard.runners.optimizers import (
+    build_mover,
+    schedule_of,
+    warmup_of,
+    warnings_about,
+)
 from tuneyard.runners.origin import read_origin
 from tuneyard.runners.packing import Packs
 from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.reference import Reference, load_reference
-from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
 from tuneyard.runners.training import Data, Plan, Trainer
@@ -73,7 +80,7 @@ def build_trainer(
         EmbeddingNoise(model, arguments.neftune_noise_alpha)
     running = Running(
         model,
-        adamw(parameter_groups(model, arguments), arguments, device),
+        mover_of(model, asked, plan, attempt),
         scaler_of(precision),
         device,
         cast_to=computed,
@@ -83,7 +90,12 @@ def build_trainer(
     run = description(asked, tokenised.digest, len(examples), device, job=attempt.spec.job)
     run["platform"]["attention"] = way
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
+    judge, schedule = judge_of(arguments), schedule_of(arguments, plan.steps)
     at = resume(attempt, running, run)
+    if at.schedule:
+        schedule.restore(at.schedule)
+    resumed = Path(attempt.spec.resume) if attempt.spec.resume else None
+    look_for_best(at, judge, attempt, resumed)
     rollouts = None
     if arguments.stage in ONLINE:
         dtype = getattr(torch, precision.weights)
@@ -93,13 +105,15 @@ def build_trainer(
         data=Data(examples, order, held_out, chat.tokenizer.pad_token_id),
         plan=plan,
         objective=objective_of(arguments, reference, at.baseline),
-        schedule=schedule_of(arguments, plan.steps),
+        schedule=schedule,
         at=at,
         events=attempt.events,
         stops=attempt.stops,
         workdir=attempt.workdir,
         run=run,
         base_id=asked.base_id,
+        judge=judge,
+        resumed=resumed,
         draw=rollouts,
         shared=way != "padded",
     )
@@ -137,6 +151,17 @@ def pick_attention(
     for each in models:
         attend_by(each, choice.way)
     return choice.way
+
+
+def look_for_best(at: Position, judge: Judge, attempt: Attempt, resumed: Path | None) -> None:
+    """The best so far is one by the same measure, and its checkpoint is at hand if it is needed."""
+    if at.compared_by != judge.compares_by:
+        forget_best(at)
+    at.compared_by = judge.compares_by
+    if judge.load and at.best_step and best_folder(at, attempt.workdir, resumed) is None:
+        said = f"The checkpoint of step {at.best_step}, the best so far, is gone; the best of those"
+        attempt.events.warn("best_gone", f"{said} that follow is taken.")
+        forget_best(at)
 
 
 def reference_of(
@@ -231,35 +256,22 @@ def casting_of(model: Any, precision: Precision) -> torch.dtype | None:
     return None
 
 
-def adamw(
-    groups: Sequence[Mapping[str, Any]], arguments: FinetuneArguments, device: str
-) -> torch.optim.AdamW:
-    """AdamW over what learns."""
-    return torch.optim.AdamW(
-        [dict(group) for group in groups],
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-        weight_decay=arguments.weight_decay,
-        fused=device == "cuda",
+def mover_of(model: Any, asked: Asked, plan: Plan, attempt: Attempt) -> Mover:
+    """The optimizer, and a warning of what it does otherwise than may be expected."""
+    for sentence in warnings_about(asked.arguments):
+        attempt.events.warn("optimizer", sentence)
+    torch.manual_seed(stream_seed(asked.seed, "optimizer"))
+    return build_mover(
+        model,
+        asked.arguments,
+        warmup_steps=warmup_of(asked.arguments, plan.steps),
+        device=attempt.device.torch_name,
     )
 
 
 def scaler_of(precision: Precision) -> torch.amp.GradScaler:
     """Loss scaling, which fp16 alone needs."""
     return torch.amp.GradScaler("cuda", enabled=precision.autocast)
-
-
-def schedule_of(arguments: FinetuneArguments, steps: int) -> Schedule:
-    """The learning rate of each step."""
-    warmup = warmup_steps(steps, steps=arguments.warmup_steps, ratio=arguments.warmup_ratio)
-    return schedule(
-        arguments.lr_scheduler_type,
-        warmup=warmup,
-        total=steps,
-        learning_rate=arguments.learning_rate,
-        options=arguments.lr_scheduler_kwargs or {},
-    )
 
 
 def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
@@ -277,6 +289,7 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
     eval_every = every(arguments.eval_strategy, eval_steps, epoch=epoch, total=steps)
     if eval_every is None and arguments.do_eval:
         eval_every = steps  # before the first and after the last
+    save: Strategy = "no" if arguments.save_strategy == "best" else arguments.save_strategy
     return Plan(
         steps=steps,
         steps_per_epoch=epoch,
@@ -285,7 +298,7 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         eval_rows_per_batch=arguments.per_device_eval_batch_size,
         max_grad_norm=arguments.max_grad_norm,
         eval_every=eval_every,
-        save_every=every(arguments.save_strategy, arguments.save_steps, epoch=epoch, total=steps),
+        save_every=every(save, arguments.save_steps, epoch=epoch, total=steps),
         log_every=every("steps", arguments.logging_steps, epoch=epoch, total=steps) or 1,
         keep=arguments.save_total_limit,
     )

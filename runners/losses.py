@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -80,13 +81,17 @@ def token_logits(model: Any, batch: Batch) -> torch.Tensor:
     return found
 
 
-def losses_of(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """-log p of each target by its logits."""
+def losses_of(logits: torch.Tensor, batch: Batch, *, smoothing: float = 0.0) -> torch.Tensor:
+    """-log p of each target by its logits.
+
+    smoothing: the share of each target that all words of the vocabulary have in equal parts.
+    """
     logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
+    loss = partial(cross_entropy, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
     if batch.kept is None:
-        flat = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+        flat = loss(logits, targets)
     else:
-        found = cross_entropy(logits, targets[batch.kept], reduction="none")
+        found = loss(logits, targets[batch.kept])
         flat = found.new_zeros(len(targets)).index_copy(0, batch.kept, found)
     return flat.view_as(batch.targets)
 
@@ -115,6 +120,7 @@ class TokenLoss:
     """
 
     accuracy: bool = False
+    smoothing: float = 0.0
 
     @property
     def grouped(self) -> bool:
@@ -126,7 +132,7 @@ class TokenLoss:
         logits = token_logits(model, batch)
         measured = self.accuracy and not model.training
         measures = {"accuracy": accuracy_of(logits.detach(), batch)} if measured else {}
-        return Outcome(losses_of(logits, batch).sum(), measures)
+        return Outcome(losses_of(logits, batch, smoothing=self.smoothing).sum(), measures)
 
     def units(self, item: Item) -> int:
         """Its targets."""

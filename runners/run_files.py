@@ -105,7 +105,7 @@ def trainer_state(asked: Asked, trainer: "Trainer") -> dict[str, Any]:
     at, plan, arguments = trainer.at, trainer.plan, asked.arguments
     return {
         "best_global_step": at.best_step,
-        "best_metric": at.best_loss,
+        "best_metric": at.best_metric,
         "best_model_checkpoint": None,
         "epoch": at.step / plan.steps_per_epoch,
         "eval_steps": plan.eval_every,

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.evaluate import EvaluateSpec, evaluate_clashes
+from tuneyard.specs.evaluating import best_model_clashes
 from tuneyard.specs.fields import Spec
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec, RowsSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.llamafactory import TEMPLATE_NAMES
 from tuneyard.specs.merge import MergeSpec
-from tuneyard.specs.optimizing import SCHEDULE_OPTIONS
+from tuneyard.specs.optimizers import optimizer_clashes
+from tuneyard.specs.optimizing import schedule_clashes, smoothing_clashes
 from tuneyard.specs.predicting import predicting_clashes
 from tuneyard.specs.preferences import preference_clashes
 from tuneyard.specs.problems import nearest, problem
@@ -42,7 +44,8 @@ def clashes_of(spec: Spec) -> list[InputError]:
         held_out = spec.val_size > 0 or spec.eval_dataset is not None
         found += predicting_clashes(spec, stage=spec.stage, held_out=held_out)
         found += watching_clashes(spec, stage=spec.stage)
-        found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
+        found += [*_pairs(spec), *_evaluation(spec), *schedule_clashes(spec)]
+        found += [*optimizer_clashes(spec), *smoothing_clashes(spec), *best_model_clashes(spec)]
         found += [*preference_clashes(spec, spec.stage), *reward_clashes(spec)]
         found += tracking_clashes(spec)
         found += tuning_clashes(spec, spec.stage)
@@ -137,25 +140,6 @@ def _evaluation(spec: FinetuneSpec) -> Iterator[InputError]:
     if spec.eval_strategy != "no" and not spec.val_size and spec.eval_dataset is None:
         message, hint = "There is nothing to evaluate on.", "set val_size or eval_dataset"
         yield problem("conflicting_fields", message, "eval_strategy", hint)
-
-
-def _schedule(spec: FinetuneSpec) -> Iterator[InputError]:
-    """Options that the schedule knows; it would fail on the GPU otherwise."""
-    name, options = spec.lr_scheduler_type, spec.lr_scheduler_kwargs or {}
-    allowed = SCHEDULE_OPTIONS.get(name, frozenset())
-    for option in options:
-        if option not in allowed:
-            near = nearest(option, sorted(allowed))
-            hint = f"did you mean {near}?" if near else f"one of: {', '.join(sorted(allowed))}"
-            message = f"The schedule {name} has no option {option[:60]!r}."
-            field = f"lr_scheduler_kwargs.{option[:60]}"
-            yield problem("unknown_field", message, field, hint if allowed else "leave it out")
-    if name == "cosine_with_min_lr" and not options.keys() & {"min_lr", "min_lr_rate"}:
-        message, hint = f"{name} needs min_lr or min_lr_rate.", "for example {min_lr_rate: 0.1}"
-        yield problem("missing_field", message, "lr_scheduler_kwargs", hint)
-    if name == "polynomial" and options.get("lr_end", 0) >= spec.learning_rate:
-        message = f"lr_end = {options['lr_end']:g} is not below learning_rate."
-        yield problem("out_of_range", message, "lr_scheduler_kwargs.lr_end", None)
 
 
 def _exclude(a: str, b: str) -> InputError:

@@ -7,6 +7,7 @@ from pydantic import Field
 from tuneyard.specs.evaluating import EvaluatingFields
 from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Reference, Spec, Text
 from tuneyard.specs.numbers import Positive
+from tuneyard.specs.optimizers import OptimizerFields
 from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.predicting import PredictingFields
 from tuneyard.specs.preferences import PreferenceFields
@@ -76,6 +77,7 @@ class FinetuneSpec(
     WatchingFields,
     PredictingFields,
     EvaluatingFields,
+    OptimizerFields,
     OptimizingFields,
     PreferenceFields,
     RewardFields,
@@ -129,8 +131,9 @@ SHAPE_A_CHECKPOINT = (
     | (RowsSpec.model_fields.keys() - Spec.model_fields.keys() - {"eval_dataset", "eval_data_file"})
     | {"val_size", "seed"}
     | SHAPING
+    | (OptimizerFields.model_fields.keys() - Spec.model_fields.keys() - {"badam_verbose"})
 )
-"""Fields that a checkpoint's rows, adapter and its scale follow from; with others none fits."""
+"""Fields that a checkpoint's rows, adapter, its scale and moments follow from."""
 
 
 def shapers_changed(before: Spec, after: Spec) -> list[str]:
