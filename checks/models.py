@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuneyard.specs.base_models import asks_for_code
+from tuneyard.specs.base_models import WITHOUT_ITS_CODE, asks_for_code
 from tuneyard.specs.errors import InputError
 from tuneyard.store.safetensors import product, read_header
 
@@ -17,6 +17,8 @@ MAX_LAYERS = 10_000
 MAX_FILES = 10_000
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block|layer)\.\d+\..*?(\w+)\.weight$")
+_ROUTERS = ("gate", "router")
+"""What chooses among experts: no linear layer either, as transformers has it."""
 _PART = re.compile(r"\.\d+\.(\w+)")
 _PICKLES = tuple(bytes((0x80, version)) for version in range(2, 6))
 _OF_TORCH = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".pkl")
@@ -85,8 +87,7 @@ def refuse_code(config: Any, name: str) -> None:
     odd = asks_for_code(config)
     if odd is not None:
         message = f"{name} asks for code of its own ({odd})."
-        hint = "take a model that transformers knows by itself"
-        raise InputError(message, code="remote_code_forbidden", field=odd, hint=hint)
+        raise InputError(message, code="remote_code_forbidden", field=odd, hint=WITHOUT_ITS_CODE)
 
 
 def _check_index(folder: Path, tensors: Mapping[str, Any]) -> None:
@@ -103,10 +104,14 @@ def _check_index(folder: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def _linear_modules(tensors: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Not experts: files hold each by itself, transformers all of a layer in one tensor."""
     return {
         found.group(1)
         for name, tensor in tensors.items()
-        if len(tensor["shape"]) == 2 and (found := _LAYER.search(f".{name}"))
+        if len(tensor["shape"]) == 2
+        and ".experts." not in name
+        and (found := _LAYER.search(f".{name}"))
+        and found.group(1) not in _ROUTERS
     }
 
 

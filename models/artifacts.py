@@ -71,21 +71,27 @@ def _insert(tx: Connection, ref: AttemptRef, folder: StoredFolder) -> bool:
     return tx.execute(new).one_or_none() is not None
 
 
+RANK = func.coalesce(
+    ArtifactRow.manifest["rank"].as_float(), ArtifactRow.manifest["eval_loss"].as_float()
+)
+"""What checkpoints are compared by, where they were measured: less is better."""
+
+
 def _prune_checkpoints(tx: Connection, job_id: UUID) -> None:
     """Mark all but the newest (save_total_limit, or two) and the best; files are swept later."""
     limit = tx.execute(
         select(JobRow.spec["save_total_limit"].as_integer()).where(JobRow.id == job_id)
     ).scalar_one()
     rows = tx.execute(
-        select(ArtifactRow.id, ArtifactRow.manifest["eval_loss"].as_float().label("eval_loss"))
+        select(ArtifactRow.id, RANK.label("rank"))
         .where(ArtifactRow.job_id == job_id, ArtifactRow.kind == "checkpoint")
         .where(ArtifactRow.pruned_at.is_(None))
         .order_by(ArtifactRow.step.desc(), ArtifactRow.id.desc())
     ).all()
     kept = {row.id for row in rows[: limit or KEPT_CHECKPOINTS]}
-    measured = [row for row in rows if row.eval_loss is not None]
+    measured = [row for row in reversed(rows) if row.rank is not None]
     if measured:
-        kept.add(min(measured, key=lambda row: row.eval_loss).id)
+        kept.add(min(measured, key=lambda row: row.rank).id)  # of equal ones the first
     pruned = [row.id for row in rows if row.id not in kept]
     if pruned:
         tx.execute(

@@ -29,6 +29,7 @@ from peft.utils.constants import (
 
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.beginnings import SCORE_HEAD, begin_by_singular_values, initialise
+from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.precision import Precision
 from tuneyard.runners.seeds import stream_seed
@@ -219,6 +220,12 @@ def find_targets(base: Any, asked: str | Sequence[str], *, field: str = "lora_ta
     known = {name.rpartition(".")[2] for name, _ in base.named_modules()} - {""}
     for name in names:
         if name.rpartition(".")[2] not in known:
+            if name.rpartition(".")[2] in experts_of(base):
+                raise BadSpec(
+                    f"{name} holds all experts of a layer in one tensor: no adapter is put there.",
+                    field="lora_target",
+                    hint=f"it has {', '.join(sorted(linear))}",
+                )
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             raise BadSpec(
                 f"No module of the base is named {name!r}.",
@@ -258,6 +265,18 @@ _NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:
 """Source: transformers 5.23, Trainer.get_decay_parameter_names."""
 
 
+def decaying_names(model: torch.nn.Module) -> set[str]:
+    """Parameters that weight decay draws to 0: neither norms nor biases."""
+    norms = {
+        f"{name}.{inner}"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.LayerNorm)
+        for inner, _ in module.named_parameters(recurse=False)
+    }
+    names = {name for name, _ in model.named_parameters()}
+    return {name for name in names - norms if not _NOT_DECAYED.search(name.lower())}
+
+
 def parameter_groups(model: Any, arguments: FinetuneArguments) -> list[dict[str, Any]]:
     """Groups for an optimizer: params, weight_decay, lr, and ``lr_scale``.
 
@@ -266,8 +285,9 @@ def parameter_groups(model: Any, arguments: FinetuneArguments) -> list[dict[str,
     go where: LLaMA-Factory 0.9.5, train/trainer_utils.py.
     """
     found: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    decaying = decaying_names(model)
     for name, parameter in trained_parameters(model).items():
-        decays = not _NOT_DECAYED.search(name.lower())
+        decays = name in decaying
         scale = _lr_scale(name, parameter, arguments)
         key = (scale, arguments.weight_decay if decays else 0.0)
         found.setdefault(key, []).append(parameter)

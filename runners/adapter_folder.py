@@ -37,7 +37,7 @@ def publish_adapter(
     """
     position, model = trainer.at, trainer.running.model
     aside = attempt.fresh_aside()
-    about = origin(asked, attempt, chat, position)
+    about = origin(asked, attempt, chat, position) | {"steps": trainer.loaded_step or position.step}
     if (reference := getattr(trainer.objective, "reference", None)) is not None:
         about["reference"] = reference.said
     meta: dict[str, Any] = {"base": asked.base_id, "steps": position.step}
@@ -65,6 +65,8 @@ def publish_adapter(
         "eval_loss": position.best_loss,
         "best_step": position.best_step,
         "skipped_steps": position.skipped_steps,
+        "stopped_early": trainer.stopped_early or None,
+        "loaded_step": trainer.loaded_step,
         "last_loss": next(
             (line["loss"] for line in reversed(position.log) if "loss" in line), None
         ),

@@ -23,6 +23,8 @@ from tuneyard.specs.sources import Hub
 
 Arguments = TypeVar("Arguments", bound=BaseModel)
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Way = Literal["padded", "segments", "varlen"]
+"""How examples stand in rows; runners/attention.py tells them apart."""
 
 _BESIDE = OF_THE_JOB | WHAT.keys() | {
     "do_train", "model_name", "model_name_or_path", "not_before", "share", "suffix",
@@ -51,6 +53,7 @@ class FinetuneArguments(FinetuneSpec):
     dataset: Any = None
     seed: int | None = None  # type: ignore[assignment]  # None: the spec's
     precision: Precision = "auto"
+    attention: Way | None = None  # None: the fastest that is known to be right
 
     @property
     def alpha(self) -> int:

@@ -10,7 +10,9 @@ from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.base_model import read_config
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.origin import read_adapter_config
-from tuneyard.runners.similarity import check_packages
+from tuneyard.runners.packages import check_packages
+from tuneyard.runners.similarity import check_packages as check_scoring
+from tuneyard.specs.optimizers import optimizer_clashes
 from tuneyard.specs.predicting import PredictingFields, predicting_clashes
 from tuneyard.specs.tuning import tuning_clashes
 
@@ -41,7 +43,7 @@ def check_predicting(arguments: PredictingFields, *, held_out: bool) -> None:
     for clash in predicting_clashes(arguments, stage=stage, held_out=held_out):
         raise BadSpec(clash.message, field=clash.field, hint=clash.hint)
     if arguments.generates:
-        check_packages()
+        check_scoring()
 
 
 def read_asked(attempt: Attempt) -> Asked:
@@ -55,8 +57,12 @@ def read_asked(attempt: Attempt) -> Asked:
     if named:
         ids = [attempt.spec.input_ids.get(name) or name for name in named]
         arguments = arguments.model_copy(update={"adapter": ids})
-    for clash in tuning_clashes(arguments, arguments.stage):
+    for clash in [
+        *tuning_clashes(arguments, arguments.stage),
+        *optimizer_clashes(arguments),
+    ]:
         raise BadSpec(clash.message, field=clash.field, hint=clash.hint)
+    check_packages(arguments)
     check_predicting(arguments, held_out=has_held_out(attempt, arguments))
     model = attempt.input("model")
     config = read_config(model)

@@ -1,4 +1,4 @@
-"""Putting a run together: weights, adapter, optimizer, schedule, plan, and where to begin."""
+"""Putting a run together: weights, adapter, plan, and where to begin."""
 
 import importlib.util
 import logging
@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 
-from tuneyard.runners.adapter import computes_by_casting, parameter_groups, tune
+from tuneyard.runners.adapter import computes_by_casting, tune
 from tuneyard.runners.allocation import allocation_of
 from tuneyard.runners.answering import answerable, rollouts_of
-from tuneyard.runners.arguments import FinetuneArguments
+from tuneyard.runners.arguments import FinetuneArguments, Way
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
+from tuneyard.runners.attention import attend_by, choose_way
 from tuneyard.runners.base_model import load_weights
 from tuneyard.runners.batches import Order, split, steps_of
+from tuneyard.runners.best_model import Judge, best_folder, forget_best, judge_of
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import (
     Position,
@@ -26,13 +28,22 @@ from tuneyard.runners.checkpoint import (
     read_checkpoint,
 )
 from tuneyard.runners.continuing import go_on
+from tuneyard.runners.examples import Item
+from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.mover import Mover
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.objectives import compares, objective_of
+from tuneyard.runners.optimizers import (
+    build_mover,
+    schedule_of,
+    warmup_of,
+    warnings_about,
+)
 from tuneyard.runners.origin import read_origin
+from tuneyard.runners.packing import Packs
 from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.reference import Reference, load_reference
-from tuneyard.runners.schedules import Schedule, schedule, warmup_steps
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
 from tuneyard.runners.training import Data, Plan, Trainer
@@ -55,24 +66,36 @@ def build_trainer(
         examples, held_out = (answerable(each, asked, attempt) for each in (examples, held_out))
     if not held_out:
         examples, held_out = split(examples, arguments.val_size, seed=asked.seed)
+    examples, held_out = packed(examples, arguments), packed(held_out, arguments)
     precision = pick_precision(asked, attempt)
     plan = plan_of(arguments, len(examples))
     model = load_model(asked, precision, device, steps=plan.steps)
     warn_of_another_template(asked, chat, attempt)
-    noise = EmbeddingNoise(model, a) if (a := arguments.neftune_noise_alpha) else None
+    warn_of_experts(model, attempt)
+    reference = reference_of(asked, attempt, model, precision)
+    computed = casting_of(model, precision)
+    models = [model] if reference is None or reference.frozen is None else [model, reference.frozen]
+    way = pick_attention(models, asked, attempt, computed=computed)
+    if arguments.neftune_noise_alpha:
+        EmbeddingNoise(model, arguments.neftune_noise_alpha)
     running = Running(
         model,
-        adamw(parameter_groups(model, arguments), arguments, device),
+        mover_of(model, asked, plan, attempt),
         scaler_of(precision),
         device,
-        cast_to=casting_of(model, precision),
+        cast_to=computed,
         allocation=allocation_of(model),
     )
     torch.manual_seed(stream_seed(asked.seed, "dropout"))
     run = description(asked, tokenised.digest, len(examples), device, job=attempt.spec.job)
+    run["platform"]["attention"] = way
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
-    reference = reference_of(asked, attempt, model, precision)
+    judge, schedule = judge_of(arguments), schedule_of(arguments, plan.steps)
     at = resume(attempt, running, run)
+    if at.schedule:
+        schedule.restore(at.schedule)
+    resumed = Path(attempt.spec.resume) if attempt.spec.resume else None
+    look_for_best(at, judge, attempt, resumed)
     rollouts = None
     if arguments.stage in ONLINE:
         dtype = getattr(torch, precision.weights)
@@ -82,16 +105,63 @@ def build_trainer(
         data=Data(examples, order, held_out, chat.tokenizer.pad_token_id),
         plan=plan,
         objective=objective_of(arguments, reference, at.baseline),
-        schedule=schedule_of(arguments, plan.steps),
-        noise=noise,
+        schedule=schedule,
         at=at,
         events=attempt.events,
         stops=attempt.stops,
         workdir=attempt.workdir,
         run=run,
         base_id=asked.base_id,
+        judge=judge,
+        resumed=resumed,
         draw=rollouts,
+        shared=way != "padded",
     )
+
+
+def packed(items: Sequence[Item], arguments: FinetuneArguments) -> Sequence[Item]:
+    """Several examples as one row, where that is asked for; texts were joined when tokenised."""
+    if not arguments.packs_rows or not items:
+        return items
+    return Packs(items, arguments.tokens_kept, apart=arguments.neat_packing)
+
+
+def warn_of_experts(model: Any, attempt: Attempt) -> None:
+    """A mixture of which only the rest learns is not what everybody expects."""
+    experts = experts_of(model)
+    if experts and not any(experts.values()):
+        said = f"The experts ({', '.join(sorted(experts))}) do not learn, only what is around them."
+        attempt.events.warn("experts_left", said)
+
+
+def pick_attention(
+    models: Sequence[Any], asked: Asked, attempt: Attempt, *, computed: torch.dtype | None = None
+) -> Way:
+    """Choose how examples stand in rows, and say why where they could not stand together.
+
+    models: all that read the same groups; computed: the format that products are computed in, where
+    it is not that of the weights.
+    """
+    device, wanted = attempt.device.torch_name, asked.arguments.attention
+    choices = [choose_way(m, device=device, wanted=wanted, computed=computed) for m in models]
+    choice = next((each for each in choices if each.way == "padded"), choices[0])
+    if choice.why is not None:
+        attempt.events.warn("rows_padded", f"Rows are padded: {choice.why}.")
+    log.info("attention: %s%s", choice.way, f" ({choice.why})" if choice.why else "")
+    for each in models:
+        attend_by(each, choice.way)
+    return choice.way
+
+
+def look_for_best(at: Position, judge: Judge, attempt: Attempt, resumed: Path | None) -> None:
+    """The best so far is one by the same measure, and its checkpoint is at hand if it is needed."""
+    if at.compared_by != judge.compares_by:
+        forget_best(at)
+    at.compared_by = judge.compares_by
+    if judge.load and at.best_step and best_folder(at, attempt.workdir, resumed) is None:
+        said = f"The checkpoint of step {at.best_step}, the best so far, is gone; the best of those"
+        attempt.events.warn("best_gone", f"{said} that follow is taken.")
+        forget_best(at)
 
 
 def reference_of(
@@ -186,35 +256,22 @@ def casting_of(model: Any, precision: Precision) -> torch.dtype | None:
     return None
 
 
-def adamw(
-    groups: Sequence[Mapping[str, Any]], arguments: FinetuneArguments, device: str
-) -> torch.optim.AdamW:
-    """AdamW over what learns."""
-    return torch.optim.AdamW(
-        [dict(group) for group in groups],
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-        weight_decay=arguments.weight_decay,
-        fused=device == "cuda",
+def mover_of(model: Any, asked: Asked, plan: Plan, attempt: Attempt) -> Mover:
+    """The optimizer, and a warning of what it does otherwise than may be expected."""
+    for sentence in warnings_about(asked.arguments):
+        attempt.events.warn("optimizer", sentence)
+    torch.manual_seed(stream_seed(asked.seed, "optimizer"))
+    return build_mover(
+        model,
+        asked.arguments,
+        warmup_steps=warmup_of(asked.arguments, plan.steps),
+        device=attempt.device.torch_name,
     )
 
 
 def scaler_of(precision: Precision) -> torch.amp.GradScaler:
     """Loss scaling, which fp16 alone needs."""
     return torch.amp.GradScaler("cuda", enabled=precision.autocast)
-
-
-def schedule_of(arguments: FinetuneArguments, steps: int) -> Schedule:
-    """The learning rate of each step."""
-    warmup = warmup_steps(steps, steps=arguments.warmup_steps, ratio=arguments.warmup_ratio)
-    return schedule(
-        arguments.lr_scheduler_type,
-        warmup=warmup,
-        total=steps,
-        learning_rate=arguments.learning_rate,
-        options=arguments.lr_scheduler_kwargs or {},
-    )
 
 
 def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
@@ -232,6 +289,7 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
     eval_every = every(arguments.eval_strategy, eval_steps, epoch=epoch, total=steps)
     if eval_every is None and arguments.do_eval:
         eval_every = steps  # before the first and after the last
+    save: Strategy = "no" if arguments.save_strategy == "best" else arguments.save_strategy
     return Plan(
         steps=steps,
         steps_per_epoch=epoch,
@@ -240,7 +298,7 @@ def plan_of(arguments: FinetuneArguments, examples: int) -> Plan:
         eval_rows_per_batch=arguments.per_device_eval_batch_size,
         max_grad_norm=arguments.max_grad_norm,
         eval_every=eval_every,
-        save_every=every(arguments.save_strategy, arguments.save_steps, epoch=epoch, total=steps),
+        save_every=every(save, arguments.save_steps, epoch=epoch, total=steps),
         log_every=every("steps", arguments.logging_steps, epoch=epoch, total=steps) or 1,
         keep=arguments.save_total_limit,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneyard.runners.failures import BadSpec, InputGone
-from tuneyard.specs.base_models import asks_for_code
+from tuneyard.specs.base_models import WITHOUT_ITS_CODE, asks_for_code
 
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
@@ -70,9 +70,24 @@ def load_class(config: Mapping[str, Any], *, scoring: bool = False) -> Any:
         raise BadSpec(
             f"transformers {transformers.__version__} has no {name}.",
             field="model",
-            hint="a newer transformers may know it; code from the model's folder is never run",
+            hint="an admin can install a newer one on the nodes, which may know it; code from the "
+            "model's folder is never run",
         )
     return found
+
+
+def attention_of(config: Mapping[str, Any], *, scoring: bool = False) -> str:
+    """torch's fused attention, or the family's own where that one leaves out a part of it.
+
+    Soft caps on the scores and learned sinks: some versions of transformers drop them silently.
+    """
+    if config.get("attn_logit_softcapping") or not _supports_sdpa(config, scoring):
+        return "eager"
+    return "sdpa"
+
+
+def _supports_sdpa(config: Mapping[str, Any], scoring: bool) -> bool:
+    return bool(load_class(config, scoring=scoring)._supports_sdpa)
 
 
 def load_weights(
@@ -97,7 +112,7 @@ def load_weights(
     model = load_class(config, scoring=scoring).from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation=attention_of(config, scoring=scoring),
         local_files_only=True,
         use_safetensors=True,
         **more,
@@ -166,7 +181,7 @@ def _refuse_code(value: Any, name: str) -> None:
         raise BadSpec(
             f"{name} has {odd}: it would run code that comes with the model.",
             field="model",
-            hint="models that need code of their own are not accepted",
+            hint=WITHOUT_ITS_CODE,
         )
 
 

@@ -3,7 +3,7 @@
 adapter_model.safetensors  adapter_config.json    the adapter, in peft's format
 trained.safetensors                               what learned, where that is not all of it
 allocation.safetensors                            what adalora knows of its ranks
-optimizer.safetensors                             moments and step of each parameter
+optimizer.safetensors                             what the optimizer remembers of each parameter
 random.safetensors                                states of torch's generators
 state.json                                        where the run is, and what it ran on
 trainer_log.jsonl                                 the log up to here
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tuneyard.runners.adapter import trained_parameters
 from tuneyard.runners.allocation import RankAllocation
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.learned import restore_learned, save_learned
 from tuneyard.runners.losses import RunningMean
+from tuneyard.runners.mover import Mover
 from tuneyard.runners.retention import checkpoint_meta
 from tuneyard.specs.runner import CHECKPOINTS
 from tuneyard.store.folder import manifest_digest, publish_folder, verify_folder
@@ -43,8 +43,13 @@ class Position:
     tokens: int = 0
     evaluated_step: int = -1
     eval_loss: float | None = None  # of evaluated_step
-    best_loss: float | None = None
+    eval_metric: float | None = None  # the same: what evaluations are compared by
+    best_loss: float | None = None  # of the evaluation that was best
     best_step: int | None = None
+    best_metric: float | None = None  # what was compared: the loss, or what was asked for
+    compared_by: str = "loss"  # its name, with a - where more is better
+    bad_evaluations: int = 0  # in a row that were no better
+    schedule: dict[str, Any] = field(default_factory=dict)  # of one that goes by evaluations
     loss_sum: float = 0.0
     skipped_steps: int = 0
     baseline: RunningMean = field(default_factory=RunningMean)
@@ -61,7 +66,7 @@ class Running:
     """
 
     model: Any
-    optimizer: torch.optim.Optimizer
+    mover: Mover
     scaler: torch.amp.GradScaler
     device: str
     cast_to: torch.dtype | None = None
@@ -92,10 +97,12 @@ def write_checkpoint(
     random: RandomState,
     run: Mapping[str, Any],
     base_id: str,
+    greater: bool = False,
 ) -> tuple[str, str]:
     """Publish checkpoints/step-N; returns its path within WORKDIR and its manifest's digest.
 
-    run: what a resumed run must agree with, and what it ran on.
+    run: what a resumed run must agree with, and what it ran on. greater: whether more of what
+    evaluations are compared by is better.
     """
     name = f"{CHECKPOINTS}/step-{position.step}"
     aside = workdir / CHECKPOINTS / f".aside-{position.step}"
@@ -103,16 +110,22 @@ def write_checkpoint(
     aside.mkdir(parents=True)
     try:
         save_learned(running.model, aside, base_id=base_id)
-        save_file(_optimizer_tensors(running), aside / OPTIMIZER_FILE)
+        running.mover.save(aside / OPTIMIZER_FILE)
         save_file(dict(random), aside / RANDOM_FILE)
         _write_state(aside, running, position, run)
-        measured = position.eval_loss if position.evaluated_step == position.step else None
-        meta = checkpoint_meta(position.step, measured)
-        manifest = publish_folder(aside, workdir / name, meta)
+        manifest = publish_folder(aside, workdir / name, _meta(position, greater))
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # gives its space back to a full disk
         raise
     return name, manifest_digest(manifest)
+
+
+def _meta(position: Position, greater: bool) -> dict[str, Any]:
+    best = position.best_step
+    if position.evaluated_step != position.step or position.eval_metric is None:
+        return checkpoint_meta(position.step, best_step=best)
+    rank = -position.eval_metric if greater else position.eval_metric
+    return checkpoint_meta(position.step, position.eval_loss, rank, best)
 
 
 def _write_state(aside: Path, running: Running, position: Position, run: Mapping[str, Any]) -> None:
@@ -136,8 +149,10 @@ def read_checkpoint(folder: Path, running: Running, *, run: Mapping[str, Any]) -
     verify_folder(folder)
     state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     _compare(state.pop("run"), run)
-    restore_learned(running.model, folder)
-    _restore_optimizer(running, load_file(folder / OPTIMIZER_FILE))
+    running.mover.check(folder / OPTIMIZER_FILE)  # before anything is changed
+    with running.mover.whole():
+        restore_learned(running.model, folder)
+    running.mover.restore(folder / OPTIMIZER_FILE)
     _restore_random(load_file(folder / RANDOM_FILE), running.device)
     if scaler := state.pop("scaler"):
         running.scaler.load_state_dict(scaler)
@@ -172,26 +187,6 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 field="resume",
                 hint="keep dataset, template, cutoff_len and seed, or start from scratch",
             )
-
-
-def _optimizer_tensors(running: Running) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}:{key}": value.detach().cpu().contiguous()
-        for name, parameter in trained_parameters(running.model).items()
-        for key, value in sorted(running.optimizer.state[parameter].items())
-    }
-
-
-def _restore_optimizer(running: Running, tensors: Mapping[str, torch.Tensor]) -> None:
-    groups = running.optimizer.param_groups
-    places = {id(p): i for i, p in enumerate(p for group in groups for p in group["params"])}
-    numbers = {name: places[id(p)] for name, p in trained_parameters(running.model).items()}
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.rpartition(":")
-        state.setdefault(numbers[name], {})[part] = tensor
-    said = running.optimizer.state_dict()["param_groups"]
-    running.optimizer.load_state_dict({"state": state, "param_groups": said})
 
 
 def _restore_random(states: Mapping[str, torch.Tensor], device: str) -> None:

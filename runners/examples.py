@@ -91,19 +91,36 @@ class Drawn:
         return self.example.targets
 
 
-Item = Example | Pair | Labelled | Question | Drawn
-"""What a row of training data becomes, by stage."""
+@dataclass(frozen=True)
+class Pack:
+    """Several examples that count as one. apart: none sees another, as with neat_packing."""
+
+    parts: tuple[Example, ...]
+    apart: bool
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learned; the first of each example is nobody's target."""
+        return sum(part.targets for part in self.parts)
+
+
+Item = Example | Pair | Labelled | Question | Drawn | Pack
+"""What a row of training data becomes, by stage; or several of them together."""
 
 
 def sequences_of(item: Item) -> tuple[Example, ...]:
-    """The token sequences of an item, in the order in which they are stored."""
+    """The token sequences of an item, in the order in which they are stored or laid out."""
     if isinstance(item, Pair):
         return item.chosen, item.rejected
     if isinstance(item, Labelled):
         return item.example, item.mismatched
     if isinstance(item, Question):
         return (Example(item.ids, [IGNORED] * len(item.ids)),)
-    return (item.example,) if isinstance(item, Drawn) else (item,)
+    if isinstance(item, Drawn):
+        return (item.example,)
+    if isinstance(item, Pack):
+        return item.parts
+    return (item,)
 
 
 @dataclass(frozen=True)

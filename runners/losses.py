@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,6 +45,10 @@ class RunningMean:
 class Objective(Protocol):
     """The loop divides by the units of the whole step, however it was split into groups."""
 
+    @property
+    def grouped(self) -> bool:
+        """Whether it counts which items of a step stand in one group."""
+
     def loss(self, model: Any, batch: Batch) -> Outcome:
         """The loss of a group of items, with its graph."""
 
@@ -71,20 +76,23 @@ def token_losses(model: Any, batch: Batch, *, temperature: float = 1.0) -> torch
 
 
 def token_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """[sequences, positions, vocabulary], where something is a target."""
-    output = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.positions)
-    found: torch.Tensor = output.logits
+    """[rows, positions, vocabulary], where something is a target."""
+    found: torch.Tensor = batch.read_by(model, logits_to_keep=batch.positions).logits
     return found
 
 
-def losses_of(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """-log p of each target by its logits."""
-    flat = cross_entropy(
-        logits.float().flatten(0, 1),
-        batch.targets.flatten(),
-        ignore_index=IGNORED,
-        reduction="none",
-    )
+def losses_of(logits: torch.Tensor, batch: Batch, *, smoothing: float = 0.0) -> torch.Tensor:
+    """-log p of each target by its logits.
+
+    smoothing: the share of each target that all words of the vocabulary have in equal parts.
+    """
+    logits, targets = logits.float().flatten(0, 1), batch.targets.flatten()
+    loss = partial(cross_entropy, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing)
+    if batch.kept is None:
+        flat = loss(logits, targets)
+    else:
+        found = loss(logits, targets[batch.kept])
+        flat = found.new_zeros(len(targets)).index_copy(0, batch.kept, found)
     return flat.view_as(batch.targets)
 
 
@@ -94,7 +102,11 @@ def accuracy_of(logits: torch.Tensor, batch: Batch) -> Measure:
     Source: behaviour of LLaMA-Factory 0.9.5, ComputeAccuracy in train/sft/metric.py.
     """
     wanted = batch.targets != IGNORED
-    hits = (logits.argmax(-1) == batch.targets) & wanted
+    likeliest = logits.argmax(-1).flatten()
+    if batch.kept is not None:
+        everywhere = torch.full_like(batch.targets.flatten(), IGNORED)
+        likeliest = everywhere.index_copy(0, batch.kept, likeliest)
+    hits = (likeliest.view_as(batch.targets) == batch.targets) & wanted
     counts = wanted.sum(1)
     shares = hits.sum(1).double() / counts.clamp(min=1)
     return Measure(shares.sum(), (counts > 0).sum())
@@ -108,13 +120,19 @@ class TokenLoss:
     """
 
     accuracy: bool = False
+    smoothing: float = 0.0
+
+    @property
+    def grouped(self) -> bool:
+        """Each token is for itself."""
+        return False
 
     def loss(self, model: Any, batch: Batch) -> Outcome:
         """The sum over the targets."""
         logits = token_logits(model, batch)
         measured = self.accuracy and not model.training
         measures = {"accuracy": accuracy_of(logits.detach(), batch)} if measured else {}
-        return Outcome(losses_of(logits, batch).sum(), measures)
+        return Outcome(losses_of(logits, batch, smoothing=self.smoothing).sum(), measures)
 
     def units(self, item: Item) -> int:
         """Its targets."""

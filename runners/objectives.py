@@ -22,7 +22,9 @@ def objective_of(
 ) -> Objective:
     """The objective of a stage. reference: what answers are compared with, where they are."""
     if arguments.stage in ("sft", "pt"):
-        return TokenLoss(accuracy=arguments.compute_accuracy)
+        return TokenLoss(
+            accuracy=arguments.compute_accuracy, smoothing=arguments.label_smoothing_factor
+        )
     if arguments.stage == "rm":
         return RewardLoss()
     if arguments.stage == "rloo":

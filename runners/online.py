@@ -61,6 +61,11 @@ class GrpoLoss:
     longest: int
     reference: Reference | None
 
+    @property
+    def grouped(self) -> bool:
+        """Each answer is for itself."""
+        return False
+
     def units(self, item: Item) -> int:
         """What the step's sum is divided by."""
         return {"dapo": item.targets, "grpo": 1, "dr_grpo": self.longest}[self.form]
@@ -88,6 +93,11 @@ class RlooLoss:
     """Stage rloo: -advantage x ratio of each answer as a whole; the mean over the answers."""
 
     temperature: float
+
+    @property
+    def grouped(self) -> bool:
+        """Each answer is for itself."""
+        return False
 
     def units(self, item: Item) -> int:
         """An answer is one."""

@@ -78,7 +78,7 @@ def questions_of(
 def settings_of(asked: PredictingFields, stop_ids: Sequence[int], seed: int) -> Settings:
     """How rows are answered: as the job says, whatever the model's own files say."""
     return Settings(
-        temperature=asked.drawn_at if asked.do_sample else 0.0,
+        temperature=asked.spoken_at,
         top_p=asked.top_p,
         top_k=asked.top_k,
         repetition_penalty=asked.repetition_penalty,

@@ -34,6 +34,11 @@ class PairLoss:
     bco: float = 0.0
     baseline: RunningMean = field(default_factory=RunningMean)
 
+    @property
+    def grouped(self) -> bool:
+        """The baseline moves on from group to group."""
+        return bool(self.bco)
+
     def units(self, item: Item) -> int:
         """A pair is one."""
         return 1
@@ -123,6 +128,11 @@ class LabelLoss:
     unwanted_weight: float = 1.0
     ftx: float = 0.0
 
+    @property
+    def grouped(self) -> bool:
+        """The divergence is a group's."""
+        return True
+
     def units(self, item: Item) -> int:
         """A row is one."""
         return 1
@@ -155,6 +165,11 @@ class LabelLoss:
 class RewardLoss:
     """Stage rm: -log sigmoid of how much better the chosen answer scores; the mean over pairs."""
 
+    @property
+    def grouped(self) -> bool:
+        """Each pair is for itself."""
+        return False
+
     def units(self, item: Item) -> int:
         """A pair is one."""
         return 1
@@ -179,9 +194,7 @@ def scores(model: Any, batch: Batch) -> torch.Tensor:
     """
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     body = getattr(whole, whole.base_model_prefix)
-    hidden = body(input_ids=batch.ids, use_cache=False).last_hidden_state
-    rows = torch.arange(len(hidden), device=hidden.device)
-    last = hidden[rows, batch.lengths - 1]
+    last = batch.read_by(body).last_hidden_state.flatten(0, 1)[batch.ends]
     head = next(whole.score.parameters())
     return whole.score(last.to(head.dtype)).float().squeeze(-1)  # type: ignore[no-any-return]
 

@@ -12,14 +12,25 @@ RESUME_POINT_S = 600.0
 """A checkpoint is never older than this, whatever was asked."""
 
 
-def checkpoint_meta(step: int, eval_loss: float | None = None) -> dict[str, Any]:
+def checkpoint_meta(
+    step: int,
+    eval_loss: float | None = None,
+    rank: float | None = None,
+    best_step: int | None = None,
+) -> dict[str, Any]:
     """What a checkpoint's manifest holds beside its files; the store keeps the best by it.
 
-    eval_loss: of this very step, where it was measured.
+    eval_loss: of this very step, where it was measured; rank: what evaluations are compared by,
+    turned so that less is better. best_step: whose model was the best so far; whoever goes on from
+    this checkpoint may need that one too.
     """
     meta: dict[str, Any] = {"kind": "checkpoint", "step": step}
     if eval_loss is not None and math.isfinite(eval_loss):
         meta["eval_loss"] = eval_loss
+    if rank is not None and math.isfinite(rank):
+        meta["rank"] = rank
+    if best_step is not None:
+        meta["best_step"] = best_step
     return meta
 
 

@@ -106,7 +106,7 @@ def trainer_state(asked: Asked, trainer: "Trainer") -> dict[str, Any]:
     at, plan, arguments = trainer.at, trainer.plan, asked.arguments
     return {
         "best_global_step": at.best_step,
-        "best_metric": at.best_loss,
+        "best_metric": at.best_metric,
         "best_model_checkpoint": None,
         "epoch": at.step / plan.steps_per_epoch,
         "eval_steps": plan.eval_every,
@@ -143,13 +143,13 @@ def effective_arguments(asked: Asked, attempt: Attempt) -> dict[str, Any]:
     arguments, ids = asked.arguments, attempt.spec.input_ids
     every = set(FinetuneSpec.model_fields)
     full = FinetuneSpec.model_construct(every, **{name: getattr(arguments, name) for name in every})
-    fields = every - {*idle_fields(full), *idle_settings(full, stage=full.stage), "adapter"}
+    fields = every - {*idle_fields(full), *idle_settings(full), "adapter"}
     said = arguments.of_the_runner() | {"seed": asked.seed}
     if "lora_alpha" in fields:
         said["lora_alpha"] = arguments.alpha
     if arguments.stage in ONLINE:
+        fields.add("temperature")
         said |= {"num_generations": arguments.generations, "beta": arguments.distance_weight}
-    if "temperature" in fields:
         said["temperature"] = arguments.drawn_at
     inputs = {name: shown for name, shown in ids.items() if name in fields - {"model"}}
     if adapters := [ids[name] for name in adapter_names(ids)]:

@@ -69,7 +69,7 @@ def encode_split(
 ) -> Encoded:
     """Tokenise the rows of a split, with progress where it takes a while."""
     cutting = Cutting(
-        arguments.cutoff_len,
+        arguments.tokens_kept,
         arguments.train_on_prompt,
         arguments.mask_history,
         blocks=arguments.packing is not False,
@@ -140,7 +140,7 @@ def made_from(arguments: RowsSpec, model: Path, chat: Chat) -> dict[str, Any]:
         "template": chat.template,
         "seamed": chat.seamed,
         "default_system": arguments.default_system,
-        "cutoff_len": arguments.cutoff_len,
+        "cutoff_len": arguments.tokens_kept,
         "train_on_prompt": arguments.train_on_prompt,
         "mask_history": arguments.mask_history,
         "max_samples": arguments.max_samples,

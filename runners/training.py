@@ -18,8 +18,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from tuneyard.runners.adapter import trained_parameters
 from tuneyard.runners.batches import Batch, Order, collate
+from tuneyard.runners.best_model import Judge, best_folder
 from tuneyard.runners.checkpoint import (
     Position,
     Running,
@@ -30,11 +30,13 @@ from tuneyard.runners.events import EventLog
 from tuneyard.runners.examples import Item
 from tuneyard.runners.failures import LossNotFinite, Stopped
 from tuneyard.runners.generation import undisturbed
+from tuneyard.runners.learned import restore_learned
 from tuneyard.runners.losses import Objective, Outcome, means
-from tuneyard.runners.noise import EmbeddingNoise
+from tuneyard.runners.packing import filled_groups
 from tuneyard.runners.retention import RESUME_POINT_S, drop_old
 from tuneyard.runners.schedules import Schedule
 from tuneyard.runners.stops import Stops
+from tuneyard.store.folder import verify_folder
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +123,10 @@ class Interrupted(Exception):
 class Trainer:
     """One run, from wherever ``at`` is to its end.
 
-    run: what a resumed run must agree with, and what it runs on; base_id: what files call the base.
-    watch: given a step, what the model says then.
+    run: what a resumed run must agree with, and what it runs on; base_id: what files call the base;
+    judge: which evaluation is the best; resumed: the checkpoint that the run began from;
+    shared: the model keeps sequences apart that stand in one row; watch: given a step, what the
+    model says then.
     """
 
     running: Running
@@ -130,22 +134,24 @@ class Trainer:
     plan: Plan
     objective: Objective
     schedule: Schedule
-    noise: EmbeddingNoise | None
     at: Position
     events: EventLog
     stops: Stops
     workdir: Path
     run: Mapping[str, Any]
     base_id: str
+    judge: Judge
+    resumed: Path | None = None
     draw: Draw | None = None
     watch: Callable[[int], list[dict[str, Any]]] | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
-        self.parameters = list(trained_parameters(self.running.model).values())
         self.durations: deque[float] = deque(maxlen=20)
         self.saved_step = self.at.step  # at 0: nothing to save yet
         self.saved_at = time.monotonic()
         self.random = random_state(self.running.device)
+        self.loaded_step: int | None = None  # whose model was taken at the end, if not the last
 
     def train(self) -> None:
         """Take all steps that are left.
@@ -154,6 +160,7 @@ class Trainer:
         """
         self.running.model.train()
         self.interruptible(self._run)
+        self._end()
 
     def interruptible(self, work: Callable[[], Answer]) -> Answer:
         """Work that gives way. Raises: Stopped, after a checkpoint if there is anything to keep."""
@@ -171,29 +178,54 @@ class Trainer:
                 self._evaluate()
             saving = self._save_due()
             if self.watch is not None and self._watch_due(saving=saving):
-                self._answer(self.watch)
+                with self.running.mover.at_rest():
+                    self._answer(self.watch)
             if saving:
                 self.save()
-            if self.at.step >= self.plan.steps:
+            if self.at.step >= self.plan.steps or self.judge.is_over(self.at):
                 return
             self._finish(self._step())
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether evaluations ended the run before its plan did."""
+        return self.at.step < self.plan.steps and self.judge.is_over(self.at)
+
+    def _end(self) -> None:
+        """Leave the model that is to be kept, and say why it is not the last step's."""
+        self.running.mover.settle()
+        done = self.at.step
+        if self.stopped_early:
+            self.events.emit("progress", done=done, total=done, unit="steps", eta_s=0.0)
+            said = f"Ended at step {done} of {self.plan.steps}: {self.at.bad_evaluations}"
+            said += f" evaluations in a row were no better than that of step {self.at.best_step}."
+            self.events.warn("stopped_early", said)
+        if not self.judge.load or self.at.best_step in (None, done):
+            return
+        folder = best_folder(self.at, self.workdir, self.resumed)
+        if folder is None:
+            raise FileNotFoundError(f"The checkpoint of step {self.at.best_step} is gone.")
+        verify_folder(folder)
+        restore_learned(self.running.model, folder)
+        self.loaded_step = self.at.best_step
+        log.info("took the model of step %d", self.loaded_step)
 
     def _step(self) -> Step:
         """One optimizer step. Raises: Interrupted, with nothing changed but gradients."""
         began = time.monotonic()
-        size = self.plan.rows_per_batch
         rows = self.data.order.take(self.at.examples, self.plan.rows_per_step)
         examples, drawn = self._items([self.data.examples[i] for i in rows])
         units = max(1, sum(map(self.objective.units, examples)))
+        learning_rate = self.schedule.at(self.at.step)
+        self.running.mover.set_rate(learning_rate)
         parts, tokens = [], 0
-        for start in range(0, len(examples), size):
+        for group in self._groups(examples):
             self.give_way()
-            batch = collate(examples[start : start + size], self.data.pad_id)
+            batch = collate(group, self.data.pad_id, shared=self.shared)
             parts.append(self._backward(batch, units))
             tokens += batch.tokens
-        learning_rate = self.schedule(self.at.step)
         loss, measures = _summary(parts)  # the GPU is waited for here, once a step
-        grad_norm = self._update(learning_rate, loss)
+        grad_norm = self._update(loss)
         self.at.examples += len(rows)
         return Step(
             loss, drawn | measures, grad_norm, learning_rate, tokens, time.monotonic() - began
@@ -212,37 +244,38 @@ class Trainer:
         model, give_way = self.running.model, self.give_way
         return self.draw(model, items, before=before, purpose=purpose, give_way=give_way)
 
+    def _groups(self, examples: Sequence[Item]) -> Sequence[Sequence[Item]]:
+        """A step's items as they go through the model; rows that need no padding go as they fit."""
+        size = self.plan.rows_per_batch
+        if self.shared and not self.objective.grouped:
+            return filled_groups(examples, size)
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
+
     def _backward(self, batch: Batch, units: int) -> Outcome:
         """Add a group's share to the gradients; returns its share of the step's loss."""
         device = self.running.device
         batch = batch.to(device)
-        if self.noise is not None:
-            self.noise.lengths = batch.lengths
         with self.running.casting():
             outcome = self.objective.loss(self.running.model, batch)
         loss = outcome.loss / units
         self.running.scaler.scale(loss).backward()
         return Outcome(loss.detach(), outcome.measures)
 
-    def _update(self, learning_rate: float, loss: float) -> float:
+    def _update(self, loss: float) -> float:
         """Clip, move the parameters, forget the gradients; returns the norm before clipping."""
-        optimizer, scaler = self.running.optimizer, self.running.scaler
-        scaler.unscale_(optimizer)
+        mover, scaler = self.running.mover, self.running.scaler
+        mover.unscale(scaler)
         if (allocation := self.running.allocation) is not None:
             allocation.add_penalty()
-        limit = self.plan.max_grad_norm or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        grad_norm = mover.clip(self.plan.max_grad_norm or math.inf)
         if not scaler.is_enabled():
             self._check_finite(loss, grad_norm)
         elif not math.isfinite(grad_norm):
             self.at.skipped_steps += 1  # the scaler leaves the parameters alone and scales less
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-        scaler.step(optimizer)
+        mover.step(scaler, norm=grad_norm)
         if allocation is not None:
             allocation.after_step(self.at.step + 1)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        mover.forget()
         return grad_norm
 
     def _check_finite(self, loss: float, grad_norm: float) -> None:
@@ -292,13 +325,17 @@ class Trainer:
         return self.at.evaluated_step < self.at.step and self.plan.eval_due(self.at.step)
 
     def _evaluate(self) -> None:
-        loss, measures = self._measure()
+        with self.running.mover.at_rest():
+            loss, measures = self._measure()
         self.at.evaluated_step, self.at.eval_loss = self.at.step, loss
-        if self.at.step and (self.at.best_loss is None or loss < self.at.best_loss):
-            self.at.best_loss, self.at.best_step = loss, self.at.step
         found = {"eval_loss": loss} | {f"eval_{name}": value for name, value in measures.items()}
         self.events.metric(self.at.step, **found)
         self._log(**found)
+        value = self.at.eval_metric = self.judge.value(found)
+        if self.at.step:  # the base itself is no candidate, as in transformers
+            self.judge.take(self.at, value)
+            self.schedule.measured(value)
+            self.at.schedule = self.schedule.state()
 
     @torch.no_grad()
     def _measure(self) -> tuple[float, dict[str, float]]:
@@ -316,7 +353,7 @@ class Trainer:
             self.give_way()
             group = rows[start : start + size]
             units += sum(map(self.objective.units, group))
-            batch = collate(group, self.data.pad_id).to(self.running.device)
+            batch = collate(group, self.data.pad_id, shared=self.shared).to(self.running.device)
             with self.running.casting():
                 outcome = self.objective.loss(model, batch)
             parts.append(Outcome(outcome.loss.double(), outcome.measures))
@@ -346,20 +383,23 @@ class Trainer:
     def _save_due(self) -> bool:
         asked = self.stops.take_checkpoint_asked()
         old = time.monotonic() - self.saved_at > RESUME_POINT_S
-        return asked or old or self.plan.save_due(self.at.step)
+        due = self.plan.save_due(self.at.step) or self.judge.wants_kept(self.at)
+        return asked or old or due
 
     def save(self) -> None:
         """Write a checkpoint of the last whole step, unless it is there already."""
         if self.at.step == self.saved_step:
             return
-        path, digest = write_checkpoint(
-            self.workdir,
-            self.running,
-            position=self.at,
-            random=self.random,
-            run=self.run,
-            base_id=self.base_id,
-        )
+        with self.running.mover.at_rest():
+            path, digest = write_checkpoint(
+                self.workdir,
+                self.running,
+                position=self.at,
+                random=self.random,
+                run=self.run,
+                base_id=self.base_id,
+                greater=self.judge.greater,
+            )
         self.saved_step, self.saved_at = self.at.step, time.monotonic()
         self.events.emit("checkpoint", step=self.at.step, path=path, manifest_sha256=digest)
         best = self.at.best_step

@@ -3,6 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+WITHOUT_ITS_CODE = (
+    "code of a model's own is never run: where transformers has this family itself, an admin adds "
+    "a copy of the folder without auto_map in its JSON files, else a newer transformers"
+)
+"""What helps where a model brings code, in a hint."""
+
 
 def asks_for_code(config: Any) -> str | None:
     """The name in a configuration that would make a library import the model's own code.

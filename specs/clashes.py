@@ -5,19 +5,21 @@ from collections.abc import Iterator
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.evaluate import EvaluateSpec, evaluate_clashes
+from tuneyard.specs.evaluating import best_model_clashes
 from tuneyard.specs.fields import Spec
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec, RowsSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.llamafactory import TEMPLATE_NAMES
 from tuneyard.specs.merge import MergeSpec
-from tuneyard.specs.optimizing import SCHEDULE_OPTIONS
+from tuneyard.specs.optimizers import optimizer_clashes
+from tuneyard.specs.optimizing import schedule_clashes, smoothing_clashes
 from tuneyard.specs.predicting import predicting_clashes
 from tuneyard.specs.preferences import preference_clashes
 from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.rewards import reward_clashes
 from tuneyard.specs.sources import read_source
 from tuneyard.specs.tracking import tracking_clashes
-from tuneyard.specs.tuning import tuning_clashes
+from tuneyard.specs.tuning import PROMPTS, tuning_clashes
 from tuneyard.specs.watching import watching_clashes
 
 
@@ -42,10 +44,13 @@ def clashes_of(spec: Spec) -> list[InputError]:
         held_out = spec.val_size > 0 or spec.eval_dataset is not None
         found += predicting_clashes(spec, stage=spec.stage, held_out=held_out)
         found += watching_clashes(spec, stage=spec.stage)
-        found += [*_pairs(spec), *_evaluation(spec), *_schedule(spec)]
+        found += [*_pairs(spec), *_evaluation(spec), *schedule_clashes(spec)]
+        found += [*optimizer_clashes(spec), *smoothing_clashes(spec), *best_model_clashes(spec)]
         found += [*preference_clashes(spec, spec.stage), *reward_clashes(spec)]
         found += tracking_clashes(spec)
         found += tuning_clashes(spec, spec.stage)
+        if spec.packing and spec.packs_rows and not spec.neat_packing:
+            found += _joined(spec)
         if spec.max_steps == 0:
             message, hint = "max_steps = 0 trains nothing.", "-1 counts epochs"
             found.append(problem("nothing_to_do", message, "max_steps", hint))
@@ -58,14 +63,22 @@ def _row_pairs(spec: RowsSpec) -> Iterator[InputError]:
     for name in ("train_on_prompt", "mask_history"):
         if getattr(spec, name) and spec.stage != "sft":
             yield _of_stage(name, spec.stage, "sft")
-    if spec.packing and spec.stage == "sft":
-        message, hint = (
-            "packing = True is not supported yet.",
-            "leave it out: rows are learned one by one",
-        )
-        yield problem("not_supported_yet", message, "packing", hint)
     if spec.packing and spec.stage not in ("sft", "pt"):
-        yield _of_stage("packing", spec.stage, "pt")
+        yield _of_stage("packing", spec.stage, "sft or pt")
+    if spec.neat_packing and spec.stage != "sft":
+        yield _of_stage("neat_packing", spec.stage, "sft")
+    if spec.neat_packing and spec.packing is False:
+        message = "neat_packing is a packing, and packing is false."
+        yield problem("conflicting_fields", message, "neat_packing", "leave packing out")
+
+
+def _joined(spec: FinetuneSpec) -> Iterator[InputError]:
+    """Positions that begin anew within a row leave virtual tokens before it no place."""
+    if spec.finetuning_type in PROMPTS:
+        message = f"packing and finetuning_type {spec.finetuning_type} exclude each other."
+        yield problem(
+            "conflicting_fields", message, "packing", "neat_packing: true, or leave it out"
+        )
 
 
 def _of_stage(name: str, stage: str, right: str) -> InputError:
@@ -127,25 +140,6 @@ def _evaluation(spec: FinetuneSpec) -> Iterator[InputError]:
     if spec.eval_strategy != "no" and not spec.val_size and spec.eval_dataset is None:
         message, hint = "There is nothing to evaluate on.", "set val_size or eval_dataset"
         yield problem("conflicting_fields", message, "eval_strategy", hint)
-
-
-def _schedule(spec: FinetuneSpec) -> Iterator[InputError]:
-    """Options that the schedule knows; it would fail on the GPU otherwise."""
-    name, options = spec.lr_scheduler_type, spec.lr_scheduler_kwargs or {}
-    allowed = SCHEDULE_OPTIONS.get(name, frozenset())
-    for option in options:
-        if option not in allowed:
-            near = nearest(option, sorted(allowed))
-            hint = f"did you mean {near}?" if near else f"one of: {', '.join(sorted(allowed))}"
-            message = f"The schedule {name} has no option {option[:60]!r}."
-            field = f"lr_scheduler_kwargs.{option[:60]}"
-            yield problem("unknown_field", message, field, hint if allowed else "leave it out")
-    if name == "cosine_with_min_lr" and not options.keys() & {"min_lr", "min_lr_rate"}:
-        message, hint = f"{name} needs min_lr or min_lr_rate.", "for example {min_lr_rate: 0.1}"
-        yield problem("missing_field", message, "lr_scheduler_kwargs", hint)
-    if name == "polynomial" and options.get("lr_end", 0) >= spec.learning_rate:
-        message = f"lr_end = {options['lr_end']:g} is not below learning_rate."
-        yield problem("out_of_range", message, "lr_scheduler_kwargs.lr_end", None)
 
 
 def _exclude(a: str, b: str) -> InputError:

@@ -7,6 +7,7 @@ from pydantic import Field
 from tuneyard.specs.evaluating import EvaluatingFields
 from tuneyard.specs.fields import DataFile, FileRef, ModelRef, Reference, Spec, Text
 from tuneyard.specs.numbers import Positive
+from tuneyard.specs.optimizers import OptimizerFields
 from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.predicting import PredictingFields
 from tuneyard.specs.preferences import PreferenceFields
@@ -51,9 +52,24 @@ class RowsSpec(Spec):
     train_on_prompt: bool = Field(False, description="Learn questions as well as answers.")
     mask_history: bool = Field(False, description="Learn a row's last answer only.")
     packing: bool | None = Field(
-        None, description="Stage pt: join texts and cut them every cutoff_len tokens; unset: yes."
+        None,
+        description="Several rows count as one, which they fill up to cutoff_len; each sees those "
+        "before it. Stage pt joins texts and cuts them every cutoff_len tokens; unset: pt does.",
+    )
+    neat_packing: bool = Field(
+        False, description="Packing in which no row sees another; stage sft only."
     )
     max_samples: Positive | None = Field(None, description="Rows used at most.")
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether several rows count as one; texts of stage pt are joined in a way of their own."""
+        return self.stage == "sft" and bool(self.packing or self.neat_packing)
+
+    @property
+    def tokens_kept(self) -> int:
+        """Tokens that a row has at most: LLaMA-Factory leaves one out of cutoff_len in a pack."""
+        return self.cutoff_len - 1 if self.packs_rows else self.cutoff_len
 
 
 class FinetuneSpec(
@@ -61,6 +77,7 @@ class FinetuneSpec(
     WatchingFields,
     PredictingFields,
     EvaluatingFields,
+    OptimizerFields,
     OptimizingFields,
     PreferenceFields,
     RewardFields,
@@ -114,8 +131,9 @@ SHAPE_A_CHECKPOINT = (
     | (RowsSpec.model_fields.keys() - Spec.model_fields.keys() - {"eval_dataset", "eval_data_file"})
     | {"val_size", "seed"}
     | SHAPING
+    | (OptimizerFields.model_fields.keys() - Spec.model_fields.keys() - {"badam_verbose"})
 )
-"""Fields that a checkpoint's rows, adapter and its scale follow from; with others none fits."""
+"""Fields that a checkpoint's rows, adapter, its scale and moments follow from."""
 
 
 def shapers_changed(before: Spec, after: Spec) -> list[str]:

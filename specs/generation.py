@@ -2,7 +2,19 @@
 
 from pydantic import BaseModel, Field
 
-from tuneyard.specs.fields import Words
+from tuneyard.specs.fields import Spec, Words
+
+
+class TemperatureField(Spec):
+    """How freely a model that is tuned answers, where it is made to."""
+
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Of answers; unset: 1 where a stage draws them to learn from, 0.95 where "
+        "held-out rows are answered; 0: the likeliest token.",
+    )
 
 
 class Generation(BaseModel):

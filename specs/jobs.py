@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tuneyard.specs.base_models import WITHOUT_ITS_CODE
 from tuneyard.specs.clashes import clashes_of
 from tuneyard.specs.conversations import UNSTORABLE, all_within
 from tuneyard.specs.download import DownloadSpec
@@ -229,7 +230,8 @@ class _Reading:
         if is_default(written, value):
             return
         if written == "trust_remote_code":
-            message, hint = "Code of a model's own is not run here.", "leave it out"
+            message = "Code of a model's own is not run here."
+            hint = f"leave it out; {WITHOUT_ITS_CODE}"
             refused = Forbidden(message, code="remote_code_forbidden", field=written, hint=hint)
             self.problems.append(refused)
         elif written in PATHS and isinstance(value, str) and re.search(r"[/\\~]", value):
@@ -374,7 +376,8 @@ def _notes_on(spec: Spec) -> list[Note]:
         message = "answers are made and BLEU and ROUGE measured at last; eval_loss is in between"
         found.append(Note(field="predict_with_generate", message=message))
     message = "has no effect: a fine-tune answers rows where do_predict asks for it"
-    idle = idle_settings(spec, stage=spec.stage)
+    draws = {"temperature"} if spec.stage in ONLINE else set()
+    idle = [name for name in idle_settings(spec) if name not in draws]
     found += [Note(field=name, message=f"{name} {message}") for name in idle]
     used = spec.measures or spec.generates
     if spec.compute_accuracy and not used:

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from pydantic import Field
 
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.fields import Spec
+from tuneyard.specs.generation import TemperatureField
 from tuneyard.specs.problems import problem
-from tuneyard.specs.rewards import ONLINE
 
 
-class PredictingFields(Spec):
+class PredictingFields(TemperatureField):
     """What a job says of measuring held-out rows. How it speaks: LLaMA-Factory's defaults."""
 
     do_eval: bool = Field(
@@ -27,13 +26,6 @@ class PredictingFields(Spec):
         False, description="Share of tokens that were the likeliest, beside eval_loss."
     )
     do_sample: bool = Field(True, description="Predicting, false: the likeliest token.")
-    temperature: float | None = Field(
-        None,
-        ge=0,
-        le=100,
-        description="The same, 0: the likeliest token; unset: 0.95. Of answers "
-        "that stages grpo and rloo draw; unset: 1.",
-    )
     top_p: float = Field(0.7, gt=0, le=1, description="Nucleus that is drawn from.")
     top_k: int = Field(
         50, ge=0, le=10**6, description="Likeliest tokens that are drawn from; 0: all."
@@ -44,10 +36,11 @@ class PredictingFields(Spec):
     )
 
     @property
-    def drawn_at(self) -> float:
-        """The temperature, whose default is another one where answers are learned."""
-        unset = 1.0 if getattr(self, "stage", None) in ONLINE else 0.95
-        return unset if self.temperature is None else self.temperature
+    def spoken_at(self) -> float:
+        """The temperature of predicted answers; 0 is the likeliest token."""
+        if not self.do_sample:
+            return 0.0
+        return 0.95 if self.temperature is None else self.temperature
 
     @property
     def measures(self) -> bool:
@@ -64,10 +57,9 @@ SPEAKING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", 
 """How held-out rows are answered."""
 
 
-def idle_settings(spec: PredictingFields, *, stage: str) -> list[str]:
+def idle_settings(spec: PredictingFields) -> list[str]:
     """Settings of answers that were set and that nothing is answered by."""
-    used = SPEAKING if spec.generates else (["temperature"] if stage in ONLINE else [])
-    return [name for name in SPEAKING if name in spec.model_fields_set and name not in used]
+    return [] if spec.generates else [name for name in SPEAKING if name in spec.model_fields_set]
 
 
 def predicting_clashes(

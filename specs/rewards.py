@@ -20,6 +20,7 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import ModelRef, Spec, refusal
+from tuneyard.specs.generation import TemperatureField
 from tuneyard.specs.problems import nearest, problem
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
 
 
-class RewardFields(Spec):
+class RewardFields(TemperatureField):
     """What a fine-tune of stage grpo or rloo says; names are TRL's."""
 
     reward_funcs: (
@@ -234,6 +235,11 @@ class RewardFields(Spec):
         return (0.05 if self._is_rloo else 0.0) if self.beta is None else self.beta
 
     @property
+    def drawn_at(self) -> float:
+        """The temperature of the answers."""
+        return 1.0 if self.temperature is None else self.temperature
+
+    @property
     def _is_rloo(self) -> bool:
         return getattr(self, "stage", None) == "rloo"
 
@@ -250,8 +256,9 @@ def reward_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
     told = [name for name in told if _differs(spec, name)]
     if spec.stage not in ONLINE:
         for name in told:
-            message = f"{name} is of stages grpo and rloo, and this is {spec.stage}."
-            yield _clash(message, name, "leave it out, or set stage")
+            if name != "temperature":
+                message = f"{name} is of stages grpo and rloo, and this is {spec.stage}."
+                yield _clash(message, name, "leave it out, or set stage")
         return
     yield from _source_of_rewards(spec)
     yield from _groups(spec)

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from tuneyard.specs.runner import (
     RunnerSpec,
 )
 from tuneyard.specs.settings import Settings
-from tuneyard.store.folder import FolderDamaged
+from tuneyard.store.folder import FolderDamaged, read_manifest
 from tuneyard.store.remote import Shelf, Store
 from tuneyard.workers.cache import locked
 from tuneyard.workers.hub_access import hub_environment
@@ -186,7 +186,7 @@ def stage(
         with suppress(InputGone):  # it would only have saved the way to the hub
             paths["known"] = _link(errand.known, workdir, store, cache)
     (workdir / INPUTS).chmod(0o555)
-    resume, rejected = _fetch_checkpoint(errand, workdir, store)
+    resume, rejected = lay_checkpoints(errand.checkpoints, errand.arguments, workdir, store)
     spec = RunnerSpec(
         job=show_id("job", errand.ref.job_id),
         attempt=errand.ref.number,
@@ -249,27 +249,49 @@ def _fetch(stored: StoredInput, entry: Path, store: Store, cache: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _fetch_checkpoint(errand: Errand, workdir: Path, store: Store) -> tuple[Path | None, list[str]]:
-    """Copy the newest recorded checkpoint whose hashes agree; older ones stand in for it."""
+def lay_checkpoints(
+    checkpoints: Sequence[KeptCheckpoint],
+    arguments: Mapping[str, Any],
+    workdir: Path,
+    store: Store,
+) -> tuple[Path | None, list[str]]:
+    """Copy the newest recorded checkpoint whose hashes agree; older ones stand in for it.
+
+    The best that it knows of is laid beside it where that may become the job's result.
+    """
     rejected: list[str] = []
-    for checkpoint in errand.checkpoints:
-        target = workdir / "resume" / f"step-{checkpoint.step}"
-        if target.exists():
-            return target, rejected
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside = workdir / f".aside-{uuid4().hex}"
-            store.fetch_folder(
-                "artifacts", checkpoint.id, target, digest=checkpoint.digest, aside=aside
-            )
-        except FileNotFoundError:
-            rejected.append(f"checkpoint of step {checkpoint.step} rejected: it is gone")
+    for checkpoint in checkpoints:
+        target = _copy_checkpoint(checkpoint, workdir, store, rejected)
+        if target is None:
             continue
-        except FolderDamaged as error:
-            rejected.append(f"checkpoint of step {checkpoint.step} rejected: {error}")
-            continue
+        if arguments.get("load_best_model_at_end"):
+            wanted = read_manifest(target).get("best_step")
+            best = next((each for each in checkpoints if each.step == wanted), checkpoint)
+            _copy_checkpoint(best, workdir, store, rejected)
         return target, rejected
     return None, rejected
+
+
+def _copy_checkpoint(
+    checkpoint: KeptCheckpoint, workdir: Path, store: Store, rejected: list[str]
+) -> Path | None:
+    """One checkpoint from the store; None, and a sentence in ``rejected``, where it is no good."""
+    target = workdir / "resume" / f"step-{checkpoint.step}"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = workdir / f".aside-{uuid4().hex}"
+    try:
+        store.fetch_folder(
+            "artifacts", checkpoint.id, target, digest=checkpoint.digest, aside=aside
+        )
+    except FileNotFoundError:
+        rejected.append(f"checkpoint of step {checkpoint.step} rejected: it is gone")
+        return None
+    except FolderDamaged as error:
+        rejected.append(f"checkpoint of step {checkpoint.step} rejected: {error}")
+        return None
+    return target
 
 
 RUNNER_MODULES = {

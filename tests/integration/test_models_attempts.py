@@ -426,6 +426,18 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(yard: Yard) -> None:
         assert [c.step for c in checkpoints_to_resume(tx, ref.job_id)] == [5, 4, 2]
 
 
+def test_the_best_is_the_one_that_the_run_itself_compares_best(yard: Yard) -> None:
+    ref = yard.start(yard.submit())
+    for step, accuracy in enumerate([0.6, 0.9, 0.9, 0.7, 0.8], start=1):
+        entry = {"path": "state.json", "size": 1, "sha256": "0" * 64}
+        manifest = {"files": [entry], **checkpoint_meta(step, 1.0 / step, rank=-accuracy)}
+        folder = StoredFolder(uuid5(ref.id, str(step)), "checkpoint", manifest, "0" * 64, 1, step)
+        with yard.db.worker.begin() as tx:
+            record_checkpoint(tx, ref, folder)
+    with yard.db.worker.begin() as tx:
+        assert [c.step for c in checkpoints_to_resume(tx, ref.job_id)] == [5, 4, 2]
+
+
 @pytest.mark.parametrize(("limit", "kept"), [(1, [2, 5]), (4, [2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])])
 def test_as_many_checkpoints_are_kept_as_the_job_asks_for_and_the_best(
     yard: Yard, limit: int, kept: list[int]

@@ -36,9 +36,8 @@ def a_tiny_base(
 
     shape: more of LlamaConfig, such as tie_word_embeddings.
     """
-    words = WORDS[template or CHATML]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    size = len(words) + len(alphabet)
+    folder.mkdir(parents=True, exist_ok=True)
+    size = write_tokenizer(folder, template)
     torch.manual_seed(7)
     config = LlamaConfig(
         **{
@@ -52,19 +51,19 @@ def a_tiny_base(
             "initializer_range": 0.15,
             "tie_word_embeddings": False,
             "bos_token_id": 0,
-            "eos_token_id": 2 if words is WORDS[CHATML] else 1,
+            "eos_token_id": 1 if template == LLAMA else 2,
         }
         | shape
     )
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(folder)
-    _write_tokenizer(folder, words, alphabet, template)
     return folder
 
 
-def _write_tokenizer(
-    folder: Path, words: Sequence[str], alphabet: Sequence[str], template: str | None
-) -> None:
+def write_tokenizer(folder: Path, template: str | None = CHATML) -> int:
+    """Write a tokenizer that speaks in bytes; returns the size of its vocabulary."""
+    words = WORDS[template or CHATML]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {word: i for i, word in enumerate([*words, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -83,6 +82,7 @@ def _write_tokenizer(
         config["chat_template"] = template
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return len(vocabulary)
 
 
 ANIMALS = ["cat", "dog", "heron", "ox", "gnu", "tapir", "eel", "wolf"]

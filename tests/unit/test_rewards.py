@@ -198,8 +198,7 @@ def test_ppo_is_refused_in_a_sentence_that_names_what_to_use():
 def test_defaults_are_trls_for_each_stage(stage, batch, defaults):
     spec, notes = read_spec(SCORED | {"stage": stage, "per_device_train_batch_size": batch})
     assert (spec.generations, spec.distance_weight) == defaults
-    assert (spec.max_completion_length, spec.loss_type) == (512, "dapo")
-    assert spec.drawn_at == 1.0
+    assert (spec.max_completion_length, spec.drawn_at, spec.loss_type) == (512, 1.0, "dapo")
     assert notes == []
 
 

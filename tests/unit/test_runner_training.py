@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import LLAMA, ROWS, a_dataset, a_tiny_base
-from transformers import LlamaForCausalLM, get_scheduler
+from transformers import LlamaForCausalLM
 
 from tuneyard.runners.adapter import add_adapter, trained_parameters
 from tuneyard.runners.arguments import FinetuneArguments, InferArguments
@@ -22,7 +22,6 @@ from tuneyard.runners.infer import infer
 from tuneyard.runners.losses import TokenLoss
 from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.rows import read_conversations
-from tuneyard.runners.schedules import DECAYS, schedule, warmup_steps
 from tuneyard.specs.exits import ExitCode
 from tuneyard.specs.fields import OF_THE_JOB, WHAT
 from tuneyard.specs.finetune import FinetuneSpec
@@ -406,25 +405,6 @@ def test_gradient_checkpointing_changes_no_loss(tune):
     plain, lean = tune(), tune(gradient_checkpointing=True)
     for step, loss in plain.metric("loss").items():
         assert lean.metric("loss")[step] == pytest.approx(loss, rel=1e-6)
-
-
-@pytest.mark.parametrize("name", sorted(DECAYS))
-@pytest.mark.parametrize("warmup", [0, 3])
-def test_learning_rates_are_those_of_transformers(name, warmup):
-    options = {"min_lr_rate": 0.1} if name == "cosine_with_min_lr" else {}
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
-    theirs = get_scheduler(name, optimizer, warmup, 12, scheduler_specific_kwargs=options)
-    ours = schedule(name, warmup=warmup, total=12, learning_rate=0.02, options=options)
-    for step in range(12):
-        assert ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9, abs=1e-15)
-        optimizer.step()
-        theirs.step()
-
-
-def test_warmup_is_a_number_of_steps_or_a_share():
-    assert warmup_steps(30, steps=4, ratio=0.5) == 4
-    assert warmup_steps(30, steps=0.1, ratio=0) == 3
-    assert warmup_steps(31, steps=0, ratio=0.1) == 4
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuneyard.runners.layouts import LAYOUTS
-from tuneyard.runners.schedules import DECAYS
+from tuneyard.runners.schedules import BY_EVALUATION, DECAYS
 from tuneyard.specs.documents import read_yaml
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.fields import OF_THE_JOB, model_name_of
@@ -200,11 +200,14 @@ def test_a_rank_of_another_type_is_refused(value: object) -> None:
         ({"device": "tpu"}, "device", "bad_choice"),
         ({"stage": "ppo"}, "stage", "not_supported_yet"),
         ({"stage": "sfd"}, "stage", "bad_choice"),
-        ({"packing": True}, "packing", "not_supported_yet"),
+        ({"packing": True, "stage": "kto"}, "packing", "conflicting_fields"),
+        ({"neat_packing": True, "stage": "pt"}, "neat_packing", "conflicting_fields"),
+        ({"neat_packing": True, "packing": False}, "neat_packing", "conflicting_fields"),
+        ({"packing": True, "finetuning_type": "prefix"}, "packing", "conflicting_fields"),
         ({"streaming": "yes"}, "streaming", "not_supported_yet"),
         ({"enable_thinking": False}, "enable_thinking", "not_supported_yet"),
         ({"deepspeed": "http://x"}, "deepspeed", "not_supported_yet"),
-        ({"optim": "adafactor"}, "optim", "not_supported_yet"),
+        ({"optim": "lomo"}, "optim", "not_supported_yet"),
         ({"do_train": False}, "do_train", "not_supported_yet"),
         ({"ignore_pad_token_for_loss": False}, "ignore_pad_token_for_loss", "not_supported_yet"),
         ({"resume_from_checkpoint": "/x"}, "resume_from_checkpoint", "path_not_allowed"),
@@ -220,7 +223,7 @@ def test_a_rank_of_another_type_is_refused(value: object) -> None:
         ({"pure_bf16": True, "fp16": True}, "pure_bf16", "conflicting_fields"),
         ({"train_on_prompt": True, "mask_history": True}, "train_on_prompt", "conflicting_fields"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type", "bad_choice"),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type", "not_supported_yet"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs", "missing_field"),
         ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs.a", "unknown_field"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs", "missing_field"),
         ({"name": "a\r\nSet-Cookie: x"}, "name", "bad_character"),
@@ -596,7 +599,7 @@ def test_every_field_has_a_sentence_a_type_and_a_default() -> None:
 
 def test_the_runners_know_the_same_templates_and_schedules() -> None:
     assert set(TEMPLATES) == set(LAYOUTS)
-    assert set(SCHEDULE_OPTIONS) <= set(DECAYS)
+    assert set(SCHEDULE_OPTIONS) <= {*DECAYS, *BY_EVALUATION}
 
 
 def test_texts_are_told_from_numbers_by_the_field() -> None:
@@ -607,6 +610,8 @@ def test_texts_are_told_from_numbers_by_the_field() -> None:
 def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_survives_it() -> None:
     # How long, how fast, how exactly and how often: a checkpoint may go on with other ones.
     survived = """
+        early_stopping_steps load_best_model_at_end metric_for_best_model greater_is_better
+        label_smoothing_factor badam_verbose
         dpo_label_smoothing kto_chosen_weight kto_rejected_weight ld_alpha pref_bco_weight
         pref_beta pref_ftx pref_loss ref_model ref_model_adapters ref_model_quantization_bit
         reference simpo_gamma
