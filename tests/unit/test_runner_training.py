@@ -264,7 +264,7 @@ def test_unknown_arguments_are_named_in_a_warning(tune):
 
 
 def test_a_template_that_the_base_brings_itself_is_said_to_be_used(tune):
-    (warning,) = tune(template="llama3").of_type("warning")
+    (warning,) = tune(template="baichuan").of_type("warning")
     assert "its own chat template" in warning["message"]
 
 

@@ -23,6 +23,7 @@ from tuneyard.runners.layouts import SEAM
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.precision import Precision
 from tuneyard.runners.preferences import Reference
+from tuneyard.runners.reading import Reading, reading
 from tuneyard.runners.training import Trainer
 from tuneyard.specs.exits import ExitCode
 
@@ -65,7 +66,8 @@ def gradients_of(tune: Any, **arguments: Any) -> torch.Tensor:
         seen.extend(p.grad.flatten().clone() for p in parameters if p.grad is not None)
 
     def before(trainer: Trainer) -> None:
-        trainer.running.optimizer.register_step_pre_hook(look)
+        (optimizer,) = trainer.running.mover.parts
+        optimizer.register_step_pre_hook(look)
 
     tune(before, **arguments)
     return torch.cat(seen)
@@ -105,12 +107,11 @@ def test_a_step_whose_rows_are_all_masked_has_loss_0_and_moves_nothing(tune):
 
 def test_noise_has_the_size_of_a_rows_own_length(base):
     model = LlamaForCausalLM.from_pretrained(base)
-    noise = EmbeddingNoise(model, alpha=5.0)
+    EmbeddingNoise(model, alpha=5.0)
     rows = [Example([5] * length, [5] * length) for length in (4, 64)]
     batch = collate(rows, pad_id=2)
-    noise.lengths = batch.lengths
     embed = model.get_input_embeddings()
-    with torch.no_grad():
+    with torch.no_grad(), reading(Reading(batch.sizes, batch.spans)):
         added = embed.train()(batch.ids) - embed.eval()(batch.ids)
     for row, length in zip(added, (4, 64), strict=True):
         size = 5.0 / (length * 32) ** 0.5
@@ -128,7 +129,7 @@ def test_the_reference_is_the_base_without_adapter_noise_or_dropout(base):
     for name, parameter in trained_parameters(model).items():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter)
-    EmbeddingNoise(model, alpha=5.0).lengths = batch.lengths
+    EmbeddingNoise(model, alpha=5.0)
     found = Reference().logps(model.train(), batch)
     assert torch.allclose(found, own, atol=1e-5)
     assert model.training

@@ -69,7 +69,7 @@ def test_a_file_without_kind_trains_where_it_names_something_to_learn() -> None:
 def test_the_settings_of_generation_are_llamafactorys() -> None:
     spec, _ = read_spec(FINETUNE)
     assert isinstance(spec, FinetuneSpec)
-    names = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+    names = ("do_sample", "spoken_at", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
     assert [getattr(spec, name) for name in names] == [True, 0.95, 0.7, 50, 1.0, 1024]
 
 
