@@ -182,7 +182,8 @@ BREAKS = (
     Break(
         "where a window ends is left to the whole row",
         "runners/attention.py",
-        "        return None  # sdpa then takes its own causal way, which is faster\n    return mask\n",
+        "        return None  # sdpa then takes its own causal way, which is faster\n"
+        "    return mask\n",
         "        return None\n    return None\n",
         f"{PACKING}::test_a_shared_row_gives_the_losses_and_gradients_of_rows_of_their_own",
     ),
@@ -271,7 +272,8 @@ BREAKS = (
     Break(
         "the reference is the trained model, not its base",
         "runners/reference.py",
-        "        with model.disable_adapter() if self.start is None else _put_in(model, self.start):\n",
+        "        with model.disable_adapter() if self.start is None "
+        "else _put_in(model, self.start):\n",
         "        if True:\n",
         f"{STAGES}::test_the_reference_stays_as_it_was",
     ),
