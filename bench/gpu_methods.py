@@ -5,8 +5,8 @@
 Makes a random Llama in bf16 and, by a first fine-tune in fp32, one adapter that lora, qlora and dpo
 go on from. For each method it prints:
 
-- the loss of each step of a run in bf16 against the plain recipe's in bf16 (one row at a time, whole
-  logits, at the same weights): the greatest relative distance, and every tenth step that from fp32;
+- the loss of each step of a run in bf16 against the plain recipe's in bf16 (one row at a time,
+  whole logits, the same weights): the greatest relative distance; every tenth step, from fp32;
 - the gradients of eight rows in bf16 against fp32, the least cosine of a tensor, and that of the
   plain recipe in bf16;
 - steps a second, and the most GPU memory that was reserved;
@@ -50,7 +50,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "lora": {},
     "qlora": {"quantization_bit": 4},
     "full": {"finetuning_type": "full", "learning_rate": 1e-5},
-    "dpo": {"stage": "dpo"},
+    "dpo": {"stage": "dpo", "reference": "base"},
 }
 
 
@@ -144,10 +144,11 @@ def measure(bench: Bench, name: str, base: Path, start: Path, data: Path) -> boo
     theirs = least_cosine(plain["bf16"], plain["fp32"])
     held = distance <= LOSS_BOUND and (ours >= COSINE_BOUND or ours >= theirs)
     print(
-        f"{name}: loss {losses[0][0]:.4f} -> {losses[-1][0]:.4f}, at most {distance:.1e} "
-        f"from the plain recipe over {bench.steps} steps, {rounding:.1e} from fp32; least cosine of a gradient {ours:.6f}, of the "
-        f"plain recipe {theirs:.6f}; {sorted(pace)[len(pace) // 2]:,.0f} tokens/s, "
-        f"{max(memory) / 1e9:.1f} GB: {'held' if held else 'NOT HELD'}"
+        f"{name}: loss {losses[0][0]:.4f} -> {losses[-1][0]:.4f}, at most {distance:.1e} from the "
+        f"plain recipe over {bench.steps} steps, {rounding:.1e} from fp32; least cosine of a "
+        f"gradient {ours:.6f}, of the plain recipe {theirs:.6f}; "
+        f"{sorted(pace)[len(pace) // 2]:,.0f} tokens/s, {max(memory) / 1e9:.1f} GB: "
+        f"{'held' if held else 'NOT HELD'}"
     )
     return held
 
