@@ -1,8 +1,10 @@
-"""Fine-tune a base by LoRA:  python -P -m tuneyard.runners.finetune SPEC.json WORKDIR
+"""Fine-tune a base, in any stage:  python -P -m tuneyard.runners.finetune SPEC.json WORKDIR
 
-inputs: model (a folder), dataset (a file), eval_dataset (a file, optional); tokens (a folder that a
-prepare job made of them, optional). arguments: those of FinetuneArguments. output: the adapter in
-peft's format, the tokenizer, tuneyard.json; what it said of watch-prompts and held-out rows.
+inputs: model (a folder), dataset (a file); optional: eval_dataset (a file), tokens (a folder that a
+prepare job made of them), adapter, adapter_2, … (folders to go on from), ref_model,
+ref_model_adapters, reward_model and reward_base (folders). arguments: those of FinetuneArguments.
+output: the adapter in peft's format with the tokenizer, or a whole model; tuneyard.json; what it
+said of watch-prompts and held-out rows.
 """
 
 from tuneyard.runners.asked import read_asked

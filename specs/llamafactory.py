@@ -130,6 +130,7 @@ LATER: Mapping[str, tuple[str, ...]] = {
 """Field -> values that LLaMA-Factory knows and this version does not."""
 
 INSTEAD: Mapping[str, str] = {
+    "generation_max_length": "max_new_tokens bounds what is answered",
     "deepspeed": "leave it out; gradient_checkpointing: true saves memory on one GPU",
     "do_train": "do_eval or do_predict measures without training; kind: inference answers prompts",
     "eval_num_beams": "leave it out: answers are drawn, or greedy with do_sample: false",
@@ -151,7 +152,7 @@ INSTEAD: Mapping[str, str] = {
     "which learns from pairs of answers",
     "streaming": "leave it out; max_samples bounds what is read",
     "tokenized_path": "name the rows as dataset: they are tokenised when the job runs",
-    "train_from_scratch": "leave it out: an adapter learns over the base",
+    "train_from_scratch": "leave it out: finetuning_type: full tunes all of the base",
     "swanlab_api_key": "leave it out: name SWANLAB_API_KEY in the worker's tracker_variables",
     "swanlab_lark_webhook_url": "leave it out: `tuneyard watch JOB` tells how a job ends",
     "use_unsloth": "leave it out",
