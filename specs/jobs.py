@@ -13,7 +13,6 @@ from tuneyard.specs.conversations import UNSTORABLE, all_within
 from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import Forbidden, InputError, SpecRejected
 from tuneyard.specs.evaluate import EvaluateSpec
-from tuneyard.specs.evaluating import EvaluatingFields
 from tuneyard.specs.fields import WHAT, Reference, Spec
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
@@ -33,15 +32,14 @@ from tuneyard.specs.llamafactory import (
     WITHOUT_EFFECT,
 )
 from tuneyard.specs.merge import MergeSpec
-from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.predicting import idle_settings
-from tuneyard.specs.preferences import WITHOUT_REFERENCE, PreferenceFields
+from tuneyard.specs.preferences import WITHOUT_REFERENCE
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
 from tuneyard.specs.rewards import ONLINE
 from tuneyard.specs.serve import ServeSpec
 from tuneyard.specs.sources import read_source
-from tuneyard.specs.tuning import OF_A_NEW_ADAPTER, TuningFields, idle_fields
+from tuneyard.specs.tuning import OF_A_NEW_ADAPTER, idle_fields
 from tuneyard.specs.wording import FieldRow, field_rows, leaves
 
 __all__ = ["TEXT_FIELDS", "JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
@@ -396,11 +394,7 @@ def _taught(model: type[Spec]) -> frozenset[str]:
     return TUNING if model in TRAINS_NOTHING else frozenset()
 
 
-LEARNING = frozenset(
-    {name for group in (OptimizingFields, EvaluatingFields, PreferenceFields, TuningFields)
-     for name in group.model_fields.keys() - Spec.model_fields.keys()}
-    | TUNING | {"output_dir"}
-)  # fmt: skip
+LEARNING = frozenset(FinetuneSpec.model_fields.keys() - EvaluateSpec.model_fields.keys())
 """Fields of a fine-tune that change nothing once it is over."""
 
 

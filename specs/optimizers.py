@@ -9,6 +9,7 @@ from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import Spec, Text, Words, refusal
 from tuneyard.specs.numbers import MOST, Positive
 from tuneyard.specs.problems import nearest, problem
+from tuneyard.specs.rewards import ONLINE
 
 if TYPE_CHECKING:
     from tuneyard.specs.finetune import FinetuneSpec
@@ -274,7 +275,7 @@ def _layerwise(spec: "FinetuneSpec", chosen: list[str]) -> Iterator[InputError]:
         message = f"{field}: layers move within the backward pass, so batches cannot be gathered."
         hint = "gradient_accumulation_steps: 1"
         yield problem("conflicting_fields", message, "gradient_accumulation_steps", hint)
-    if spec.stage in ("grpo", "rloo"):
+    if spec.stage in ONLINE:
         message = f"{field}: layers move within the backward pass, and a question has many answers."
         yield problem("conflicting_fields", message, field, "leave it out")
     if spec.fp16:

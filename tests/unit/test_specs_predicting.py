@@ -147,3 +147,20 @@ def test_rows_without_answers_are_refused_for_an_evaluation_too() -> None:
     assert isinstance(few, EvaluateSpec)
     (found,) = check_evaluate(few, {"dataset": {"rows": 3, "rows_kind": "alpaca"}})
     assert (found.code, found.field) == ("too_few_rows", "val_size")
+
+
+def test_a_file_that_trained_measures_too_whatever_it_says_of_learning() -> None:
+    learning = {
+        "optim": "adamw_torch",
+        "use_muon": False,
+        "report_to": "none",
+        "plot_loss": True,
+        "watch_prompts": ["Who are you?"],
+        "learning_rate": 1e-4,
+        "pref_loss": "sigmoid",
+        "lora_rank": 8,
+        "output_dir": "saves/measured",
+    }
+    spec, notes = read_spec(EVALUATE | learning)
+    assert isinstance(spec, EvaluateSpec)
+    assert {note.field for note in notes} == learning.keys()
