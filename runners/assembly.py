@@ -33,7 +33,7 @@ from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.mover import Mover
 from tuneyard.runners.noise import EmbeddingNoise
-from tuneyard.runners.objectives import compares, objective_of
+from tuneyard.runners.objectives import objective_of
 from tuneyard.runners.optimizers import (
     build_mover,
     schedule_of,
@@ -168,7 +168,7 @@ def reference_of(
     asked: Asked, attempt: Attempt, model: Any, precision: Precision
 ) -> Reference | None:
     """What the stage compares with, if it does; before a checkpoint is gone to."""
-    if not compares(asked.arguments):
+    if not asked.arguments.compares:
         return None
     dtype = getattr(torch, precision.weights)
     quantisation = quantisation_of(

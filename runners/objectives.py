@@ -1,20 +1,10 @@
-"""Which objective a stage has, and what it compares with."""
+"""Which objective a stage has."""
 
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.losses import Objective, RunningMean, TokenLoss
 from tuneyard.runners.online import GrpoLoss, RlooLoss
 from tuneyard.runners.preferences import LabelLoss, PairLoss, RewardLoss
 from tuneyard.runners.reference import Reference
-from tuneyard.specs.preferences import WITHOUT_REFERENCE
-from tuneyard.specs.rewards import ONLINE
-
-
-def compares(arguments: FinetuneArguments) -> bool:
-    """Whether a stage compares answers with another model's view of them."""
-    alone = arguments.pref_loss in WITHOUT_REFERENCE
-    if arguments.stage in ONLINE:
-        return arguments.distance_weight > 0
-    return arguments.stage == "kto" or (arguments.stage == "dpo" and not alone)
 
 
 def objective_of(

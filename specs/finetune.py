@@ -10,8 +10,8 @@ from tuneyard.specs.numbers import Positive
 from tuneyard.specs.optimizers import OptimizerFields
 from tuneyard.specs.optimizing import OptimizingFields
 from tuneyard.specs.predicting import PredictingFields
-from tuneyard.specs.preferences import PreferenceFields
-from tuneyard.specs.rewards import RewardFields
+from tuneyard.specs.preferences import WITHOUT_REFERENCE, PreferenceFields
+from tuneyard.specs.rewards import ONLINE, RewardFields
 from tuneyard.specs.tracking import TrackingFields
 from tuneyard.specs.tuning import SHAPING, TuningFields
 from tuneyard.specs.watching import WatchingFields
@@ -101,6 +101,14 @@ class FinetuneSpec(
     def measures(self) -> bool:
         """Whether held-out rows are measured at all."""
         return self.do_eval or self.eval_strategy != "no"
+
+    @property
+    def compares(self) -> bool:
+        """Whether the stage compares answers with another model's view of them."""
+        if self.stage in ONLINE:
+            return self.distance_weight > 0
+        alone = self.pref_loss in WITHOUT_REFERENCE
+        return self.stage == "kto" or (self.stage == "dpo" and not alone)
 
     def references(self) -> list[Reference]:
         """The base and the data, then the adapters to go on from: adapter, adapter_2, …"""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from tuneyard.specs.base_models import WITHOUT_ITS_CODE
 from tuneyard.specs.clashes import clashes_of
@@ -14,7 +14,7 @@ from tuneyard.specs.download import DownloadSpec
 from tuneyard.specs.errors import Forbidden, InputError, SpecRejected
 from tuneyard.specs.evaluate import EvaluateSpec
 from tuneyard.specs.fields import WHAT, Reference, Spec
-from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
+from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.llamafactory import (
     ALSO_DEFAULT,
@@ -27,19 +27,15 @@ from tuneyard.specs.llamafactory import (
     PATHS,
     SAME_AS,
     SECRETS,
-    TEMPLATE_NAMES,
     TUNING,
     WITHOUT_EFFECT,
 )
 from tuneyard.specs.merge import MergeSpec
-from tuneyard.specs.predicting import idle_settings
-from tuneyard.specs.preferences import WITHOUT_REFERENCE
+from tuneyard.specs.notes import Note, notes_on
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import HINTED, nearest, problem, problems_of, shown
-from tuneyard.specs.rewards import ONLINE
 from tuneyard.specs.serve import ServeSpec
 from tuneyard.specs.sources import read_source
-from tuneyard.specs.tuning import OF_A_NEW_ADAPTER, idle_fields
 from tuneyard.specs.wording import FieldRow, field_rows, leaves
 
 __all__ = ["TEXT_FIELDS", "JobSpec", "Note", "Reference", "describe_fields", "read_spec"]
@@ -81,14 +77,6 @@ _FLAGS = {
 }  # fmt: skip
 
 
-class Note(BaseModel):
-    """Something in a document that was understood otherwise than it was written."""
-
-    model_config = ConfigDict(frozen=True)
-    field: str
-    message: str
-
-
 def read_spec(document: Mapping[str, Any]) -> tuple[JobSpec, list[Note]]:
     """Check a document. Raises: SpecRejected with all problems, each with its field and mend."""
     kind = _kind(document)
@@ -106,7 +94,7 @@ def read_spec(document: Mapping[str, Any]) -> tuple[JobSpec, list[Note]]:
     problems = reading.problems + clashes_of(spec)
     if problems:
         raise _rejected(problems)
-    return spec, reading.notes + _notes_on(spec)  # type: ignore[return-value]  # one of KINDS
+    return spec, reading.notes + notes_on(spec)  # type: ignore[return-value]  # one of KINDS
 
 
 def _rejected(problems: list[InputError]) -> SpecRejected:
@@ -317,74 +305,6 @@ def _understood(value: Any, model: type[Spec], name: str) -> Any:
     """YAML's habits: yes and no where a flag is wanted."""
     wanted = list(leaves(model.model_fields[name].annotation))
     return _flag(value) if wanted == [bool] else value
-
-
-def _notes_on(spec: Spec) -> list[Note]:
-    """What is allowed and probably not meant, or not done as it says."""
-    found = []
-    if isinstance(spec, MergeSpec):
-        if spec.export_legacy_format:
-            message = "export_legacy_format has no effect: safetensors are written"
-            found.append(Note(field="export_legacy_format", message=message))
-        if spec.export_dir:
-            message = (
-                "export_dir is a folder of yours: `--wait` writes the model there, "
-                "`tuneyard fetch JOB --out DIR` does it later"
-            )
-            found.append(Note(field="export_dir", message=message))
-    template = getattr(spec, "template", None)
-    if template in TEMPLATE_NAMES and template not in TEMPLATES:
-        message = f"template = {template}: the base's own template is used"
-        found.append(Note(field="template", message=message))
-    if not isinstance(spec, FinetuneSpec):
-        return found
-    for name in idle_fields(spec):
-        message = f"{name} has no effect with finetuning_type {spec.finetuning_type}"
-        found.append(Note(field=name, message=message))
-    if spec.goes_on:
-        for name in sorted(OF_A_NEW_ADAPTER & spec.model_fields_set):
-            message = f"{name} has no effect: the adapter goes on as it was made"
-            found.append(Note(field=name, message=message))
-    compares = spec.stage == "kto" or (
-        spec.stage == "dpo" and spec.pref_loss not in WITHOUT_REFERENCE
-    )
-    compares = compares or (spec.stage in ONLINE and spec.distance_weight > 0)
-    named = spec.ref_model or spec.ref_model_adapters
-    if spec.goes_on and compares and not named and spec.reference == "base":
-        message = "answers are compared with the bare base, not with the adapter as it was: "
-        message += "create_new_adapter: true compares with that"
-        found.append(Note(field="adapter", message=message))
-    if spec.pissa_init and not spec.pissa_convert:
-        message = "pissa_init: the result is a LoRA of twice the rank over the untouched base"
-        found.append(Note(field="pissa_init", message=message))
-    if spec.output_dir:
-        message = "output_dir is a name that a merge may say; `tuneyard fetch` writes folders"
-        found.append(Note(field="output_dir", message=message))
-    if 0 < spec.max_steps <= spec.warmup_steps:
-        message = f"warmup_steps = {spec.warmup_steps:g} is not over in {spec.max_steps} steps:"
-        message += f" learning_rate = {spec.learning_rate:g} is never reached"
-        found.append(Note(field="warmup_steps", message=message))
-    if 0.5 < spec.val_size < 1:
-        message = f"val_size = {spec.val_size:g} holds out more rows than are learned"
-        found.append(Note(field="val_size", message=message))
-    if "save_steps" in spec.model_fields_set and 0 < spec.max_steps < spec.save_steps:
-        message = f"save_steps = {spec.save_steps:g} is never reached in {spec.max_steps} steps"
-        found.append(Note(field="save_steps", message=message))
-    if spec.predict_with_generate and spec.eval_strategy != "no":
-        message = "answers are made and BLEU and ROUGE measured at last; eval_loss is in between"
-        found.append(Note(field="predict_with_generate", message=message))
-    message = "has no effect: a fine-tune answers rows where do_predict asks for it"
-    draws = {"temperature"} if spec.stage in ONLINE else set()
-    idle = [name for name in idle_settings(spec) if name not in draws]
-    found += [Note(field=name, message=f"{name} {message}") for name in idle]
-    used = spec.measures or spec.generates
-    if spec.compute_accuracy and not used:
-        message = "compute_accuracy has no effect: nothing is evaluated"
-        found.append(Note(field="compute_accuracy", message=message))
-    if (spec.val_size or spec.eval_dataset) and not used:
-        message = "rows are held out, and eval_strategy: no never looks at them"
-        found.append(Note(field="eval_strategy", message=message))
-    return found
 
 
 def _taught(model: type[Spec]) -> frozenset[str]:
