@@ -57,3 +57,4 @@ def test_a_break_fails_its_test(copy: Path, broken: Break) -> None:
         file.write_text(whole, encoding="utf-8")
     assert code == FAILED, said
     assert "SyntaxError" not in said
+    assert "NameError" not in said
