@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,16 +83,16 @@ class Answer:
 
 
 @contextmanager
-def undisturbed(model: Any, device: str, *, half: bool = False) -> Iterator[None]:
+def undisturbed(model: Any, device: str, casting: AbstractContextManager[Any]) -> Iterator[None]:
     """Let a model that learns speak: its dropout, its settings and all random streams stay.
 
-    half: it computes in fp16 by autocast.
+    casting: how it computes while it learns.
     """
     learning = [module for module in model.modules() if module.training]
     before = [(each, vars(each).get("generation_config")) for each in model.modules()]
     devices = [torch.cuda.current_device()] if device == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), torch.autocast(device, torch.float16, enabled=half):
+        with torch.random.fork_rng(devices), casting:
             model.eval()
             yield
     finally:

@@ -94,7 +94,7 @@ class Saying:
     def _predict(self) -> Predictions:
         arguments, running = self._asked.arguments, self._trainer.running
         settings = settings_of(arguments, self._stop_ids, self._asked.seed)
-        with undisturbed(running.model, running.device, half=running.scaler.is_enabled()):
+        with undisturbed(running.model, running.device, running.casting()):
             return predict(
                 self._questions,
                 replace(self._speaker, settings=settings),

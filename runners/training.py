@@ -371,8 +371,8 @@ class Trainer:
         Those at a resume point, which comes when it comes, are told and not kept: the same run
         leaves the same file.
         """
-        model, device = self.running.model, self.running.device
-        with undisturbed(model, device, half=self.running.scaler.is_enabled()):
+        running = self.running
+        with undisturbed(running.model, running.device, running.casting()):
             lines = watch(self.at.step)
         for line in lines:
             self.events.emit("sample", **line)

@@ -343,3 +343,19 @@ def test_prompts_are_cut_by_one_share_for_all_turns_as_llamafactory_cuts(tmp_pat
     (cut,) = encode_questions(rows, chat, 64)
     assert (len(cut.prompt), len(cut.label)) == (64 - 11, 11)
     assert cut.prompt == whole.prompt[:53]
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
+        {"finetuning_type": "full"},
+        {"additional_target": "lm_head"},
+    ],
+    ids=lambda each: "-".join(map(str, each.values())),
+)
+def test_a_model_of_two_formats_speaks_in_the_one_that_it_learns_in(tune, ways):
+    ran = tune(**ways, **WATCH, **PREDICT, bf16=True, val_size=2)
+    assert ran.code == ExitCode.DONE, ran.failure
+    assert asked(ran) == each_at(0, 2, 4)
+    assert len(lines_of(ran, "generated_predictions.jsonl")) == 2
