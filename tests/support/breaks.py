@@ -191,8 +191,8 @@ BREAKS = (
     Break(
         "answering watch-prompts moves the random streams",
         "runners/generation.py",
-        "with torch.random.fork_rng(devices), torch.autocast(",
-        "with torch.autocast(",
+        "with torch.random.fork_rng(devices), casting:",
+        "with casting:",
         "tests/unit/test_runner_saying.py::test_watching_alters_no_bit_of_the_adapter",
     ),
     # Defaults, beginnings
