@@ -8,7 +8,7 @@ from typing import Any
 
 from tuneyard.runners.asked import Asked, adapter_names
 from tuneyard.runners.attempt import Attempt, library_versions
-from tuneyard.runners.base_model import end_ids, read_generation_config, tokenizer_files
+from tuneyard.runners.base_model import ends_of, tokenizer_files
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import LOG_FILE, Position, write_log
 from tuneyard.runners.learned import is_adapter, save_adapter
@@ -88,7 +88,7 @@ def origin(asked: Asked, attempt: Attempt, chat: Chat, position: Position) -> di
     digest = None
     if (asked.model / "manifest.json").exists():
         digest = manifest_digest(read_manifest(asked.model))
-    stop_ids = chat.stop_ids(end_ids(read_generation_config(asked.model).get("eos_token_id")))
+    stop_ids = chat.stop_ids(ends_of(asked.model))
     return {
         "format": 1,
         "base": {"id": asked.base_id, "digest": digest},

@@ -7,7 +7,7 @@ import torch
 
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
-from tuneyard.runners.base_model import end_ids, read_generation_config
+from tuneyard.runners.base_model import ends_of
 from tuneyard.runners.batches import Chosen
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import Running
@@ -50,14 +50,13 @@ def rollouts_of(
 ) -> Rollouts:
     """How a run of grpo or rloo draws its answers and compares them."""
     arguments, device = asked.arguments, attempt.device.torch_name
-    ends = end_ids(read_generation_config(asked.model).get("eos_token_id"))
     rows = arguments.per_device_train_batch_size
     drawing = Drawing(
         generations=arguments.generations,
         longest=arguments.max_completion_length,
         temperature=arguments.drawn_at,
         rows=rows,
-        stop_ids=tuple(chat.stop_ids(ends)),
+        stop_ids=tuple(chat.stop_ids(ends_of(asked.model))),
         seed=asked.seed,
         device=device,
     )

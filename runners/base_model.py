@@ -155,6 +155,11 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     return _read_json(path) if path.exists() else {}
 
 
+def ends_of(folder: Path) -> list[int]:
+    """The tokens at which the base's generation_config.json ends a text."""
+    return end_ids(read_generation_config(folder).get("eos_token_id"))
+
+
 def end_ids(value: Any) -> list[int]:
     """eos_token_id as files write it: a number, a list or nothing."""
     if value is None:

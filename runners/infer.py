@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tuneyard.runners.arguments import InferArguments, arguments_of
 from tuneyard.runners.attempt import Attempt, main
 from tuneyard.runners.base_model import (
-    end_ids,
+    ends_of,
     load_tokenizer,
     read_config,
     read_generation_config,
@@ -105,10 +105,13 @@ def settings_of(asked: Asked, chat: Chat) -> "Settings":
     """What applies to this job."""
     from tuneyard.runners.generation import choose_settings
 
-    says = read_generation_config(asked.model)
-    ends = [*end_ids(says.get("eos_token_id")), *asked.origin.get("stop_token_ids", ())]
-    stop_ids = chat.stop_ids(ends)
-    return choose_settings(asked.arguments, says, stop_ids=stop_ids, seed=asked.seed)
+    says, ends = read_generation_config(asked.model), stop_ids(asked, chat)
+    return choose_settings(asked.arguments, says, stop_ids=ends, seed=asked.seed)
+
+
+def stop_ids(asked: Asked, chat: Chat) -> list[int]:
+    """All that ends a turn: of the base, of what trained, of the template."""
+    return chat.stop_ids([*ends_of(asked.model), *asked.origin.get("stop_token_ids", ())])
 
 
 def load_speaker(asked: Asked, attempt: Attempt, chat: Chat, settings: "Settings") -> "Speaker":

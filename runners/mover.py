@@ -257,8 +257,6 @@ class Blocks(Mover):
 class Shares(Mover):
     """BAdam by ratio: a share of the entries of each matrix learns at a time."""
 
-    _KEPT = ("sparse_dict", "mask_dict")
-
     def _tree(self, writer: Writer) -> Tree:
         badam: Any = self.parts[0]
         masks = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from tuneyard.runners.asked import Asked
 from tuneyard.runners.attempt import Attempt
-from tuneyard.runners.base_model import end_ids, read_generation_config
+from tuneyard.runners.base_model import ends_of
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.data_files import data_file
 from tuneyard.runners.examples import Exchange
@@ -39,8 +39,7 @@ class Saying:
         """
         self._asked, self._attempt, self._trainer = asked, attempt, trainer
         arguments = asked.arguments
-        ends = end_ids(read_generation_config(asked.model).get("eos_token_id"))
-        self._stop_ids = chat.stop_ids(ends)
+        self._stop_ids = chat.stop_ids(ends_of(asked.model))
         settings = watched_settings(
             max_new_tokens=arguments.watch_max_new_tokens, stop_ids=self._stop_ids
         )
