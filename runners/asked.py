@@ -13,7 +13,7 @@ from tuneyard.runners.origin import read_adapter_config
 from tuneyard.runners.packages import check_packages
 from tuneyard.runners.similarity import check_packages as check_scoring
 from tuneyard.specs.optimizers import optimizer_clashes
-from tuneyard.specs.predicting import PredictingFields, predicting_clashes
+from tuneyard.specs.predicting import predicting_clashes
 from tuneyard.specs.tuning import tuning_clashes
 
 
@@ -37,15 +37,6 @@ def has_held_out(attempt: Attempt, arguments: FinetuneArguments) -> bool:
     return bool(arguments.val_size) or "eval_dataset" in attempt.spec.inputs
 
 
-def check_predicting(arguments: PredictingFields, *, held_out: bool) -> None:
-    """What a submission would have refused, and the packages that scores need. Raises: BadSpec."""
-    stage = getattr(arguments, "stage", "sft")
-    for clash in predicting_clashes(arguments, stage=stage, held_out=held_out):
-        raise BadSpec(clash.message, field=clash.field, hint=clash.hint)
-    if arguments.generates:
-        check_scoring()
-
-
 def read_asked(attempt: Attempt) -> Asked:
     """Read arguments and the base's configuration. Raises: BadSpec, InputGone."""
     arguments = arguments_of(attempt, FinetuneArguments)
@@ -60,10 +51,14 @@ def read_asked(attempt: Attempt) -> Asked:
     for clash in [
         *tuning_clashes(arguments, arguments.stage),
         *optimizer_clashes(arguments),
+        *predicting_clashes(
+            arguments, stage=arguments.stage, held_out=has_held_out(attempt, arguments)
+        ),
     ]:
         raise BadSpec(clash.message, field=clash.field, hint=clash.hint)
     check_packages(arguments)
-    check_predicting(arguments, held_out=has_held_out(attempt, arguments))
+    if arguments.generates:
+        check_scoring()
     model = attempt.input("model")
     config = read_config(model)
     seed = attempt.spec.seed if arguments.seed is None else arguments.seed

@@ -28,7 +28,6 @@ from tuneyard.runners.checkpoint import (
     read_checkpoint,
 )
 from tuneyard.runners.continuing import go_on
-from tuneyard.runners.examples import Item
 from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.mover import Mover
@@ -41,7 +40,7 @@ from tuneyard.runners.optimizers import (
     warnings_about,
 )
 from tuneyard.runners.origin import read_origin
-from tuneyard.runners.packing import Packs
+from tuneyard.runners.packing import packed
 from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.runners.reference import Reference, load_reference
 from tuneyard.runners.seeds import stream_seed
@@ -117,13 +116,6 @@ def build_trainer(
         draw=rollouts,
         shared=way != "padded",
     )
-
-
-def packed(items: Sequence[Item], arguments: FinetuneArguments) -> Sequence[Item]:
-    """Several examples as one row, where that is asked for; texts were joined when tokenised."""
-    if not arguments.packs_rows or not items:
-        return items
-    return Packs(items, arguments.tokens_kept, apart=arguments.neat_packing)
 
 
 def warn_of_experts(model: Any, attempt: Attempt) -> None:

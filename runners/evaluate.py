@@ -11,16 +11,14 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from tuneyard.runners.arguments import EvaluateArguments, InferArguments, arguments_of
-from tuneyard.runners.asked import check_predicting
 from tuneyard.runners.attempt import Attempt, main
-from tuneyard.runners.base_model import end_ids, read_generation_config
-from tuneyard.runners.chat import Chat
 from tuneyard.runners.data_files import data_file
 from tuneyard.runners.devices import make_ready
 from tuneyard.runners.failures import BadSpec
-from tuneyard.runners.infer import Asked, ask_of, load_chat, load_speaker
+from tuneyard.runners.infer import ask_of, load_chat, load_speaker, stop_ids
 from tuneyard.runners.results import write_texts
 from tuneyard.runners.rows import Conversation, read_conversations
+from tuneyard.runners.similarity import check_packages
 from tuneyard.specs.evaluate import evaluate_clashes
 from tuneyard.specs.fields import DATA_FILES
 from tuneyard.store.folder import publish_folder
@@ -60,7 +58,7 @@ def evaluate(attempt: Attempt) -> None:
     measured: dict[str, dict[str, float]] = {"eval": {}, "predict": {}}
     said: dict[str, str] = {}
     if arguments.do_eval:
-        measured["eval"] |= measure(rows, arguments, speaker, attempt)
+        measured["eval"] |= losses_on(rows, arguments, speaker, attempt)
     if questions:
         size, progress = arguments.per_device_eval_batch_size, tell_progress(attempt)
         found = predict(questions, speaker, batch_size=size, progress=progress)
@@ -76,9 +74,10 @@ def read_arguments(attempt: Attempt) -> EvaluateArguments:
     inputs = attempt.spec.inputs
     separate = "eval_dataset" in inputs
     held_out = separate or ("dataset" in inputs and arguments.val_size > 0)
-    check_predicting(arguments, held_out=held_out)
     for clash in evaluate_clashes(arguments, held_out=held_out, separate=separate):
         raise BadSpec(clash.message, field=clash.field, hint=clash.hint)
+    if arguments.generates:
+        check_packages()
     return arguments
 
 
@@ -99,41 +98,34 @@ def _as_inference(arguments: EvaluateArguments) -> InferArguments:
     )
 
 
-def stop_ids(asked: Asked, chat: Chat) -> list[int]:
-    """All that ends a turn: of the base, of what trained, of the template."""
-    says = read_generation_config(asked.model)
-    ends = [*end_ids(says.get("eos_token_id")), *asked.origin.get("stop_token_ids", ())]
-    return chat.stop_ids(ends)
-
-
-def measure(
+def losses_on(
     rows: Sequence[Conversation], arguments: EvaluateArguments, speaker: "Speaker", attempt: Attempt
 ) -> dict[str, float]:
     """The loss over all targets of the rows, and the accuracy if it is wanted."""
-    import torch
-
-    from tuneyard.runners.batches import collate
-    from tuneyard.runners.losses import TokenLoss, means
+    from tuneyard.runners.losses import TokenLoss
+    from tuneyard.runners.measuring import measure
+    from tuneyard.runners.packing import packed
+    from tuneyard.runners.predictions import tell_progress
     from tuneyard.runners.tokenising import encode_split
 
-    objective = TokenLoss(accuracy=arguments.compute_accuracy)
-    items = encode_split(rows, arguments, speaker.chat, attempt).examples
-    size, pad = arguments.per_device_eval_batch_size, speaker.chat.tokenizer.pad_token_id
-    parts, units, loss = [], 0, 0.0
-    for start in range(0, len(items), size):
+    items = packed(encode_split(rows, arguments, speaker.chat, attempt).examples, arguments)
+    tell = tell_progress(attempt)
+
+    def before_each(done: int) -> None:
         speaker.give_way()
-        group = items[start : start + size]
-        units += sum(map(objective.units, group))
-        with torch.no_grad():
-            batch = collate(group, pad).to(attempt.device.torch_name)
-            part = objective.loss(speaker.model, batch)
-        loss += float(part.loss)
-        parts.append(part)
-        done = min(start + size, len(items))
-        total = len(items)
-        attempt.events.emit("progress", done=done, total=total, unit="rows", eta_s=None)
-    values = {name: float(value) for name, value in means(parts).items()}
-    return {"eval_loss": loss / units} | {f"eval_{name}": v for name, v in values.items()}
+        tell(done, len(items), "rows")
+
+    loss, measures = measure(
+        speaker.model,
+        items,
+        TokenLoss(accuracy=arguments.compute_accuracy),
+        rows=arguments.per_device_eval_batch_size,
+        pad_id=speaker.chat.tokenizer.pad_token_id,
+        device=attempt.device.torch_name,
+        before_each=before_each,
+    )
+    tell(len(items), len(items), "rows")
+    return {"eval_loss": loss} | {f"eval_{name}": value for name, value in measures.items()}
 
 
 def as_json(values: dict[str, float]) -> str:

@@ -1,6 +1,6 @@
 """What a step minimises. A stage is one objective; the loop is the same for all."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -65,6 +65,12 @@ def means(outcomes: Iterable[Outcome]) -> dict[str, torch.Tensor]:
             totals[name] = totals.get(name, 0) + measure.total.detach().double()
             counts[name] = counts.get(name, 0) + measure.over
     return {name: total / counts[name] for name, total in totals.items() if counts[name]}
+
+
+def summary(parts: Sequence[Outcome]) -> tuple[float, dict[str, float]]:
+    """The sum of the losses of all groups, and the mean of each measure over them."""
+    measures = {name: float(value) for name, value in means(parts).items()}
+    return float(torch.stack([part.loss for part in parts]).sum()), measures
 
 
 def token_losses(model: Any, batch: Batch, *, temperature: float = 1.0) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import overload
 
 from tuneyard.runners.examples import Example, Item, Pack, sequences_of
+from tuneyard.specs.finetune import RowsSpec
 
 ROWS_AT_ONCE = 1000
 """Rows that packs are made of at a time: LLaMA-Factory's preprocessing_batch_size."""
@@ -57,6 +58,13 @@ class Packs(Sequence[Pack]):
             return [self[i] for i in range(*index.indices(len(self)))]
         parts = (self._examples[i] for i in self._indices[index])
         return Pack(tuple(part for part in parts if isinstance(part, Example)), self._apart)
+
+
+def packed(items: Sequence[Item], arguments: RowsSpec) -> Sequence[Item]:
+    """Several examples as one row, where that is asked for; texts were joined when tokenised."""
+    if not arguments.packs_rows or not items:
+        return items
+    return Packs(items, arguments.tokens_kept, apart=arguments.neat_packing)
 
 
 def tokens_of(item: Item) -> int:

@@ -53,7 +53,7 @@ def held_out_of(
     useful: how many rows have a token to learn, where that is known: the division is over those.
     """  # fmt: skip
     if useful != len(rows):
-        cutting = Cutting(arguments.cutoff_len, arguments.train_on_prompt, arguments.mask_history)
+        cutting = Cutting(arguments.tokens_kept, arguments.train_on_prompt, arguments.mask_history)
         rows = [rows[i] for i in encode(rows, chat, cutting).kept]
     return list(split(rows, val_size, seed=seed)[1])
 

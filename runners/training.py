@@ -31,7 +31,8 @@ from tuneyard.runners.examples import Item
 from tuneyard.runners.failures import LossNotFinite, Stopped
 from tuneyard.runners.generation import undisturbed
 from tuneyard.runners.learned import restore_learned
-from tuneyard.runners.losses import Objective, Outcome, means
+from tuneyard.runners.losses import Objective, Outcome, summary
+from tuneyard.runners.measuring import measure
 from tuneyard.runners.packing import filled_groups
 from tuneyard.runners.retention import RESUME_POINT_S, drop_old
 from tuneyard.runners.schedules import Schedule
@@ -224,7 +225,7 @@ class Trainer:
             batch = collate(group, self.data.pad_id, shared=self.shared)
             parts.append(self._backward(batch, units))
             tokens += batch.tokens
-        loss, measures = _summary(parts)  # the GPU is waited for here, once a step
+        loss, measures = summary(parts)  # the GPU is waited for here, once a step
         grad_norm = self._update(loss)
         self.at.examples += len(rows)
         return Step(
@@ -337,7 +338,6 @@ class Trainer:
             self.schedule.measured(value)
             self.at.schedule = self.schedule.state()
 
-    @torch.no_grad()
     def _measure(self) -> tuple[float, dict[str, float]]:
         """The loss over all units of the held-out rows together, and the measures beside it.
 
@@ -346,20 +346,21 @@ class Trainer:
         if self.draw is not None:
             _, found = self._drawn(self.data.held_out, before=0, purpose="evaluation")
             return -found["reward"], found
-        model, size = self.running.model, self.plan.eval_rows_per_batch
-        rows, units, parts = self.data.held_out, 0, []
+        model = self.running.model
         model.eval()
-        for start in range(0, len(rows), size):
-            self.give_way()
-            group = rows[start : start + size]
-            units += sum(map(self.objective.units, group))
-            batch = collate(group, self.data.pad_id, shared=self.shared).to(self.running.device)
-            with self.running.casting():
-                outcome = self.objective.loss(model, batch)
-            parts.append(Outcome(outcome.loss.double(), outcome.measures))
+        losses = measure(
+            model,
+            self.data.held_out,
+            self.objective,
+            rows=self.plan.eval_rows_per_batch,
+            pad_id=self.data.pad_id,
+            device=self.running.device,
+            before_each=lambda _: self.give_way(),
+            casting=self.running.casting,
+            shared=self.shared,
+        )
         model.train()
-        loss, measures = _summary(parts)
-        return loss / units, measures
+        return losses
 
     def _watch_due(self, *, saving: bool) -> bool:
         due = saving or self.plan.watch_due(self.at.step)
@@ -418,12 +419,6 @@ class Trainer:
         """Between two pieces of work. Raises: Interrupted when the runner was asked to stop."""
         if self.stops.stop_asked:
             raise Interrupted
-
-
-def _summary(parts: Sequence[Outcome]) -> tuple[float, dict[str, float]]:
-    """The sum of the losses of all groups, and the mean of each measure over them."""
-    measures = {name: float(value) for name, value in means(parts).items()}
-    return float(torch.stack([part.loss for part in parts]).sum()), measures
 
 
 def memory(device: str) -> dict[str, int]:

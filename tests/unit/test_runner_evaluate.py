@@ -54,6 +54,17 @@ def test_an_adapter_is_measured_as_the_fine_tune_measured_it(tmp_path, base, dat
     assert everything == parts[0] | parts[1]
 
 
+@pytest.mark.parametrize("packing", ["packing", "neat_packing"])
+def test_rows_are_packed_as_the_fine_tune_packed_them(tmp_path, base, dataset, packing):
+    inputs = {"model": base, "dataset": dataset, "eval_dataset": dataset}
+    asking = {packing: True, "cutoff_len": 128, "do_eval": True}
+    tuned = run_here(tmp_path, finetune, inputs=inputs, arguments={"max_steps": 1} | asking)
+    alone = measure(tmp_path, {"model": base, "eval_dataset": dataset}, **asking)
+    assert alone.metric("eval_loss")[0] == pytest.approx(tuned.metric("eval_loss")[0], rel=1e-5)
+    packs = alone.of_type("progress")[-1]["total"]
+    assert 1 < packs < len(dataset.read_text(encoding="utf-8").splitlines())
+
+
 def test_accuracy_is_measured_without_a_word_said(tmp_path, base, dataset):
     inputs = {"model": base, "eval_dataset": dataset}
     ran = measure(tmp_path, inputs, do_eval=True, compute_accuracy=True)
