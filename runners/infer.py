@@ -4,7 +4,6 @@ inputs: model (a folder), adapter (a folder, optional), prompts (a file). argume
 InferArguments. output: results.jsonl, a line per prompt in the order they were asked.
 """
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -37,8 +36,6 @@ from tuneyard.store.folder import publish_folder
 
 if TYPE_CHECKING:
     from tuneyard.runners.generation import Settings, Speaker
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Making an attempt's work folder ready: inputs from the store by way of the node's cache."""
 
 import errno
-import logging
 import os
 import shutil
 import sys
@@ -44,8 +43,6 @@ from tuneyard.workers.cache import locked
 from tuneyard.workers.hub_access import hub_environment
 from tuneyard.workers.inventory import FAKE_FOLDER
 from tuneyard.workers.tracker_access import tracker_environment
-
-log = logging.getLogger(__name__)
 
 
 def cause_of(error: OSError) -> Cause:
