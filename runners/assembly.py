@@ -18,7 +18,7 @@ from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.attention import attend_by, choose_way
 from tuneyard.runners.base_model import load_weights
 from tuneyard.runners.batches import Order, split, steps_of
-from tuneyard.runners.best_model import Judge, best_folder, forget_best, judge_of
+from tuneyard.runners.best_model import Ranking, best_folder, forget_best, ranking_of
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import (
     Position,
@@ -28,6 +28,7 @@ from tuneyard.runners.checkpoint import (
     read_checkpoint,
 )
 from tuneyard.runners.continuing import go_on
+from tuneyard.runners.examples import Item
 from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.mover import Mover
@@ -60,12 +61,7 @@ def build_trainer(
 ) -> Trainer:
     """Load the base, add the adapter, go to the checkpoint if there is one."""
     arguments, device = asked.arguments, attempt.device.torch_name
-    examples, held_out = tokenised.examples, tokenised.held_out
-    if arguments.stage in ONLINE:
-        examples, held_out = (answerable(each, asked, attempt) for each in (examples, held_out))
-    if not held_out:
-        examples, held_out = split(examples, arguments.val_size, seed=asked.seed)
-    examples, held_out = packed(examples, arguments), packed(held_out, arguments)
+    examples, held_out = divide(tokenised, asked, attempt)
     precision = pick_precision(asked, attempt)
     plan = plan_of(arguments, len(examples))
     model = load_model(asked, precision, device, steps=plan.steps)
@@ -89,12 +85,12 @@ def build_trainer(
     run = description(asked, tokenised.digest, len(examples), device, job=attempt.spec.job)
     run["platform"]["attention"] = way
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
-    judge, schedule = judge_of(arguments), schedule_of(arguments, plan.steps)
+    ranking, schedule = ranking_of(arguments), schedule_of(arguments, plan.steps)
     at = resume(attempt, running, run)
     if at.schedule:
         schedule.restore(at.schedule)
     resumed = Path(attempt.spec.resume) if attempt.spec.resume else None
-    look_for_best(at, judge, attempt, resumed)
+    look_for_best(at, ranking, attempt, resumed)
     rollouts = None
     if arguments.stage in ONLINE:
         dtype = getattr(torch, precision.weights)
@@ -111,11 +107,24 @@ def build_trainer(
         workdir=attempt.workdir,
         run=run,
         base_id=asked.base_id,
-        judge=judge,
+        ranking=ranking,
         resumed=resumed,
         draw=rollouts,
         shared=way != "padded",
     )
+
+
+def divide(
+    tokenised: Tokenised, asked: Asked, attempt: Attempt
+) -> tuple[Sequence[Item], Sequence[Item]]:
+    """What is learned and what is held out: rows of a file of their own, or those of val_size."""
+    arguments = asked.arguments
+    examples, held_out = tokenised.examples, tokenised.held_out
+    if arguments.stage in ONLINE:
+        examples, held_out = (answerable(each, asked, attempt) for each in (examples, held_out))
+    if not held_out:
+        examples, held_out = split(examples, arguments.val_size, seed=asked.seed)
+    return packed(examples, arguments), packed(held_out, arguments)
 
 
 def warn_of_experts(model: Any, attempt: Attempt) -> None:
@@ -145,12 +154,12 @@ def pick_attention(
     return choice.way
 
 
-def look_for_best(at: Position, judge: Judge, attempt: Attempt, resumed: Path | None) -> None:
+def look_for_best(at: Position, ranking: Ranking, attempt: Attempt, resumed: Path | None) -> None:
     """The best so far is one by the same measure, and its checkpoint is at hand if it is needed."""
-    if at.compared_by != judge.compares_by:
+    if at.compared_by != ranking.compares_by:
         forget_best(at)
-    at.compared_by = judge.compares_by
-    if judge.load and at.best_step and best_folder(at, attempt.workdir, resumed) is None:
+    at.compared_by = ranking.compares_by
+    if ranking.load and at.best_step and best_folder(at, attempt.workdir, resumed) is None:
         said = f"The checkpoint of step {at.best_step}, the best so far, is gone; the best of those"
         attempt.events.warn("best_gone", f"{said} that follow is taken.")
         forget_best(at)
@@ -163,9 +172,7 @@ def reference_of(
     if not asked.arguments.compares:
         return None
     dtype = getattr(torch, precision.weights)
-    quantisation = quantisation_of(
-        asked.arguments, asked.arguments.ref_model_quantization_bit, dtype
-    )
+    quantisation = quantisation_of(asked.arguments, "ref_model_quantization_bit", dtype)
     return load_reference(asked, attempt, model, dtype=dtype, quantisation=quantisation)
 
 
@@ -196,7 +203,7 @@ def load_model(asked: Asked, precision: Precision, device: str, *, steps: int) -
         dtype=dtype,
         device=device,
         scoring=arguments.stage == "rm",
-        quantisation=quantisation_of(arguments, arguments.quantization_bit, dtype),
+        quantisation=quantisation_of(arguments, "quantization_bit", dtype),
     )
     if arguments.gradient_checkpointing and not arguments.disable_gradient_checkpointing:
         # Not reentrant: it needs no gradient at the input, so layers below the first adapter
@@ -207,17 +214,19 @@ def load_model(asked: Asked, precision: Precision, device: str, *, steps: int) -
     return tune(base, arguments, seed=asked.seed, precision=precision, steps=steps)
 
 
-def quantisation_of(arguments: FinetuneArguments, bits: int | None, dtype: torch.dtype) -> Any:
-    """How the base is quantised while it is loaded: products are computed in the weights' format.
+def quantisation_of(arguments: FinetuneArguments, field: str, dtype: torch.dtype) -> Any:
+    """How a base is quantised while it is loaded, to as many bits as the field says.
 
-    Norms, embedding and output stay as they are: peft's prepare_model_for_kbit_training would widen
-    them to fp32, which is slow and costs 4 GiB at 8B. Raises: BadSpec without bitsandbytes.
+    Products are computed in the weights' format. Norms, embedding and output stay as they are:
+    peft's prepare_model_for_kbit_training would widen them to fp32, which is slow and costs 4 GiB
+    at 8B. Raises: BadSpec without bitsandbytes.
     """
+    bits = getattr(arguments, field)
     if bits is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         message = "This node's runner has no bitsandbytes."
-        raise BadSpec(message, field="quantization_bit", hint="an admin can install it")
+        raise BadSpec(message, field=field, hint="an admin can install it")
     from transformers import BitsAndBytesConfig
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

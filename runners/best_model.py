@@ -1,6 +1,5 @@
 """Which evaluation was the best, whether to go on, and where the best model lies."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,9 @@ from tuneyard.runners.checkpoint import Position
 from tuneyard.runners.failures import BadSpec
 from tuneyard.specs.runner import CHECKPOINTS
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
-class Judge:
+class Ranking:
     """Compares evaluations. patience: so many in a row may be no better; None: any number.
 
     load: the result is the best model; save: it is kept as soon as it is measured.
@@ -64,9 +61,9 @@ def forget_best(at: Position) -> None:
     at.best_step = at.best_loss = at.best_metric = None
 
 
-def judge_of(arguments: FinetuneArguments) -> Judge:
+def ranking_of(arguments: FinetuneArguments) -> Ranking:
     """What the arguments say of the best model."""
-    return Judge(
+    return Ranking(
         metric=arguments.best_metric,
         greater=arguments.greater_is_best,
         patience=arguments.early_stopping_steps,

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from tuneyard.runners.batches import Batch, Order, collate
-from tuneyard.runners.best_model import Judge, best_folder
+from tuneyard.runners.best_model import Ranking, best_folder
 from tuneyard.runners.checkpoint import (
     Position,
     Running,
@@ -125,7 +125,7 @@ class Trainer:
     """One run, from wherever ``at`` is to its end.
 
     run: what a resumed run must agree with, and what it runs on; base_id: what files call the base;
-    judge: which evaluation is the best; resumed: the checkpoint that the run began from;
+    ranking: which evaluation is the best; resumed: the checkpoint that the run began from;
     shared: the model keeps sequences apart that stand in one row; watch: given a step, what the
     model says then.
     """
@@ -141,7 +141,7 @@ class Trainer:
     workdir: Path
     run: Mapping[str, Any]
     base_id: str
-    judge: Judge
+    ranking: Ranking
     resumed: Path | None = None
     draw: Draw | None = None
     watch: Callable[[int], list[dict[str, Any]]] | None = None
@@ -183,14 +183,14 @@ class Trainer:
                     self._answer(self.watch)
             if saving:
                 self.save()
-            if self.at.step >= self.plan.steps or self.judge.is_over(self.at):
+            if self.at.step >= self.plan.steps or self.ranking.is_over(self.at):
                 return
             self._finish(self._step())
 
     @property
     def stopped_early(self) -> bool:
         """Whether evaluations ended the run before its plan did."""
-        return self.at.step < self.plan.steps and self.judge.is_over(self.at)
+        return self.at.step < self.plan.steps and self.ranking.is_over(self.at)
 
     def _end(self) -> None:
         """Leave the model that is to be kept, and say why it is not the last step's."""
@@ -201,7 +201,7 @@ class Trainer:
             said = f"Ended at step {done} of {self.plan.steps}: {self.at.bad_evaluations}"
             said += f" evaluations in a row were no better than that of step {self.at.best_step}."
             self.events.warn("stopped_early", said)
-        if not self.judge.load or self.at.best_step in (None, done):
+        if not self.ranking.load or self.at.best_step in (None, done):
             return
         folder = best_folder(self.at, self.workdir, self.resumed)
         if folder is None:
@@ -332,9 +332,9 @@ class Trainer:
         found = {"eval_loss": loss} | {f"eval_{name}": value for name, value in measures.items()}
         self.events.metric(self.at.step, **found)
         self._log(**found)
-        value = self.at.eval_metric = self.judge.value(found)
+        value = self.at.eval_metric = self.ranking.value(found)
         if self.at.step:  # the base itself is no candidate, as in transformers
-            self.judge.take(self.at, value)
+            self.ranking.take(self.at, value)
             self.schedule.measured(value)
             self.at.schedule = self.schedule.state()
 
@@ -384,7 +384,7 @@ class Trainer:
     def _save_due(self) -> bool:
         asked = self.stops.take_checkpoint_asked()
         old = time.monotonic() - self.saved_at > RESUME_POINT_S
-        due = self.plan.save_due(self.at.step) or self.judge.wants_kept(self.at)
+        due = self.plan.save_due(self.at.step) or self.ranking.wants_kept(self.at)
         return asked or old or due
 
     def save(self) -> None:
@@ -399,7 +399,7 @@ class Trainer:
                 random=self.random,
                 run=self.run,
                 base_id=self.base_id,
-                greater=self.judge.greater,
+                greater=self.ranking.greater,
             )
         self.saved_step, self.saved_at = self.at.step, time.monotonic()
         self.events.emit("checkpoint", step=self.at.step, path=path, manifest_sha256=digest)

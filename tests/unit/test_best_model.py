@@ -12,7 +12,7 @@ from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import ANIMALS, a_dataset, a_tiny_base
 
 from tuneyard.models.artifacts import KeptCheckpoint
-from tuneyard.runners.best_model import Judge
+from tuneyard.runners.best_model import Ranking
 from tuneyard.runners.checkpoint import Position
 from tuneyard.runners.finetune import finetune
 from tuneyard.runners.retention import checkpoint_meta
@@ -162,13 +162,13 @@ def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(tune):
 
 
 def test_more_is_better_where_the_metric_is_no_loss():
-    at, judge = Position(), Judge("accuracy", greater=True, patience=2)
+    at, ranking = Position(), Ranking("accuracy", greater=True, patience=2)
     for at.step, value in enumerate([0.5, 0.6, 0.6, float("nan")], start=1):
         at.eval_loss = 1 / at.step
-        assert not judge.is_over(at)
-        judge.take(at, value)
+        assert not ranking.is_over(at)
+        ranking.take(at, value)
     assert (at.best_metric, at.best_step, at.best_loss) == (0.6, 2, 0.5)
-    assert judge.is_over(at)
+    assert ranking.is_over(at)
 
 
 @pytest.mark.parametrize(
