@@ -5,7 +5,6 @@ val_size holds rows out. arguments: those of EvaluateArguments. output: eval_res
 predict_results.json with generated_predictions.jsonl, and all_results.json with both.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from tuneyard.runners.data_files import data_file
 from tuneyard.runners.devices import make_ready
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.infer import ask_of, load_chat, load_speaker, stop_ids
-from tuneyard.runners.results import write_texts
+from tuneyard.runners.results import measures_files, write_texts
 from tuneyard.runners.rows import Conversation, read_conversations
 from tuneyard.runners.similarity import check_packages
 from tuneyard.specs.evaluate import evaluate_clashes
@@ -128,11 +127,6 @@ def losses_on(
     return {"eval_loss": loss} | {f"eval_{name}": value for name, value in measures.items()}
 
 
-def as_json(values: dict[str, float]) -> str:
-    """As LLaMA-Factory writes measures."""
-    return json.dumps(values, indent=4, sort_keys=True) + "\n"
-
-
 def publish(
     attempt: Attempt,
     arguments: EvaluateArguments,
@@ -145,8 +139,7 @@ def publish(
     values = measured["eval"] | measured["predict"]
     attempt.events.metric(0, **values)
     aside = attempt.fresh_aside()
-    results = {f"{name}_results.json": as_json(each) for name, each in measured.items() if each}
-    write_texts(aside, said | results | {"all_results.json": as_json(values)})
+    write_texts(aside, said | measures_files(measured))
     meta: dict[str, Any] = {"kind": "results", "inputs": dict(attempt.spec.input_ids)}
     if arguments.generates:
         meta["settings"] = asdict(settings)

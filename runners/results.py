@@ -1,4 +1,4 @@
-"""What an inference job has answered so far: kept, taken up again, written in order."""
+"""What jobs answered and measured, as files; of an inference job also what it has so far."""
 
 import hashlib
 import json
@@ -63,6 +63,18 @@ def write_results(path: Path, results: Results) -> None:
 def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """One object a line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def measures_files(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """NAME_results.json of each group that has measures, and all_results.json of all of them.
+
+    As transformers writes them: sorted, four spaces in.
+    """
+    groups = {f"{name}_results.json": dict(values) for name, values in measured.items() if values}
+    groups["all_results.json"] = {name: v for each in groups.values() for name, v in each.items()}
+    return {
+        name: json.dumps(values, indent=4, sort_keys=True) + "\n" for name, values in groups.items()
+    }
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:

@@ -25,6 +25,7 @@ import yaml
 
 from tuneyard.runners.asked import Asked, adapter_names
 from tuneyard.runners.attempt import Attempt, library_versions
+from tuneyard.runners.results import measures_files, write_texts
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.predicting import idle_settings
 from tuneyard.specs.rewards import ONLINE
@@ -36,13 +37,12 @@ if TYPE_CHECKING:
     from tuneyard.runners.training import Trainer
 
 STATE_FILE = "trainer_state.json"
-ALL_RESULTS_FILE = "all_results.json"
 ARGUMENTS_FILE = "training_args.yaml"
 PLOT_FILE = "training_loss.png"
 RUN_FILES = frozenset(
     {
         "trainer_log.jsonl", "train_results.json", "eval_results.json", STATE_FILE,
-        ALL_RESULTS_FILE, ARGUMENTS_FILE, PLOT_FILE, REPRODUCTION_FILE, "predict_results.json",
+        "all_results.json", ARGUMENTS_FILE, PLOT_FILE, REPRODUCTION_FILE, "predict_results.json",
         "generated_predictions.jsonl", "watch_prompts.jsonl",
     }
 )  # fmt: skip
@@ -66,11 +66,7 @@ def write_run_files(
     found = _results(trainer) | {"predict": {}}
     for name, value in measured.items():
         found[name.partition("_")[0]][name] = value
-    results = {name: values for name, values in found.items() if values}
-    for name, values in results.items():
-        _write_json(folder / f"{name}_results.json", values)
-    together = {name: value for values in results.values() for name, value in values.items()}
-    _write_json(folder / ALL_RESULTS_FILE, together)
+    write_texts(folder, measures_files(found))
     _write_json(folder / STATE_FILE, trainer_state(asked, trainer))
     _write_json(folder / REPRODUCTION_FILE, reproduction(asked, attempt, trainer.run["platform"]))
     arguments = yaml.safe_dump(effective_arguments(asked, attempt), allow_unicode=True)
