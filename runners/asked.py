@@ -49,7 +49,7 @@ def read_asked(attempt: Attempt) -> Asked:
         ids = [attempt.spec.input_ids.get(name) or name for name in named]
         arguments = arguments.model_copy(update={"adapter": ids})
     for clash in [
-        *tuning_clashes(arguments, arguments.stage),
+        *tuning_clashes(arguments),
         *optimizer_clashes(arguments),
         *predicting_clashes(
             arguments, stage=arguments.stage, held_out=has_held_out(attempt, arguments)

@@ -48,7 +48,7 @@ def clashes_of(spec: Spec) -> list[InputError]:
         found += [*optimizer_clashes(spec), *smoothing_clashes(spec), *best_model_clashes(spec)]
         found += [*preference_clashes(spec, spec.stage), *reward_clashes(spec)]
         found += tracking_clashes(spec)
-        found += tuning_clashes(spec, spec.stage)
+        found += tuning_clashes(spec)
         if spec.packing and spec.packs_rows and not spec.neat_packing:
             found += _joined(spec)
         if spec.max_steps == 0:

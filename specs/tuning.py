@@ -1,7 +1,7 @@
 """Which parameters of a base learn, in which number format, and from where they begin."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
@@ -9,6 +9,9 @@ from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import AdapterRef, Spec, Words, given, refusal
 from tuneyard.specs.numbers import Share
 from tuneyard.specs.problems import problem
+
+if TYPE_CHECKING:
+    from tuneyard.specs.finetune import FinetuneSpec
 
 WHOLE = frozenset({"full", "freeze"})
 """Types of tuning that change the base's own weights, so that a whole model comes of them."""
@@ -225,7 +228,7 @@ def idle_fields(spec: TuningFields) -> list[str]:
     return idle
 
 
-def tuning_clashes(spec: TuningFields, stage: str) -> Iterator[InputError]:
+def tuning_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
     """Combinations that cannot work, as LLaMA-Factory and peft refuse them at start."""
     kind = spec.finetuning_type
     for name, types in _ONLY.items():
@@ -234,6 +237,13 @@ def tuning_clashes(spec: TuningFields, stage: str) -> Iterator[InputError]:
             yield problem("conflicting_fields", message, name, _mend(name, kind, types))
     yield from _quantised(spec)
     yield from _begun(spec)
+    yield from _of_stage(spec)
+    yield from _sizes(spec)
+
+
+def _of_stage(spec: "FinetuneSpec") -> Iterator[InputError]:
+    """What a stage cannot learn by."""
+    kind, stage = spec.finetuning_type, spec.stage
     if kind in PROMPTS and stage not in ("sft", "pt"):
         message = f"{kind} learns answers or texts, and stage {stage} compares."
         yield problem("conflicting_fields", message, "finetuning_type", "lora")
@@ -244,9 +254,14 @@ def tuning_clashes(spec: TuningFields, stage: str) -> Iterator[InputError]:
     if kind in WHOLE and stage == "rm":
         message = "A reward model is an adapter with a head over its base."
         yield problem("conflicting_fields", message, "finetuning_type", "lora")
-    if spec.pissa_init and stage in ("dpo", "kto"):
+    if spec.pissa_init and spec.compares:
         message = "pissa_init takes a part out of the base, which is what answers are compared with"
         yield problem("conflicting_fields", f"{message}.", "pissa_init", "leave it out")
+
+
+def _sizes(spec: TuningFields) -> Iterator[InputError]:
+    """Numbers and choices of one type of tuning that leave nothing to learn, or fit ill."""
+    kind = spec.finetuning_type
     if spec.create_new_adapter and spec.adapter is None:
         message, hint = "create_new_adapter lies over nothing.", "leave it out, or name an adapter"
         yield problem("missing_field", message, "adapter", hint)

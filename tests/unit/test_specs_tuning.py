@@ -142,6 +142,14 @@ def test_combinations_that_cannot_work_are_refused_with_the_mend(
     assert said in found[2]
 
 
+def test_a_base_that_pissa_changes_is_no_reference_and_learns_where_none_is_asked() -> None:
+    drawn = {"reward_funcs": ["json_valid"], "pissa_init": True}
+    for more in ({"stage": "rloo"}, {"stage": "grpo", "beta": 0.04}):
+        assert refused(**drawn, **more)[:2] == ("pissa_init", "conflicting_fields")
+    assert tuned(**drawn, stage="grpo").pissa_init
+    assert tuned(stage="dpo", pref_loss="orpo", pissa_init=True).pissa_init
+
+
 def test_adapters_are_named_in_a_list_or_with_commas() -> None:
     for named in ("a, b", ["a", "b"]):
         spec = tuned(adapter_name_or_path=named)
