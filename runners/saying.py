@@ -53,6 +53,7 @@ class Saying:
             )
             trainer.watch = Watch(arguments.watch_prompts, encoded, self._speaker).answer
         self._questions = self._read_questions(chat, rows) if arguments.generates else []
+        trainer.keeps_last = bool(self._questions)
 
     def _read_questions(self, chat: Chat, useful: int) -> list[Exchange]:
         arguments = self._asked.arguments

@@ -127,7 +127,7 @@ class Trainer:
     run: what a resumed run must agree with, and what it runs on; base_id: what files call the base;
     ranking: which evaluation is the best; resumed: the checkpoint that the run began from;
     shared: the model keeps sequences apart that stand in one row; watch: given a step, what the
-    model says then.
+    model says then; keeps_last: the last step is saved before the model of a better one is taken.
     """
 
     running: Running
@@ -146,6 +146,7 @@ class Trainer:
     draw: Draw | None = None
     watch: Callable[[int], list[dict[str, Any]]] | None = None
     shared: bool = False
+    keeps_last: bool = False
 
     def __post_init__(self) -> None:
         self.durations: deque[float] = deque(maxlen=20)
@@ -206,6 +207,8 @@ class Trainer:
         folder = best_folder(self.at, self.workdir, self.resumed)
         if folder is None:
             raise FileNotFoundError(f"The checkpoint of step {self.at.best_step} is gone.")
+        if self.keeps_last:
+            self.save()
         verify_folder(folder)
         restore_learned(self.running.model, folder)
         self.loaded_step = self.at.best_step

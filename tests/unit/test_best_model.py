@@ -114,6 +114,14 @@ def test_the_best_is_kept_as_soon_as_it_is_measured(tune):
         assert read_manifest(ran.workdir / event["path"])["rank"] == losses[event["step"]]
 
 
+def test_what_is_kept_before_held_out_rows_are_answered_is_the_last_step_and_not_the_best(tune):
+    predicting = {"do_predict": True, "predict_with_generate": True, "max_new_tokens": 2}
+    ran = tune(**predicting, load_best_model_at_end=True, save_strategy="best")
+    kept = max((ran.workdir / "checkpoints").glob("step-*"), key=lambda f: int(f.name[5:]))
+    assert result(ran)["loaded_step"] < int(kept.name[5:]) == 10
+    assert not same_adapter(ran, kept)
+
+
 def test_a_run_ends_when_patience_does_and_is_a_success_that_says_so(tune):
     ran = tune(early_stopping_steps=3)
     step = best_of(ran)
