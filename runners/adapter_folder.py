@@ -22,7 +22,7 @@ from tuneyard.specs.runner import TUNEYARD_FILE
 from tuneyard.store.folder import manifest_digest, publish_folder, read_manifest
 
 
-def publish_adapter(
+def publish_tuned(
     asked: Asked,
     attempt: Attempt,
     chat: Chat,
@@ -56,7 +56,14 @@ def publish_adapter(
     (aside / TUNEYARD_FILE).write_text(text + "\n", encoding="utf-8")
     manifest = publish_folder(aside, attempt.output, meta)
     digests = {entry["path"]: entry["sha256"] for entry in manifest["files"]}
-    values = {
+    values = {**came_to(trainer, digests), **(measured or {})}
+    attempt.events.emit("result", values={k: v for k, v in values.items() if v is not None})
+
+
+def came_to(trainer: Trainer, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What the ``result`` event says of a run; None: there was no such thing."""
+    position = trainer.at
+    return {
         "loss": position.loss_sum / max(1, position.step),
         "steps": position.step,
         "tokens": position.tokens,
@@ -70,9 +77,7 @@ def publish_adapter(
         "last_loss": next(
             (line["loss"] for line in reversed(position.log) if "loss" in line), None
         ),
-        **(measured or {}),
     }
-    attempt.events.emit("result", values={k: v for k, v in values.items() if v is not None})
 
 
 def copy_tokenizer(model: Path, folder: Path, chat: Chat) -> None:

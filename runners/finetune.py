@@ -21,7 +21,7 @@ def finetune(attempt: Attempt) -> None:
     attempt.events.emit("phase", phase="loading")
     make_ready(attempt.device)
     # Not before the data are known to be good: torch and transformers take seconds to import.
-    from tuneyard.runners.adapter_folder import publish_adapter
+    from tuneyard.runners.adapter_folder import publish_tuned
     from tuneyard.runners.assembly import build_trainer
     from tuneyard.runners.saying import Saying
     from tuneyard.runners.tracking import tracked
@@ -40,7 +40,7 @@ def finetune(attempt: Attempt) -> None:
         predictions = saying.predict()
     beside = saying.files(predictions)
     measured = predictions.values(saying.prefix) if predictions else {}
-    publish_adapter(asked, attempt, chat, trainer, beside=beside, measured=measured)
+    publish_tuned(asked, attempt, chat, trainer, beside=beside, measured=measured)
 
 
 if __name__ == "__main__":
