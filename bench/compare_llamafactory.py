@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -94,9 +95,13 @@ class Place:
     models: dict[str, Path] = field(default_factory=dict)
 
     def model(self, name: str) -> Path:
-        """smollm2: the real one; tiny: random weights with its tokenizer and all marks."""
+        """smollm2: the real one; tiny: random weights with its tokenizer and all marks.
+
+        padded: the same with padding that is not eos.
+        """
         if name not in self.models:
-            self.models[name] = {"smollm2": a_real_model, "tiny": a_tiny_model}[name](self)
+            made = {"smollm2": a_real_model, "tiny": a_tiny_model, "padded": a_padded_model}
+            self.models[name] = made[name](self)
         return self.models[name]
 
     def theirs(self, what: str, work: Mapping[str, Any]) -> Any:
@@ -195,6 +200,16 @@ def a_tiny_model(place: Place) -> Path:
     return folder
 
 
+def a_padded_model(place: Place) -> Path:
+    """Where padding is eos LLaMA-Factory masks the ends of texts (stage pt), by their id."""
+    folder = place.folder / "padded"
+    shutil.copytree(place.model("tiny"), folder)
+    config = folder / "tokenizer_config.json"
+    said = json.loads(config.read_text()) | {"pad_token": "<|endoftext|>"}
+    config.write_text(json.dumps(said))
+    return folder
+
+
 def runner(module: str, workdir: Path, **spec: Any) -> list[dict[str, Any]]:
     """Run one of ours in a new folder; returns its events."""
     workdir.mkdir(parents=True)
@@ -289,19 +304,24 @@ def first_difference(
     return "\n".join(shown)
 
 
+LOSSES = (
+    ("alpaca_zh_demo", 4, 1),
+    ("alpaca_zh_demo", 1, 4),
+    ("glaive_toolcall_en_demo", 2, 4),
+    ("dpo_en_demo", 2, 1),
+    ("dpo_en_demo", 1, 4),
+    ("kto_en_demo", 4, 1),
+    ("c4_demo", 2, 1),
+    ("c4_demo", 1, 4),
+)
+"""Data set, rows of a batch, batches of a step."""
+
+
 def compare_losses(place: Place, asked: argparse.Namespace) -> bool:
     """20 steps of both sides from one adapter."""
     adapter = an_adapter(place)
     near = True
-    for dataset, rows, groups in (
-        ("alpaca_zh_demo", 4, 1),
-        ("alpaca_zh_demo", 1, 4),
-        ("glaive_toolcall_en_demo", 2, 4),
-        ("dpo_en_demo", 2, 1),
-        ("dpo_en_demo", 1, 4),
-        ("kto_en_demo", 4, 1),
-        ("c4_demo", 2, 1),
-    ):
+    for dataset, rows, groups in LOSSES:
         said = {
             "template": "smollm2",
             "cutoff_len": 128,
@@ -313,9 +333,13 @@ def compare_losses(place: Place, asked: argparse.Namespace) -> bool:
             "disable_shuffling": True,
             "lora_dropout": 0.0,
         }
-        given = place.arguments("tiny", dataset, **said, adapter_name_or_path=str(adapter))
+        model = "padded" if STAGES.get(dataset) == "pt" else "tiny"
+        given = place.arguments(model, dataset, **said, adapter_name_or_path=str(adapter))
         theirs = [log["loss"] for log in place.theirs("train", {"runs": [given]})["logs"]]
-        ours = losses_of(our_run(place, "tiny", dataset, said, adapter=str(adapter)))
+        if model == "padded":
+            # Their sum is divided by a block's tokens, of which the first is nobody's target.
+            theirs = [loss * said["cutoff_len"] / (said["cutoff_len"] - 1) for loss in theirs]
+        ours = losses_of(our_run(place, model, dataset, said, adapter=str(adapter)))
         apart = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs[:STEPS], strict=True))
         near &= apart <= BOUND
         print(
@@ -354,13 +378,14 @@ def our_run(
 ) -> list[dict[str, Any]]:
     """The events of our runner on the same rows."""
     workdir = place.folder / f"ours-{len(list(place.folder.glob('ours-*')))}"
-    file = place.data / SETS[dataset]["file_name"]
+    file, stage = place.data / SETS[dataset]["file_name"], STAGES.get(dataset, "sft")
+    compared = {"reference": "base"} if stage in ("dpo", "kto") else {}
     return runner(
         "finetune",
         workdir,
         inputs={"model": str(place.model(model)), "dataset": str(file), **inputs},
         seed=42,
-        arguments={"stage": STAGES.get(dataset, "sft"), "precision": "fp32", **said},
+        arguments={"stage": stage, "precision": "fp32", **compared, **said},
     )
 
 
