@@ -7,8 +7,9 @@
 FOLDER has the files of SETS as LLaMA-Factory publishes them. tokens: what each side makes of the
 first rows, by stage, template and cutoff_len. losses: a tiny random Llama with SmolLM2's tokenizer
 in fp32, both sides from one saved adapter, 20 steps at accumulation 1 and 4, rows in their order.
-times: SmolLM2-135M-Instruct in fp32, each side alone, in turn; start-up is from the process to the
-first step. Ends with 1 where tokens differ or a loss is more than 1e-3 away; times have no bound.
+times: SmolLM2-135M-Instruct in bf16, which both sides choose by themselves, each alone, in turn;
+start-up is from the process to the first step. Ends with 1 where tokens differ or a loss is more
+than 1e-3 away; times have no bound.
 """
 
 import argparse
@@ -374,7 +375,13 @@ def an_adapter(place: Place) -> Path:
 
 
 def our_run(
-    place: Place, model: str, dataset: str, said: Mapping[str, Any], **inputs: str
+    place: Place,
+    model: str,
+    dataset: str,
+    said: Mapping[str, Any],
+    *,
+    precision: str = "fp32",
+    **inputs: str,
 ) -> list[dict[str, Any]]:
     """The events of our runner on the same rows."""
     workdir = place.folder / f"ours-{len(list(place.folder.glob('ours-*')))}"
@@ -385,7 +392,7 @@ def our_run(
         workdir,
         inputs={"model": str(place.model(model)), "dataset": str(file), **inputs},
         seed=42,
-        arguments={"stage": stage, "precision": "fp32", **compared, **said},
+        arguments={"stage": stage, "precision": precision, **compared, **said},
     )
 
 
@@ -415,7 +422,7 @@ def compare_times(place: Place, asked: argparse.Namespace) -> bool:
         )
         theirs = clock["began"][0] - began, mean_step(clock["ended"])
         began = time.monotonic()
-        events = our_run(place, "smollm2", "alpaca_zh_demo", said)
+        events = our_run(place, "smollm2", "alpaca_zh_demo", said, precision="auto")
         done = [e["t_mono"] for e in events if e["type"] == "progress" and e["unit"] == "steps"]
         pairs.append((done[0] - began, mean_step(done[1:]), *theirs))
         print(

@@ -124,8 +124,8 @@ BREAKS = (
         "the loss is a mean of the groups' means, not of all tokens of the step",
         "runners/training.py",
         "parts.append(self._backward(batch, units))",
-        "own = sum(map(self.objective.units, examples[start : start + size]))\n"
-        "            parts.append(self._backward(batch, own * -(-len(examples) // size)))",
+        "own = sum(map(self.objective.units, group)) * len(self._groups(examples))\n"
+        "            parts.append(self._backward(batch, own))",
         f"{TRAINING}::test_accumulation_changes_nothing_but_the_size_of_groups",
     ),
     Break(
@@ -189,12 +189,11 @@ BREAKS = (
         f"{PACKING}::test_a_shared_row_gives_the_losses_and_gradients_of_rows_of_their_own",
     ),
     Break(
-        "positions go on from one example of a row to the next",
+        "positions go on from one example of a pack to the next",
         "runners/batches.py",
-        "        places=places,\n        spans=spans,\n        positions=(following[0]",
-        "        places=torch.arange(ids.shape[1])[None],\n"
-        "        spans=spans,\n        positions=(following[0]",
-        f"{PACKING}::test_a_shared_row_gives_the_losses_and_gradients_of_rows_of_their_own",
+        "[[i for each in s for i in range(len(each.ids))] for s in sequences]",
+        "[[*range(_length(s))] for s in sequences]",
+        f"{PACKING}::test_rows_of_a_pack_see_each_other_unless_it_is_neat",
     ),
     Break(
         "the first token of an example in a pack is the target of the one before",
