@@ -184,7 +184,7 @@ def walk(losses: list[tuple[float, float]]) -> Callable[[Attempt], None]:
 def loss_ahead(trainer: Trainer, consumed: int) -> float:
     """The loss of the rows that come next, as a step has it."""
     size = trainer.plan.rows_per_batch
-    rows = trainer.data.order.take(consumed, size * trainer.plan.batches_per_step)
+    rows = trainer.data.order.take(consumed, trainer.plan.rows_per_step)
     items = [trainer.data.examples[i] for i in rows]
     total = 0.0
     for start in range(0, len(items), size):

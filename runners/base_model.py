@@ -76,14 +76,18 @@ def load_class(config: Mapping[str, Any], *, scoring: bool = False) -> Any:
     return found
 
 
-def attention_of(config: Mapping[str, Any]) -> str:
+def attention_of(config: Mapping[str, Any], *, scoring: bool = False) -> str:
     """torch's fused attention, or the family's own where that one leaves out a part of it.
 
     Soft caps on the scores and learned sinks: some versions of transformers drop them silently.
     """
-    if config.get("attn_logit_softcapping") or not load_class(config)._supports_sdpa:
+    if config.get("attn_logit_softcapping") or not _supports_sdpa(config, scoring):
         return "eager"
     return "sdpa"
+
+
+def _supports_sdpa(config: Mapping[str, Any], scoring: bool) -> bool:
+    return bool(load_class(config, scoring=scoring)._supports_sdpa)
 
 
 def load_weights(
@@ -108,7 +112,7 @@ def load_weights(
     model = load_class(config, scoring=scoring).from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation=attention_of(config),
+        attn_implementation=attention_of(config, scoring=scoring),
         local_files_only=True,
         use_safetensors=True,
         **more,

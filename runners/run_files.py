@@ -27,6 +27,7 @@ from tuneyard.runners.asked import Asked, adapter_names
 from tuneyard.runners.attempt import Attempt, library_versions
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.predicting import idle_settings
+from tuneyard.specs.rewards import ONLINE
 from tuneyard.specs.runner import REPRODUCTION_FILE
 from tuneyard.specs.tuning import idle_fields
 from tuneyard.store.folder import manifest_digest, read_manifest
@@ -146,6 +147,10 @@ def effective_arguments(asked: Asked, attempt: Attempt) -> dict[str, Any]:
     said = arguments.of_the_runner() | {"seed": asked.seed}
     if "lora_alpha" in fields:
         said["lora_alpha"] = arguments.alpha
+    if arguments.stage in ONLINE:
+        fields.add("temperature")
+        said |= {"num_generations": arguments.generations, "beta": arguments.distance_weight}
+        said["temperature"] = arguments.drawn_at
     inputs = {name: shown for name, shown in ids.items() if name in fields - {"model"}}
     if adapters := [ids[name] for name in adapter_names(ids)]:
         inputs["adapter_name_or_path"] = ",".join(adapters)

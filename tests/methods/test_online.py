@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.attempts_by_hand import Ran, run_here, start_runner, wait_for_event
@@ -315,7 +316,9 @@ def test_what_scores_nothing_is_refused(tune, base, tmp_path):
 
 
 def test_the_adapter_says_what_trained_it(tune):
-    ran = tune(max_steps=1)
+    ran = tune(max_steps=1, temperature=0.7)
+    applied = yaml.safe_load((ran.workdir / "output" / "training_args.yaml").read_text())
+    assert (applied["temperature"], applied["num_generations"], applied["beta"]) == (0.7, 8, 0.0)
     about = json.loads((ran.workdir / "output" / "tuneyard.json").read_text())
     assert about["arguments"]["stage"] == "grpo"
     assert about["arguments"]["reward_funcs"][0]["name"] == "regex"

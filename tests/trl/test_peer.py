@@ -18,13 +18,14 @@ from support.online import SHORT
 from support.tiny_models import a_dataset, a_tiny_base
 from transformers import LlamaForCausalLM
 
-from tuneyard.runners.adapter import add_adapter, save_adapter
+from tuneyard.runners.adapter import add_adapter
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.base_model import load_tokenizer
 from tuneyard.runners.chat import chat_of
 from tuneyard.runners.examples import IGNORED
 from tuneyard.runners.finetune import finetune
 from tuneyard.runners.judges import Functions
+from tuneyard.runners.learned import save_adapter
 from tuneyard.runners.precision import Precision
 from tuneyard.runners.rollouts import Rollouts
 
