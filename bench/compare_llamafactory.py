@@ -1,6 +1,6 @@
 """The same data, adapter and arguments through LLaMA-Factory 0.9.5 and through our runners.
 
-    make compare-llamafactory DATA=FOLDER [ASKED="--only losses --rounds 5"]
+    DATA=FOLDER [ASKED="--only losses"] make compare-llamafactory
     python -P bench/compare_llamafactory.py --python ITS_PYTHON --data FOLDER
         [--only tokens losses times] [--rows 200] [--rounds 3]
 
