@@ -44,7 +44,7 @@ format: setup ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 unit: setup ## tests with nothing up
-	$(BIN)/pytest $(PARALLEL) tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) tests/unit
 
 integration: setup ## tests on real PostgreSQL and Valkey
 	$(BIN)/pytest $(PARALLEL) tests/integration
