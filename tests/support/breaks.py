@@ -177,8 +177,8 @@ BREAKS = (
     Break(
         "examples that share a row see one another",
         "runners/attention.py",
-        "    bounds = list(zip([0, *ends], ends, strict=False))\n",
-        "    bounds = [(0, ends[-1])]\n",
+        "    return Segments(bounds, [_mask_between(plain, asked, *each) for each in bounds])\n",
+        "    return Segments([(0, ends[-1])], [None])\n",
         f"{PACKING}::test_a_shared_row_gives_the_losses_and_gradients_of_rows_of_their_own",
     ),
     Break(
