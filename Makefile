@@ -44,7 +44,7 @@ format: setup ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 unit: setup ## tests with nothing up
-	$(BIN)/pytest $(PARALLEL) tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) tests/unit
 
 integration: setup ## tests on real PostgreSQL and Valkey
 	$(BIN)/pytest $(PARALLEL) tests/integration
@@ -85,7 +85,7 @@ $(TRANSFORMERS4)/.installed:
 	@touch $@
 
 compare-llamafactory: setup $(LLAMAFACTORY)/.installed ## tokens, losses and times beside LLaMA-Factory's: DATA=its data folder
-	@test -d "$(DATA)" || { echo "name the folder of its data sets: make $@ DATA=FOLDER" >&2; exit 2; }
+	@test -d "$(DATA)" || { echo "name the folder of its data sets: DATA=FOLDER make $@" >&2; exit 2; }
 	$(BIN)/python bench/compare_llamafactory.py --python $(LLAMAFACTORY)/bin/python --data "$(DATA)" $(ASKED)
 
 $(LLAMAFACTORY)/.installed: bench/llamafactory.txt

@@ -1,20 +1,22 @@
 """The same data, adapter and arguments through LLaMA-Factory 0.9.5 and through our runners.
 
-    make compare-llamafactory DATA=FOLDER [ASKED="--only losses --rounds 5"]
+    DATA=FOLDER [ASKED="--only losses"] make compare-llamafactory
     python -P bench/compare_llamafactory.py --python ITS_PYTHON --data FOLDER
         [--only tokens losses times] [--rows 200] [--rounds 3]
 
 FOLDER has the files of SETS as LLaMA-Factory publishes them. tokens: what each side makes of the
 first rows, by stage, template and cutoff_len. losses: a tiny random Llama with SmolLM2's tokenizer
 in fp32, both sides from one saved adapter, 20 steps at accumulation 1 and 4, rows in their order.
-times: SmolLM2-135M-Instruct in fp32, each side alone, in turn; start-up is from the process to the
-first step. Ends with 1 where tokens differ or a loss is more than 1e-3 away; times have no bound.
+times: SmolLM2-135M-Instruct in bf16, which both sides choose by themselves, each alone, in turn;
+start-up is from the process to the first step. Ends with 1 where tokens differ or a loss is more
+than 1e-3 away; times have no bound.
 """
 
 import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -94,9 +96,13 @@ class Place:
     models: dict[str, Path] = field(default_factory=dict)
 
     def model(self, name: str) -> Path:
-        """smollm2: the real one; tiny: random weights with its tokenizer and all marks."""
+        """smollm2: the real one; tiny: random weights with its tokenizer and all marks.
+
+        padded: the same with padding that is not eos.
+        """
         if name not in self.models:
-            self.models[name] = {"smollm2": a_real_model, "tiny": a_tiny_model}[name](self)
+            made = {"smollm2": a_real_model, "tiny": a_tiny_model, "padded": a_padded_model}
+            self.models[name] = made[name](self)
         return self.models[name]
 
     def theirs(self, what: str, work: Mapping[str, Any]) -> Any:
@@ -195,6 +201,16 @@ def a_tiny_model(place: Place) -> Path:
     return folder
 
 
+def a_padded_model(place: Place) -> Path:
+    """Where padding is eos LLaMA-Factory masks the ends of texts (stage pt), by their id."""
+    folder = place.folder / "padded"
+    shutil.copytree(place.model("tiny"), folder)
+    config = folder / "tokenizer_config.json"
+    said = json.loads(config.read_text()) | {"pad_token": "<|endoftext|>"}
+    config.write_text(json.dumps(said))
+    return folder
+
+
 def runner(module: str, workdir: Path, **spec: Any) -> list[dict[str, Any]]:
     """Run one of ours in a new folder; returns its events."""
     workdir.mkdir(parents=True)
@@ -289,19 +305,24 @@ def first_difference(
     return "\n".join(shown)
 
 
+LOSSES = (
+    ("alpaca_zh_demo", 4, 1),
+    ("alpaca_zh_demo", 1, 4),
+    ("glaive_toolcall_en_demo", 2, 4),
+    ("dpo_en_demo", 2, 1),
+    ("dpo_en_demo", 1, 4),
+    ("kto_en_demo", 4, 1),
+    ("c4_demo", 2, 1),
+    ("c4_demo", 1, 4),
+)
+"""Data set, rows of a batch, batches of a step."""
+
+
 def compare_losses(place: Place, asked: argparse.Namespace) -> bool:
     """20 steps of both sides from one adapter."""
     adapter = an_adapter(place)
     near = True
-    for dataset, rows, groups in (
-        ("alpaca_zh_demo", 4, 1),
-        ("alpaca_zh_demo", 1, 4),
-        ("glaive_toolcall_en_demo", 2, 4),
-        ("dpo_en_demo", 2, 1),
-        ("dpo_en_demo", 1, 4),
-        ("kto_en_demo", 4, 1),
-        ("c4_demo", 2, 1),
-    ):
+    for dataset, rows, groups in LOSSES:
         said = {
             "template": "smollm2",
             "cutoff_len": 128,
@@ -313,9 +334,13 @@ def compare_losses(place: Place, asked: argparse.Namespace) -> bool:
             "disable_shuffling": True,
             "lora_dropout": 0.0,
         }
-        given = place.arguments("tiny", dataset, **said, adapter_name_or_path=str(adapter))
+        model = "padded" if STAGES.get(dataset) == "pt" else "tiny"
+        given = place.arguments(model, dataset, **said, adapter_name_or_path=str(adapter))
         theirs = [log["loss"] for log in place.theirs("train", {"runs": [given]})["logs"]]
-        ours = losses_of(our_run(place, "tiny", dataset, said, adapter=str(adapter)))
+        if model == "padded":
+            # Their sum is divided by a block's tokens, of which the first is nobody's target.
+            theirs = [loss * said["cutoff_len"] / (said["cutoff_len"] - 1) for loss in theirs]
+        ours = losses_of(our_run(place, model, dataset, said, adapter=str(adapter)))
         apart = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs[:STEPS], strict=True))
         near &= apart <= BOUND
         print(
@@ -350,17 +375,24 @@ def an_adapter(place: Place) -> Path:
 
 
 def our_run(
-    place: Place, model: str, dataset: str, said: Mapping[str, Any], **inputs: str
+    place: Place,
+    model: str,
+    dataset: str,
+    said: Mapping[str, Any],
+    *,
+    precision: str = "fp32",
+    **inputs: str,
 ) -> list[dict[str, Any]]:
     """The events of our runner on the same rows."""
     workdir = place.folder / f"ours-{len(list(place.folder.glob('ours-*')))}"
-    file = place.data / SETS[dataset]["file_name"]
+    file, stage = place.data / SETS[dataset]["file_name"], STAGES.get(dataset, "sft")
+    compared = {"reference": "base"} if stage in ("dpo", "kto") else {}
     return runner(
         "finetune",
         workdir,
         inputs={"model": str(place.model(model)), "dataset": str(file), **inputs},
         seed=42,
-        arguments={"stage": STAGES.get(dataset, "sft"), "precision": "fp32", **said},
+        arguments={"stage": stage, "precision": precision, **compared, **said},
     )
 
 
@@ -390,7 +422,7 @@ def compare_times(place: Place, asked: argparse.Namespace) -> bool:
         )
         theirs = clock["began"][0] - began, mean_step(clock["ended"])
         began = time.monotonic()
-        events = our_run(place, "smollm2", "alpaca_zh_demo", said)
+        events = our_run(place, "smollm2", "alpaca_zh_demo", said, precision="auto")
         done = [e["t_mono"] for e in events if e["type"] == "progress" and e["unit"] == "steps"]
         pairs.append((done[0] - began, mean_step(done[1:]), *theirs))
         print(

@@ -315,7 +315,7 @@ def test_a_data_set_comes_with_what_can_be_trained_on(tmp_path, hubs, runners, h
         "load.py": b"raise SystemExit",
         "alpaca_zh.json": ALPACA,
         "data/more.csv": b"instruction,output\nhi,there\n",
-        "data/broken.jsonl": b'{"instruction": "hi"}\n',
+        "data/broken.jsonl": b'{"answer": "hi"}\n',
         "data/rows.parquet": b"PAR1",
     }
     arguments = {"source": f"{hub}:team/rows", "what": "dataset", "cache": str(tmp_path / "c")}

@@ -335,7 +335,7 @@ def test_torch_is_installed_for_runners_alone_and_every_extra_is_known() -> None
     }
     assert extras == {
         "api-packages": [["api", "flower", "s3", "worker"]],
-        "worker-packages": [["s3", "worker"], ["runner"]],
+        "worker-packages": [["s3", "worker"], ["metrics", "runner"]],
     }
     assert {extra for runs in extras.values() for each in runs for extra in each} <= set(known)
     runners_install = installs["worker-packages"][1]

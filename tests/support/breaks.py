@@ -44,8 +44,9 @@ BREAKS = (
     Break(
         "labels are masked by token id: where pad is eos, no end of a turn is learned",
         "runners/batches.py",
-        "        targets=following[:, positions],\n",
-        "        targets=following.masked_fill(following == pad_id, IGNORED)[:, positions],\n",
+        "    positions = (following != IGNORED).any(0).nonzero().flatten()\n",
+        "    following[following == pad_id] = IGNORED\n"
+        "    positions = (following != IGNORED).any(0).nonzero().flatten()\n",
         f"{DATA}::test_labels_are_set_by_position_where_pad_is_eos",
     ),
     Break(
@@ -143,11 +144,12 @@ BREAKS = (
     ),
     Break(
         "each tensor's gradient is clipped by itself",
-        "runners/training.py",
-        "        if not scaler.is_enabled():\n            self._check_finite",
-        "        for parameter in mover.learn.values():\n"
-        "            torch.nn.utils.clip_grad_norm_([parameter], self.plan.max_grad_norm / 10)\n"
-        "        if not scaler.is_enabled():\n            self._check_finite",
+        "runners/mover.py",
+        "            return float(torch.nn.utils.clip_grad_norm_(self.learn.values(), limit))\n",
+        "            norm = float(torch.nn.utils.clip_grad_norm_(self.learn.values(), math.inf))\n"
+        "            for parameter in self.learn.values():\n"
+        "                torch.nn.utils.clip_grad_norm_([parameter], limit / len(found) ** 0.5)\n"
+        "            return norm\n",
         f"{TRAPS}::test_clipping_shrinks_all_gradients_alike_to_the_limit",
     ),
     Break(
@@ -165,27 +167,40 @@ BREAKS = (
         f"{TRAINING}::test_the_last_short_step_of_an_epoch_is_kept",
     ),
     Break(
-        "noise on embeddings has the size of the padded length",
+        "noise on embeddings has the size of the whole row's length",
         "runners/noise.py",
         "read.spans * embedded.shape[-1]",
         "torch.full_like(read.spans, embedded.shape[1]) * embedded.shape[-1]",
-        f"{TRAPS}::test_noise_has_the_size_of_a_rows_own_length",
+        f"{PACKING}::test_noise_is_sized_by_the_example_not_by_the_row",
     ),
-    # Packing
+    # Rows that share a row
     Break(
         "examples that share a row see one another",
         "runners/attention.py",
-        "    bounds = list(zip([0, *ends], ends, strict=False))\n",
-        "    bounds = [(0, ends[-1])]\n",
+        "    return Segments(bounds, [_mask_between(plain, asked, *each) for each in bounds])\n",
+        "    return Segments([(0, ends[-1])], [None])\n",
         f"{PACKING}::test_a_shared_row_gives_the_losses_and_gradients_of_rows_of_their_own",
     ),
     Break(
         "where a window ends is left to the whole row",
         "runners/attention.py",
-        "        return None  # sdpa then takes its own causal way, which is faster\n"
-        "    return mask\n",
-        "        return None\n    return None\n",
+        "which is faster\n    return mask\n",
+        "which is faster\n    return None\n",
         f"{PACKING}::test_a_shared_row_gives_the_losses_and_gradients_of_rows_of_their_own",
+    ),
+    Break(
+        "positions go on from one example of a pack to the next",
+        "runners/batches.py",
+        "[[i for each in s for i in range(len(each.ids))] for s in sequences]",
+        "[[*range(_length(s))] for s in sequences]",
+        f"{PACKING}::test_rows_of_a_pack_see_each_other_unless_it_is_neat",
+    ),
+    Break(
+        "the first token of an example in a pack is the target of the one before",
+        "runners/batches.py",
+        "[[i for each in s for i in (*each.labels[1:], IGNORED)] for s in sequences]",
+        "[[*[i for each in s for i in each.labels][1:], IGNORED] for s in sequences]",
+        f"{PACKING}::test_the_first_token_of_a_row_in_a_pack_is_nobodys_target",
     ),
     # Answers while training
     Break(
@@ -264,17 +279,16 @@ BREAKS = (
     Break(
         "the base is not measured before the first step",
         "runners/training.py",
-        "            step in (0, self.steps) or step %",
-        "            step == self.steps or step > 0 and step %",
+        "step in (0, self.steps) or step % self.eval_every == 0",
+        "step == self.steps or (step > 0 and step % self.eval_every == 0)",
         f"{TRAINING}::test_evaluation_alters_nothing_and_begins_with_the_base",
     ),
     # Preferences
     Break(
         "the reference is the trained model, not its base",
         "runners/reference.py",
-        "        with model.disable_adapter() if self.start is None "
-        "else _put_in(model, self.start):\n",
-        "        if True:\n",
+        "with model.disable_adapter() if self.start is None else _put_in(model, self.start):",
+        "if True:",
         f"{STAGES}::test_the_reference_stays_as_it_was",
     ),
     Break(
@@ -301,15 +315,15 @@ BREAKS = (
     Break(
         "each answer of a pair is cut by itself, so that their questions differ",
         "runners/examples.py",
-        "share(len(asked), max(len(good), len(bad)), cutting.cutoff_len)",
-        "share(len(asked), len(good), cutting.cutoff_len)",
-        f"{STAGES}::test_both_answers_of_a_pair_share_what_is_kept_of_the_question",
+        "answer(asked[:kept], good[:room])",
+        "answer(asked[: share(len(asked), len(good), cutting.cutoff_len)[0]], good[:room])",
+        f"{TRAPS}::test_a_long_answer_shortens_the_question_of_both",
     ),
     Break(
         "a reward is read at the padding's place",
-        "runners/preferences.py",
-        "last_hidden_state.flatten(0, 1)[batch.ends]",
-        "last_hidden_state[:, -1]",
+        "runners/batches.py",
+        "ids.shape[1] + lengths - 1",
+        "ids.shape[1] + ids.shape[1] - 1",
         f"{STAGES}::test_a_score_is_the_heads_at_the_last_token_even_where_that_is_padding_too",
     ),
     # Merging, answering

@@ -148,6 +148,7 @@ def test_the_first_loss_is_the_bases_own(tune, base, dataset):
 def test_accumulation_changes_nothing_but_the_size_of_groups(tune):
     whole = tune(per_device_train_batch_size=4)
     parts = tune(per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert sorted(whole.metric("loss")) == [1, 2, 3]
     for step, loss in whole.metric("loss").items():
         assert parts.metric("loss")[step] == pytest.approx(loss, rel=1e-5)
         assert parts.metric("grad_norm")[step] == pytest.approx(

@@ -16,14 +16,15 @@ from tuneyard.runners.adapter import add_adapter, trained_parameters
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.base_model import load_tokenizer
 from tuneyard.runners.batches import collate
-from tuneyard.runners.chat import DATE, Chat
-from tuneyard.runners.examples import IGNORED, Example
+from tuneyard.runners.chat import DATE, Chat, chat_of
+from tuneyard.runners.examples import IGNORED, Cutting, Example, Pair, encode
 from tuneyard.runners.finetune import finetune
 from tuneyard.runners.layouts import SEAM
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.precision import Precision
-from tuneyard.runners.preferences import Reference
 from tuneyard.runners.reading import Reading, reading
+from tuneyard.runners.reference import Reference
+from tuneyard.runners.rows import read_stage
 from tuneyard.runners.training import Trainer
 from tuneyard.specs.exits import ExitCode
 
@@ -133,6 +134,17 @@ def test_the_reference_is_the_base_without_adapter_noise_or_dropout(base):
     found = Reference().logps(model.train(), batch)
     assert torch.allclose(found, own, atol=1e-5)
     assert model.training
+
+
+def test_a_long_answer_shortens_the_question_of_both(tmp_path, base):
+    row = {"instruction": "q" * 60, "chosen": "yes", "rejected": "n" * 60}
+    path = a_dataset(tmp_path / "pairs.jsonl", [row])
+    chat = chat_of(load_tokenizer(base), template=None, default_system=None)
+    (pair,) = encode(read_stage(path, "dpo"), chat, Cutting(64), stage="dpo").examples
+    assert isinstance(pair, Pair)
+    asked = [e.labels.count(IGNORED) for e in (pair.chosen, pair.rejected)]
+    assert 0 < asked[0] == asked[1] < 60
+    assert len(pair.rejected.ids) == 64
 
 
 def test_a_template_that_prints_the_day_is_given_one_that_does_not_pass(base):
