@@ -45,10 +45,11 @@ BASH = shutil.which("bash") or "/bin/bash"
 STUB = f"""#!{BASH}
 settings=()
 for name in "${{!TUNEYARD_@}}"; do settings+=("$name=${{!name}}"); done
-printf '%s\\0' $# "${{0##*/}}" "$@" "${{settings[@]}}" >> "$RECORDED"
-printf '\\n\\0' >> "$RECORDED"
+printf '%s\\0' $# "${{0##*/}}" "$@" "${{settings[@]}}" > "$RECORDED/$$"
 """
-"""Notes the number of its arguments, its name, they, and the settings; then a line's end."""
+"""Notes the number of its arguments, its name, they, and the settings, in a file of its own: a
+block may start commands side by side.
+"""
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,9 @@ def commands(block: Block) -> tuple[Command, ...]:
         # A file that a real command would have made is not there; all else is a mistake.
         wrong = re.search(r"command not found|unbound variable|syntax error", done.stderr)
         assert wrong is None, f"{block.name}: {done.stderr}"
-        noted = (here / "recorded").read_text().split("\n\0")[:-1]
-    return tuple(_command(block, each.split("\0")[:-1]) for each in noted)
+        files = sorted((here / "recorded").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+        noted = [file.read_text().split("\0")[:-1] for file in files]
+    return tuple(_command(block, each) for each in noted)
 
 
 def _command(block: Block, noted: list[str]) -> Command:
@@ -162,7 +164,7 @@ def _shell(here: Path) -> dict[str, str]:
         (here / "bin" / name).symlink_to(f"/bin/{name}")
     (here / ".venv" / "bin").mkdir(parents=True)
     (here / ".venv" / "bin" / "activate").touch()
-    (here / "recorded").touch()
+    (here / "recorded").mkdir()
     address = {"URL": "http://127.0.0.1:8800/api/v1", "KEY": "ty-key", "JOB": "job_1"}
     return address | {
         "PATH": str(here / "bin"),
