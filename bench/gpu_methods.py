@@ -2,11 +2,12 @@
 
     python -P bench/gpu_methods.py ROWS.json PAIRS.json [--hidden 2048 --layers 16 --heads 16]
 
-Makes a random Llama in bf16 and, by a first fine-tune in fp32, one adapter that lora, qlora and dpo
-go on from. For each method it prints:
+Makes a Llama that has learned the first half of the rows by heart, in bf16, and by a fine-tune in
+fp32 one adapter of the other half that lora, qlora and dpo go on from. For each method it prints:
 
 - the loss of each step of a run in bf16 against the plain recipe's in bf16 (one row at a time,
-  whole logits, the same weights): the greatest relative distance; every tenth step, from fp32;
+  whole logits, the same weights): the greatest relative distance; every tenth step, how far both
+  are from fp32;
 - the gradients of eight rows in bf16 against fp32, the least cosine of a tensor, and that of the
   plain recipe in bf16;
 - steps a second, and the most GPU memory that was reserved;
@@ -50,8 +51,21 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "lora": {},
     "qlora": {"quantization_bit": 4},
     "full": {"finetuning_type": "full", "learning_rate": 1e-5},
-    "dpo": {"stage": "dpo", "reference": "base"},
+    "dpo": {"stage": "dpo", "learning_rate": 5e-6},
 }
+
+
+# What a pair's answers differ by before the first step, by the pair's id().
+Margins = Mapping[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one step: the engine's, the plain recipe's and, of some steps, that in fp32."""
+
+    ours: float
+    plain: float
+    exact: float | None
 
 
 @dataclass(frozen=True)
@@ -88,14 +102,17 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--base-steps", type=int, default=600, help="of the base itself")
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     asked = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), asked.device, asked.steps)
+        learned, rows = halves(asked.rows, Path(folder))
         base = Path(folder, "base")
         write_tiny_llama(base, hidden=asked.hidden, layers=asked.layers, heads=asked.heads)
+        learn_by_heart(bench, base, learned, asked.base_steps)
         print(
             f"{torch.cuda.get_device_name() if asked.device == 'gpu' else 'CPU'}, torch "
             f"{torch.__version__}, base of {_parameters(base) / 1e6:.0f} M parameters"
@@ -103,21 +120,42 @@ def main() -> int:
         start = (
             bench.run(
                 finetune,
-                {"model": base, "dataset": asked.rows},
+                {"model": base, "dataset": rows},
                 precision="fp32",
                 max_steps=30,
                 lora_rank=16,
-                learning_rate=1e-3,
+                learning_rate=2e-4,
                 cutoff_len=512,
             )
             / "output"
         )
         held = [
-            measure(bench, name, base, start, asked.pairs if name == "dpo" else asked.rows)
+            measure(bench, name, base, start, asked.pairs if name == "dpo" else rows)
             for name in asked.methods
         ]
-        held.append(measure_merge(bench, base, start, asked.rows))
+        held.append(measure_merge(bench, base, start, learned))
     return 0 if all(held) else 1
+
+
+def halves(rows: Path, folder: Path) -> tuple[Path, Path]:
+    """The first and the second half of the rows, as files in a folder."""
+    found = json.loads(rows.read_text())
+    paths = folder / "learned.json", folder / "rows.json"
+    for path, half in zip(paths, (found[::2], found[1::2]), strict=True):
+        path.write_text(json.dumps(half))
+    return paths
+
+
+def learn_by_heart(bench: Bench, base: Path, rows: Path, steps: int) -> None:
+    """Let a random base learn rows, so that it is as sure of its words as bases are."""
+    tuned = bench.run(
+        finetune, {"model": base, "dataset": rows}, finetuning_type="full", precision="bf16",
+        max_steps=steps, learning_rate=3e-4, cutoff_len=512, per_device_train_batch_size=8,
+        gradient_accumulation_steps=1, save_strategy="no", warmup_ratio=0.1,
+    )  # fmt: skip
+    loss = metric(tuned, "loss")
+    print(f"base: loss {loss[0]:.4f} -> {loss[-1]:.4f}")
+    load(tuned / "output", torch.bfloat16, "cpu").save_pretrained(base)
 
 
 def measure(bench: Bench, name: str, base: Path, start: Path, data: Path) -> bool:
@@ -134,19 +172,22 @@ def measure(bench: Bench, name: str, base: Path, start: Path, data: Path) -> boo
         found: list[dict[str, torch.Tensor]] = []
         bench.run(look_at(found), inputs, precision=precision, **arguments)
         gradients[precision], plain[precision] = found
-    losses: list[tuple[float, float, float | None]] = []
+    losses: list[StepLoss] = []
     run = bench.run(walk(losses), inputs, precision="bf16", **arguments)
     pace = metric(run, "tokens_per_s")
     memory = metric(run, "gpu_bytes" if bench.device == "gpu" else "rss_bytes")
-    distance = max(abs(ours - other) / abs(other) for ours, other, _ in losses)
-    rounding = max(abs(ours - exact) / abs(exact) for ours, _, exact in losses if exact)
+    distance = max(abs(step.ours - step.plain) / step.plain for step in losses)
+    compared = [(step, step.exact) for step in losses if step.exact is not None]
+    rounding = max(abs(step.ours - exact) / exact for step, exact in compared)
+    plain_rounding = max(abs(step.plain - exact) / exact for step, exact in compared)
     ours = least_cosine(gradients["bf16"], gradients["fp32"])
     theirs = least_cosine(plain["bf16"], plain["fp32"])
     held = distance <= LOSS_BOUND and (ours >= COSINE_BOUND or ours >= theirs)
     print(
-        f"{name}: loss {losses[0][0]:.4f} -> {losses[-1][0]:.4f}, at most {distance:.1e} from the "
-        f"plain recipe over {bench.steps} steps, {rounding:.1e} from fp32; least cosine of a "
-        f"gradient {ours:.6f}, of the plain recipe {theirs:.6f}; "
+        f"{name}: loss {losses[0].ours:.4f} -> {losses[-1].ours:.4f}, at most {distance:.1e} from "
+        f"the plain recipe over {bench.steps} steps, {rounding:.1e} from fp32, the plain recipe "
+        f"{plain_rounding:.1e}; least cosine of a gradient {ours:.6f}, of the plain recipe "
+        f"{theirs:.6f}; "
         f"{sorted(pace)[len(pace) // 2]:,.0f} tokens/s, {max(memory) / 1e9:.1f} GB: "
         f"{'held' if held else 'NOT HELD'}"
     )
@@ -164,11 +205,12 @@ def trainer_of(attempt: Attempt, **changed: Any) -> Trainer:
     return trainer
 
 
-def walk(losses: list[tuple[float, float, float | None]]) -> Callable[[Attempt], None]:
+def walk(losses: list[StepLoss]) -> Callable[[Attempt], None]:
     """Work that takes all steps: each loss, the plain recipe's, and now and then that in fp32."""
 
     def work(attempt: Attempt) -> None:
         trainer, exact = trainer_of(attempt), trainer_of(attempt, precision="fp32")
+        then, exact_then = reference_logps(trainer), reference_logps(exact)
         learning = trained_parameters(exact.running.model)
         for number in range(trainer.plan.steps):
             in_fp32 = None
@@ -176,22 +218,33 @@ def walk(losses: list[tuple[float, float, float | None]]) -> Callable[[Attempt],
                 with torch.no_grad():
                     for name, parameter in trained_parameters(trainer.running.model).items():
                         learning[name].copy_(parameter)
-                in_fp32 = loss_ahead(exact, trainer.at.examples)
-            plain = loss_ahead(trainer, trainer.at.examples)
+                in_fp32 = loss_ahead(exact, trainer.at.examples, exact_then)
+            plain = loss_ahead(trainer, trainer.at.examples, then)
             step = trainer._step()
             trainer._finish(step)
-            losses.append((step.loss, plain, in_fp32))
+            losses.append(StepLoss(step.loss, plain, in_fp32))
 
     return work
 
 
 @torch.no_grad()
-def loss_ahead(trainer: Trainer, consumed: int) -> float:
+def reference_logps(trainer: Trainer) -> Margins:
+    """log p of the chosen answer less that of the rejected one, of each pair, as things start."""
+    with trainer.running.casting():
+        return {
+            id(item): margin(trainer, item)
+            for item in trainer.data.examples
+            if isinstance(item, Pair)
+        }
+
+
+@torch.no_grad()
+def loss_ahead(trainer: Trainer, consumed: int, then: Margins) -> float:
     """The loss of the rows that come next, by the plain recipe."""
     rows = trainer.data.order.take(consumed, trainer.plan.rows_per_step)
     items = [trainer.data.examples[i] for i in rows]
     with trainer.running.casting():
-        total = sum(float(plain_loss(trainer, item)) for item in items)
+        total = sum(float(plain_loss(trainer, item, then)) for item in items)
     return total / sum(map(trainer.objective.units, items))
 
 
@@ -202,12 +255,13 @@ def look_at(found: list[dict[str, torch.Tensor]]) -> Callable[[Attempt], None]:
         trainer = trainer_of(attempt)
         items = list(trainer.data.examples[:8])
         units = sum(map(trainer.objective.units, items))
+        then = reference_logps(trainer)
         for start in (0, 4):
             trainer._backward(collate(items[start : start + 4], trainer.data.pad_id), units)
         found.append(taken_gradients(trainer))
         for item in items:
             with trainer.running.casting():
-                loss = plain_loss(trainer, item)
+                loss = plain_loss(trainer, item, then)
             (loss / units).backward()
         found.append(taken_gradients(trainer))
 
@@ -222,16 +276,18 @@ def taken_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return found
 
 
-def plain_loss(trainer: Trainer, item: Item) -> torch.Tensor:
+def plain_loss(trainer: Trainer, item: Item, then: Margins) -> torch.Tensor:
     """The summed loss of an item as a textbook has it."""
-    model, device = trainer.running.model, trainer.running.device
     if isinstance(item, Example):
-        return -logps(model, item, device).sum()
+        return -logps(trainer.running.model, item, trainer.running.device).sum()
     assert isinstance(item, Pair)
-    now = [logps(model, each, device).sum() for each in (item.chosen, item.rejected)]
-    with torch.no_grad(), model.disable_adapter():
-        then = [logps(model, each, device).sum() for each in (item.chosen, item.rejected)]
-    return -logsigmoid(0.1 * ((now[0] - then[0]) - (now[1] - then[1])))
+    return -logsigmoid(0.1 * (margin(trainer, item) - then[id(item)]))
+
+
+def margin(trainer: Trainer, pair: Pair) -> torch.Tensor:
+    """log p of the chosen answer less that of the rejected one."""
+    model, device = trainer.running.model, trainer.running.device
+    return logps(model, pair.chosen, device).sum() - logps(model, pair.rejected, device).sum()
 
 
 def logps(model: Any, example: Example, device: str) -> torch.Tensor:

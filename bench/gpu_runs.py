@@ -1,10 +1,11 @@
-"""Optimizers and number formats on a GPU: what learns, is skipped, and resumes in the same bits.
+"""Stages, tunings, optimizers, number formats on a GPU: what learns and resumes in the same bits.
 
-    CUBLAS_WORKSPACE_CONFIG=:4096:8 python -P bench/gpu_optimizers.py [--device cpu] [NAME …]
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 python -P bench/gpu_runs.py [--device cpu] [NAME …]
 
 Each case trains a random Llama for eight steps and once more from the checkpoint of step four. It
 prints the loss of the first and of the last step, how many steps fp16's scaler skipped, and whether
-both runs left the same bits. Exit code 1 when one did not learn or resume. Needs torch,
+both runs left the same bits. Exit code 1 when one did not resume, or did not learn; grpo and rloo
+draw other answers at each step, whose losses say nothing of that. Needs torch,
 transformers, peft and the optimizers' packages; one that is not there is named, and its case left
 out; no network.
 """
@@ -27,7 +28,48 @@ from tuneyard.store.folder import read_manifest
 
 FULL = {"finetuning_type": "full", "learning_rate": 1e-3}
 GALORE = {"use_galore": True, "galore_rank": 16, "galore_update_interval": 2}
-CASES: Mapping[str, dict[str, Any]] = {
+ONLINE = {
+    "reward_funcs": [{"name": "contains", "text": "one"}, {"name": "length", "target": 8}],
+    "num_generations": 4, "max_completion_length": 16, "per_device_train_batch_size": 8,
+}  # fmt: skip
+STAGES: Mapping[str, dict[str, Any]] = {
+    "pt": {"stage": "pt"},
+    "rm": {"stage": "rm"},
+    **{f"dpo, {loss}": {"stage": "dpo", "pref_loss": loss, "learning_rate": 1e-3}
+       for loss in ("sigmoid", "hinge", "ipo", "orpo", "simpo")},
+    "dpo, full": {"stage": "dpo", "finetuning_type": "full", "learning_rate": 1e-4},
+    "dpo, 4 bit": {"stage": "dpo", "quantization_bit": 4, "learning_rate": 1e-3},
+    "kto": {"stage": "kto", "learning_rate": 1e-3},
+    "grpo": {"stage": "grpo", **ONLINE, "beta": 0.04},
+    "grpo, several iterations": {"stage": "grpo", **ONLINE, "num_iterations": 2},
+    "rloo": {"stage": "rloo", **ONLINE},
+}  # fmt: skip
+TUNINGS: Mapping[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "lora+": {"loraplus_lr_ratio": 4.0},
+    "pissa": {"pissa_init": True, "pissa_iter": 4},
+    "additional": {"additional_target": "lm_head,norm"},
+    "oft": {"finetuning_type": "oft", "oft_block_size": 8},
+    "adalora": {"finetuning_type": "adalora"},
+    "vera": {"finetuning_type": "vera", "learning_rate": 0.1},
+    "ia3": {"finetuning_type": "ia3", "learning_rate": 0.1},
+    "prefix": {"finetuning_type": "prefix", "num_virtual_tokens": 4, "learning_rate": 0.05},
+    "p_tuning": {"finetuning_type": "p_tuning", "num_virtual_tokens": 4},
+    "prompt_tuning": {
+        "finetuning_type": "prompt_tuning", "num_virtual_tokens": 4, "learning_rate": 0.1,
+    },
+    "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "learning_rate": 1e-3},
+    "4 bit, nf4": {"quantization_bit": 4},
+    "4 bit, fp4": {"quantization_bit": 4, "quantization_type": "fp4"},
+    "8 bit": {"quantization_bit": 8},
+    "4 bit, dora": {"quantization_bit": 4, "use_dora": True},
+    "4 bit, oft": {"quantization_bit": 4, "finetuning_type": "oft", "oft_block_size": 8},
+    "packing": {"packing": True, "cutoff_len": 512},
+    "neftune": {"neftune_noise_alpha": 5.0},
+    "evaluated": {"val_size": 0.25, "eval_steps": 2, "eval_strategy": "steps"},
+}  # fmt: skip
+OPTIMIZERS: Mapping[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "bf16": {"bf16": True},
     "pure_bf16": {"pure_bf16": True},
@@ -56,6 +98,7 @@ CASES: Mapping[str, dict[str, Any]] = {
     "badam": {**FULL, "use_badam": True, "badam_switch_interval": 3, "pure_bf16": True},
     "adam_mini": {**FULL, "use_adam_mini": True},
 }
+CASES = STAGES | TUNINGS | OPTIMIZERS
 
 OVERFLOWING = 2.0**20
 
@@ -85,14 +128,25 @@ def overflowing(precision: Precision) -> torch.amp.GradScaler:
 
 
 def make_inputs(folder: Path, hidden: int) -> dict[str, str]:
-    """A base and rows."""
-    base, rows = folder / "base", folder / "rows.jsonl"
+    """A base and rows: in dataset-STAGE those that a stage needs, in dataset all others'."""
+    base = folder / "base"
     write_tiny_llama(base, hidden=hidden, layers=4)
-    lines = [
+    rows = [
         {"instruction": f"Count to {i}.", "output": "one two " * (1 + i % 5)} for i in range(32)
     ]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return {"model": str(base), "dataset": str(rows)}
+    liked = [
+        {"instruction": row["instruction"], "chosen": row["output"], "rejected": "three, I think"}
+        for row in rows
+    ]
+    labelled = [row | {"kto_tag": i % 2 == 0} for i, row in enumerate(rows)]
+    texts = [{"text": row["instruction"] + row["output"]} for row in rows]
+    inputs = {"model": str(base)}
+    kinds = {"": rows, "-pt": texts, "-rm": liked, "-dpo": liked, "-kto": labelled}
+    for kind, found in kinds.items():
+        path = folder / f"rows{kind}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in found))
+        inputs[f"dataset{kind}"] = str(path)
+    return inputs
 
 
 def measure(
@@ -100,6 +154,9 @@ def measure(
 ) -> bool:
     """One case; whether it learned and resumed in the same bits."""
     arguments = {"max_steps": 8, "save_steps": 4, "learning_rate": 5e-3} | told
+    stage = arguments.get("stage", "sft")
+    dataset = inputs.get(f"dataset-{stage}", inputs["dataset"])
+    inputs = {"model": inputs["model"], "dataset": dataset}
     whole = run(folder, inputs, arguments, device)
     if isinstance(whole, str):
         print(f"{name}: {whole}")
@@ -111,7 +168,7 @@ def measure(
     losses = [e["values"]["loss"] for e in events(whole) if "loss" in e.get("values", {})][:8]
     (result,) = (e["values"] for e in events(whole) if e["type"] == "result")
     same = weights(whole) == weights(again)
-    held = same and losses[-1] < losses[0]
+    held = same and (losses[-1] < losses[0] or stage in ("grpo", "rloo"))
     print(
         f"{name}: loss {losses[0]:.4f} -> {losses[-1]:.4f}, {result['skipped_steps']} skipped, "
         f"resumed in {'the same' if same else 'OTHER'} bits: {'held' if held else 'NOT HELD'}"
