@@ -47,10 +47,10 @@ unit: setup ## tests with nothing up
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) tests/unit
 
 integration: setup ## tests on real PostgreSQL and Valkey
-	$(BIN)/pytest $(PARALLEL) tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) tests/integration
 
 e2e: setup ## tests with real processes, kill -9 and real training steps
-	$(BIN)/pytest tests/e2e
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/e2e
 
 hubs: setup ## tests of downloads by the hubs' real clients, from a stub that misbehaves
 	$(BIN)/pytest $(PARALLEL) tests/hubs
