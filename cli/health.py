@@ -53,6 +53,7 @@ def _answers(url: str) -> str:
         with urlopen(url, timeout=ANSWER_WITHIN_S) as answer:  # noqa: S310 - http, our own
             return f"{url} answers {answer.status}"
     except HTTPError as error:
+        error.close()  # it is the answer, with its connection
         raise Unavailable(f"{url} answers {error.code}.", code="unwell") from None
     except OSError as error:
         reason = getattr(error, "reason", error)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from pydantic import SecretStr
@@ -128,6 +129,9 @@ def _answers(request: Request) -> bool:
     try:
         with urlopen(request, timeout=PROBE_TIMEOUT_S) as answer:  # noqa: S310 - http, our own
             return bool(answer.status == 200)
+    except HTTPError as refused:
+        refused.close()  # it is the answer, with its connection
+        return False
     except OSError:
         return False
 

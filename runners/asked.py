@@ -12,9 +12,8 @@ from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.origin import read_adapter_config
 from tuneyard.runners.packages import check_packages
 from tuneyard.runners.similarity import check_packages as check_scoring
-from tuneyard.specs.optimizers import optimizer_clashes
-from tuneyard.specs.predicting import predicting_clashes
-from tuneyard.specs.tuning import tuning_clashes
+from tuneyard.specs.clashes import clashes_of
+from tuneyard.specs.fields import WHAT
 
 
 @dataclass(frozen=True)
@@ -32,29 +31,12 @@ class Asked:
     adapters: Sequence[Path] = ()  # to go on from, in their order
 
 
-def has_held_out(attempt: Attempt, arguments: FinetuneArguments) -> bool:
-    """Whether there are rows to measure."""
-    return bool(arguments.val_size) or "eval_dataset" in attempt.spec.inputs
-
-
 def read_asked(attempt: Attempt) -> Asked:
     """Read arguments and the base's configuration. Raises: BadSpec, InputGone."""
     arguments = arguments_of(attempt, FinetuneArguments)
-    if arguments.val_size and "eval_dataset" in attempt.spec.inputs:
-        raise BadSpec("val_size and eval_dataset exclude each other.", field="val_size")
-    if arguments.mask_history and arguments.train_on_prompt:
-        raise BadSpec("mask_history and train_on_prompt exclude each other.", field="mask_history")
     named = list(adapter_names(attempt.spec.inputs))
-    if named:
-        ids = [attempt.spec.input_ids.get(name) or name for name in named]
-        arguments = arguments.model_copy(update={"adapter": ids})
-    for clash in [
-        *tuning_clashes(arguments),
-        *optimizer_clashes(arguments),
-        *predicting_clashes(
-            arguments, stage=arguments.stage, held_out=has_held_out(attempt, arguments)
-        ),
-    ]:
+    arguments = arguments.model_copy(update=_references(attempt, named))
+    for clash in clashes_of(arguments):
         raise BadSpec(clash.message, field=clash.field, hint=clash.hint)
     check_packages(arguments)
     if arguments.generates:
@@ -67,6 +49,15 @@ def read_asked(attempt: Attempt) -> Asked:
     for adapter in adapters:
         read_adapter_config(adapter)
     return Asked(arguments, seed, model, config, base_id, adapters)
+
+
+def _references(attempt: Attempt, adapters: Sequence[str]) -> Mapping[str, Any]:
+    """Fields of a submission that name things -> what those are called that are there."""
+    inputs, ids = attempt.spec.inputs, attempt.spec.input_ids
+    found: dict[str, Any] = {name: ids.get(name) or name for name in WHAT.keys() & inputs.keys()}
+    if adapters:
+        found["adapter"] = [ids.get(name) or name for name in adapters]
+    return found
 
 
 def adapter_names(inputs: Mapping[str, Any]) -> Iterator[str]:

@@ -105,6 +105,23 @@ def undisturbed(model: Any, device: str, casting: AbstractContextManager[Any]) -
                 vars(module).pop("generation_config", None)
 
 
+def left_padded(
+    prompts: Sequence[Sequence[int]], pad: int, device: str | torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [rows, longest], padded at the left: answers begin in one column."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def configure(model: Any, configuration: GenerationConfig) -> None:
+    """Given as the whole configuration: generate() would mix in the model's own otherwise."""
+    model.generation_config = configuration
+    if hasattr(model, "get_base_model"):  # peft hands it on to the wrong module
+        model.get_base_model().generation_config = configuration
+
+
 @dataclass(frozen=True)
 class Speaker:
     """A loaded model and how it is to speak.
@@ -124,9 +141,9 @@ class Speaker:
             # Padding would come between the learned vectors and the text.
             return [answer for each in prompts for answer in self.answer([each], batch=batch)]
         room = self._room(max(map(len, prompts)))
-        ids, mask = self._padded(prompts)
+        ids, mask = left_padded(prompts, self.chat.tokenizer.pad_token_id, self.model.device)
         torch.manual_seed(stream_seed(self.settings.seed, "sampling", batch))
-        self._configure(room)
+        configure(self.model, self._configuration(room))
         # Not inference_mode: a model that learns may keep something that it made meanwhile.
         with torch.no_grad(), warnings.catch_warnings():
             # Without padding they are counted as they would be given.
@@ -160,21 +177,6 @@ class Speaker:
         if longest >= limit:
             raise BadData(f"A prompt has {longest} tokens; the model reads {limit - 1}.")
         return min(self.settings.max_new_tokens or limit, limit - longest)
-
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask [rows, longest], padded at the left: answers begin in one column."""
-        width, pad = max(map(len, prompts)), self.chat.tokenizer.pad_token_id
-        ids = [[pad] * (width - len(p)) + list(p) for p in prompts]
-        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-        device = self.model.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-    def _configure(self, room: int) -> None:
-        """Given as the whole configuration: generate() would mix in the model's own otherwise."""
-        configuration = self._configuration(room)
-        self.model.generation_config = configuration
-        if hasattr(self.model, "get_base_model"):  # peft hands it on to the wrong module
-            self.model.get_base_model().generation_config = configuration
 
     def _configuration(self, room: int) -> GenerationConfig:
         settings = self.settings

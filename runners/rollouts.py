@@ -4,8 +4,8 @@ Which token is drawn depends on the seed, on how many questions came before, and
 on how answers are grouped, nor on where a run was interrupted.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -21,6 +21,7 @@ from transformers import (
 from tuneyard.runners.batches import collate
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.examples import IGNORED, Drawn, Example, Item, Question
+from tuneyard.runners.generation import configure, left_padded, undisturbed
 from tuneyard.runners.losses import token_losses
 from tuneyard.runners.online import grpo_advantages, rloo_advantages
 from tuneyard.runners.reference import Reference
@@ -101,7 +102,7 @@ class Rollouts:
         each, questions = self.drawing.generations, cast(Sequence[Question], items)
         asked = [question for question in questions for _ in range(each)]
         numbers = [(before + i, n) for i in range(len(questions)) for n in range(each)]
-        with _answering(model):
+        with torch.no_grad(), undisturbed(model, self.drawing.device, nullcontext()):
             streams = [(purpose, *number) for number in numbers]
             drawn = self._draw(model, asked, streams, give_way)
             answers = [self._read(q, ids) for q, ids in zip(asked, drawn, strict=True)]
@@ -141,24 +142,22 @@ class Rollouts:
         give_way: Callable[[], None],
     ) -> list[list[int]]:
         drawing, pad = self.drawing, self.chat.tokenizer.pad_token_id
-        width = max(len(q.ids) for q in questions)
-        ids = torch.tensor([[pad] * (width - len(q.ids)) + list(q.ids) for q in questions])
-        mask = torch.tensor([[0] * (width - len(q.ids)) + [1] * len(q.ids) for q in questions])
-        chances = torch.stack([self._chances(stream) for stream in streams])
-        # Given as the whole configuration: generate() would mix in the model's own otherwise.
-        model.generation_config = GenerationConfig(
+        ids, mask = left_padded([q.ids for q in questions], pad, drawing.device)
+        width = ids.shape[1]
+        chances = torch.stack([self._chances(stream) for stream in streams]).to(drawing.device)
+        configuration = GenerationConfig(
             do_sample=False,
             max_new_tokens=drawing.longest,
             eos_token_id=list(drawing.stop_ids),
             pad_token_id=pad,
         )
-        device = drawing.device
+        configure(model, configuration)
         with self.casting():
             out = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
+                input_ids=ids,
+                attention_mask=mask,
                 logits_processor=LogitsProcessorList(
-                    [_Chosen(chances.to(device), width, drawing.temperature)]
+                    [_ByChance(chances, width, drawing.temperature)]
                 ),
                 stopping_criteria=StoppingCriteriaList([_GivesWay(give_way)]),
             )
@@ -241,20 +240,7 @@ def _measures(rewards: torch.Tensor, scores: Mapping[str, torch.Tensor]) -> dict
     return found
 
 
-@contextmanager
-def _answering(model: Any) -> Iterator[None]:
-    """Without dropout, noise, graphs and a trace of how the model generated before."""
-    training, before = model.training, model.generation_config
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.generation_config = before
-        model.train(training)
-
-
-class _Chosen(LogitsProcessor):
+class _ByChance(LogitsProcessor):
     """Leaves of each row's tokens the one that its chance falls on.
 
     chances: [rows, tokens], from 0 to below 1; width: of the questions.

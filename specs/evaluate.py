@@ -7,7 +7,7 @@ from pydantic import Field
 
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import AdapterRef, FileRef
-from tuneyard.specs.finetune import RowsSpec
+from tuneyard.specs.finetune import RowsSpec, Stage
 from tuneyard.specs.numbers import CountOrShare
 from tuneyard.specs.predicting import PredictingFields, predicting_clashes
 from tuneyard.specs.problems import problem
@@ -22,6 +22,9 @@ class EvaluateSpec(PredictingFields, RowsSpec):
     adapter: AdapterRef | None = Field(None, description="An adapter over that base.")
     dataset: FileRef | None = Field(  # type: ignore[assignment]  # eval_dataset may do
         None, description="With val_size: the rows that a fine-tune of this seed holds out."
+    )
+    stage: Stage = Field(
+        "sft", description="sft: other stages are measured while they are learned."
     )
     val_size: CountOrShare = Field(0.0, description="Share (below 1) or number of rows of dataset.")
     do_train: bool = Field(False, description="kind: finetune trains.")

@@ -9,6 +9,7 @@ from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
 from tuneyard.specs.llamafactory import TEMPLATE_NAMES
 from tuneyard.specs.merge import MergeSpec
 from tuneyard.specs.predicting import idle_settings
+from tuneyard.specs.preferences import idle_preferences
 from tuneyard.specs.rewards import ONLINE
 from tuneyard.specs.tuning import OF_A_NEW_ADAPTER, idle_fields
 
@@ -54,6 +55,8 @@ def _what_learns(spec: FinetuneSpec) -> Iterator[Note]:
     """Of the adapter, of what it goes on from and is compared with, of the result."""
     for name in idle_fields(spec):
         yield _note(name, f"{name} has no effect with finetuning_type {spec.finetuning_type}")
+    for name in idle_preferences(spec, spec.stage):
+        yield _note(name, f"{name} has no effect in stage {spec.stage}")
     if spec.goes_on:
         for name in sorted(OF_A_NEW_ADAPTER & spec.model_fields_set):
             yield _note(name, f"{name} has no effect: the adapter goes on as it was made")

@@ -56,6 +56,27 @@ class PreferenceFields(Spec):
     )
 
 
+_JUDGED = ("dpo", "kto")
+_LOOKED_AT: dict[str, tuple[str, ...]] = {
+    "pref_loss": ("dpo",),
+    "pref_beta": _JUDGED,
+    "pref_ftx": _JUDGED,
+    "pref_bco_weight": ("dpo",),
+    "dpo_label_smoothing": ("dpo",),
+    "ld_alpha": ("dpo",),
+    "simpo_gamma": ("dpo",),
+    "kto_chosen_weight": ("kto",),
+    "kto_rejected_weight": ("kto",),
+}
+"""Field -> the stages that look at it."""
+
+
+def idle_preferences(spec: PreferenceFields, stage: str) -> list[str]:
+    """Fields that were set and that this stage does not look at."""
+    told = spec.model_fields_set
+    return [name for name, stages in _LOOKED_AT.items() if name in told and stage not in stages]
+
+
 def preference_clashes(spec: PreferenceFields, stage: str) -> Iterator[InputError]:
     """What a stage or a loss does not look at, or cannot do."""
     told = spec.model_fields_set

@@ -1,5 +1,6 @@
 """`tuneyard health`, and that what it asks goes silent when a process does."""
 
+import gc
 import os
 import subprocess
 import time
@@ -99,3 +100,4 @@ def test_an_api_without_its_database_is_not_well(
         assert health("api", **settings) == 4
         running.terminate()
         assert running.wait(20) == 0
+    gc.collect()  # a connection that was left open would be an error here

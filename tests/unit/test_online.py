@@ -20,7 +20,7 @@ from tuneyard.runners.online import GrpoLoss, RlooLoss, grpo_advantages, rloo_ad
 from tuneyard.runners.precision import Precision
 from tuneyard.runners.prepare import prepare
 from tuneyard.runners.reference import Reference
-from tuneyard.runners.rollouts import _Chosen
+from tuneyard.runners.rollouts import _ByChance
 
 # peft asks transformers for a property that transformers renamed: no affair of ours.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -174,7 +174,7 @@ def test_tokens_are_drawn_as_often_as_the_model_says():
     torch.manual_seed(3)
     logits, temperature, count = torch.randn(1, 12) * 2, 0.8, 20_000
     chances = torch.rand(count, 1, dtype=torch.float64)
-    scores = _Chosen(chances, 5, temperature)(torch.zeros(count, 5), logits.expand(count, -1))
+    scores = _ByChance(chances, 5, temperature)(torch.zeros(count, 5), logits.expand(count, -1))
     assert (scores > -math.inf).sum(1).eq(1).all()
     found = torch.bincount(scores.argmax(1), minlength=12) / count
     assert torch.allclose(found, (logits[0] / temperature).softmax(-1), atol=0.01)
@@ -183,7 +183,7 @@ def test_tokens_are_drawn_as_often_as_the_model_says():
 def test_a_token_that_cannot_be_is_never_drawn():
     logits = torch.tensor([[-math.inf, 1.0, -math.inf, -math.inf]]).expand(3, -1)
     chances = torch.tensor([[0.0], [0.5], [1 - 2**-53]], dtype=torch.float64)
-    scores = _Chosen(chances, 0, 1.0)(torch.zeros(3, 0), logits)
+    scores = _ByChance(chances, 0, 1.0)(torch.zeros(3, 0), logits)
     assert scores.argmax(1).tolist() == [1, 1, 1]
 
 

@@ -244,8 +244,13 @@ def test_all_means_every_linear_layer_but_the_last(base):
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type", "did you mean cosine"),
         ({"lora_rank": 0}, "lora_rank", "out of range: 1 to 1,024"),
         ({"stage": "ppo"}, "stage", "sft"),
-        ({"bf16": True, "fp16": True}, "precision", "Two number formats"),
-        ({"mask_history": True, "train_on_prompt": True}, "mask_history", "exclude"),
+        ({"bf16": True, "fp16": True}, "bf16", "bf16 and fp16 exclude each other"),
+        ({"mask_history": True, "train_on_prompt": True}, "train_on_prompt", "exclude"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs", "num_decay_steps"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end", "there are none"),
+        ({"stage": "grpo"}, "reward_funcs", "what an answer is worth"),
+        ({"stage": "dpo", "packing": True}, "packing", "no meaning in stage dpo"),
+        ({"stage": "rm", "watch_prompts": ["Who?"]}, "watch_prompts", "says nothing"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(tune, arguments, field, said):

@@ -173,6 +173,13 @@ def test_fields_that_a_way_to_tune_does_not_read_are_noted() -> None:
     assert "twice the rank" in notes(pissa_init=True)["pissa_init"]
 
 
+def test_fields_that_a_stage_does_not_look_at_are_noted() -> None:
+    assert notes(pref_beta=0.2)["pref_beta"] == "pref_beta has no effect in stage sft"
+    assert set(notes(stage="kto", pref_loss="ipo", kto_chosen_weight=2.0)) == {"pref_loss"}
+    assert notes(stage="dpo", pref_loss="simpo", simpo_gamma=1.0) == {}
+    assert notes(adapter_name_or_path="a") == {}
+
+
 def test_preferences_over_an_adapter_say_what_they_are_compared_with() -> None:
     said = notes(adapter_name_or_path="a", stage="dpo")["adapter"]
     assert "create_new_adapter: true" in said
