@@ -55,9 +55,17 @@ def _references(attempt: Attempt, adapters: Sequence[str]) -> Mapping[str, Any]:
     """Fields of a submission that name things -> what those are called that are there."""
     inputs, ids = attempt.spec.inputs, attempt.spec.input_ids
     found: dict[str, Any] = {name: ids.get(name) or name for name in WHAT.keys() & inputs.keys()}
+    if "tokens" in inputs and _holds_rows_out(attempt.input("tokens")):
+        found["eval_dataset"] = "tokens"
     if adapters:
         found["adapter"] = [ids.get(name) or name for name in adapters]
     return found
+
+
+def _holds_rows_out(tokens: Path) -> bool:
+    from tuneyard.runners.tokens import HELD_OUT, split_file  # numpy, which reading them takes
+
+    return split_file(tokens, HELD_OUT).exists()
 
 
 def adapter_names(inputs: Mapping[str, Any]) -> Iterator[str]:

@@ -64,7 +64,7 @@ def download(attempt: Attempt) -> None:
     """Make output/ from the source."""
     arguments = arguments_of(attempt, DownloadArguments)
     aside = attempt.fresh_aside()
-    attempt.events.emit("phase", phase="running")
+    attempt.begin()
     about = _take(_origin(arguments.source), arguments, aside, attempt)
     if arguments.what == "dataset":
         found = data_files.describe(aside, about.pop("names"))

@@ -53,7 +53,7 @@ def evaluate(attempt: Attempt) -> None:
     if arguments.generates:
         cutoff = arguments.cutoff_len
         questions = questions_of(rows, chat, cutoff_len=cutoff, longest=speaker.limit)
-    attempt.events.emit("phase", phase="running")
+    attempt.begin()
     measured: dict[str, dict[str, float]] = {"eval": {}, "predict": {}}
     said: dict[str, str] = {}
     if arguments.do_eval:

@@ -10,6 +10,7 @@ said of watch-prompts and held-out rows.
 from tuneyard.runners.asked import read_asked
 from tuneyard.runners.attempt import Attempt, main
 from tuneyard.runners.devices import make_ready
+from tuneyard.runners.peft_import import import_peft
 from tuneyard.runners.tokenising import load_chat, read_rows_of, read_tokens, tokenise
 
 
@@ -21,6 +22,7 @@ def finetune(attempt: Attempt) -> None:
     attempt.events.emit("phase", phase="loading")
     make_ready(attempt.device)
     # Not before the data are known to be good: torch and transformers take seconds to import.
+    import_peft(attempt)
     from tuneyard.runners.adapter_folder import publish_tuned
     from tuneyard.runners.assembly import build_trainer
     from tuneyard.runners.saying import Saying
@@ -34,7 +36,7 @@ def finetune(attempt: Attempt) -> None:
         tokenised = tokenise(rows, asked.arguments, chat, attempt)
     trainer = build_trainer(asked, attempt, chat, tokenised)
     saying = Saying(asked, attempt, chat, trainer, rows=len(tokenised.examples))
-    attempt.events.emit("phase", phase="running")
+    attempt.begin()
     with tracked(asked, attempt, trainer):
         trainer.train()
         predictions = saying.predict()

@@ -22,6 +22,7 @@ from tuneyard.runners.chat import Chat, chat_of
 from tuneyard.runners.devices import make_ready
 from tuneyard.runners.failures import Stopped
 from tuneyard.runners.origin import read_adapter_config, read_origin
+from tuneyard.runners.peft_import import import_peft
 from tuneyard.runners.prompts import Prompt, prompts_of, read_prompts
 from tuneyard.runners.results import (
     RESULTS_FILE,
@@ -59,7 +60,7 @@ def infer(attempt: Attempt) -> None:
     chat = load_chat(asked)
     settings = settings_of(asked, chat)
     speaker = load_speaker(asked, attempt, chat, settings)
-    attempt.events.emit("phase", phase="running")
+    attempt.begin()
     results = answer_all(asked, attempt, speaker)
     publish(asked, attempt, settings, results)
 
@@ -129,6 +130,7 @@ def load_speaker(asked: Asked, attempt: Attempt, chat: Chat, settings: "Settings
     dtype = getattr(torch, precision.weights)
     model = load_weights(asked.model, asked.config, dtype=dtype, device=device)
     if asked.adapter is not None:
+        import_peft(attempt)
         from tuneyard.runners.learned import load_adapter
 
         model = load_adapter(model, asked.adapter)

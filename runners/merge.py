@@ -62,7 +62,7 @@ def merge(attempt: Attempt) -> None:
     check_room(asked, attempt)
     attempt.events.emit("phase", phase="loading")
     make_ready(attempt.device)
-    attempt.events.emit("phase", phase="running")
+    attempt.begin()
     aside = attempt.fresh_aside()
     change, pairs = write_merged(asked, attempt, aside)
     write_surroundings(asked.model, aside, change)

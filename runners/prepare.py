@@ -26,7 +26,7 @@ def prepare(attempt: Attempt) -> None:
     model = attempt.input("model")
     read_config(model)
     rows = read_rows_of(attempt, arguments)
-    attempt.events.emit("phase", phase="running")
+    attempt.begin()
     chat = load_chat(model, arguments, attempt)
     aside = attempt.fresh_aside()
     about: dict[str, object] = {"made_from": made_from(arguments, model, chat)}

@@ -54,7 +54,7 @@ def serve(attempt: Attempt) -> None:
     attempt.stops.defer()
     door = Door(attempt.workdir, ask=host.ask, drain=host.desk.close)
     door.start()
-    attempt.events.emit("phase", phase="running")
+    attempt.begin()
     try:
         ended_by = host.answer_all()
     finally:

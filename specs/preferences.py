@@ -72,9 +72,10 @@ _LOOKED_AT: dict[str, tuple[str, ...]] = {
 
 
 def idle_preferences(spec: PreferenceFields, stage: str) -> list[str]:
-    """Fields that were set and that this stage does not look at."""
-    told = spec.model_fields_set
-    return [name for name, stages in _LOOKED_AT.items() if name in told and stage not in stages]
+    """Fields that this stage does not look at, and that say something else than they do unset."""
+    fields = type(spec).model_fields
+    idle = [name for name, stages in _LOOKED_AT.items() if stage not in stages]
+    return [name for name in idle if getattr(spec, name) != fields[name].get_default()]
 
 
 def preference_clashes(spec: PreferenceFields, stage: str) -> Iterator[InputError]:

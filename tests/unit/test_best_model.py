@@ -165,7 +165,7 @@ def test_a_best_checkpoint_that_is_gone_is_said_at_the_beginning_and_the_next_be
 def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(tune):
     ran = tune(metric_for_best_model="eval_accuracy", load_best_model_at_end=True)
     assert ran.code == ExitCode.BAD_SPEC
-    assert "does not measure accuracy. (it measures loss)" in ran.failure["evidence"]
+    assert "does not measure accuracy. (one of: loss)" in ran.failure["evidence"]
     assert not ran.metric("loss")
 
 

@@ -332,7 +332,7 @@ def test_an_error_of_one_question_is_told_and_the_next_is_answered(
             refuse.pop()
             raise MemoryError("out of memory")
 
-    monkeypatch.setattr("tuneyard.runners.generation.Speaker._padded", _first(fail))
+    monkeypatch.setattr("tuneyard.runners.generation.Speaker._room", _first(fail))
     refuse.append(fail)
     pieces = list(ask(served.workdir).pieces())
     assert pieces[-1]["error"]["code"] == "out_of_memory"
@@ -344,10 +344,10 @@ def _first(do: Callable[..., Any]) -> Callable[..., Any]:
     """The real method, after ``do``."""
     from tuneyard.runners.generation import Speaker
 
-    real = Speaker._padded
+    real = Speaker._room
 
-    def both(self: Any, prompts: Any) -> Any:
+    def both(self: Any, longest: int) -> int:
         do(self)
-        return real(self, prompts)
+        return real(self, longest)
 
     return both
