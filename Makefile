@@ -104,7 +104,7 @@ $(TRACKERS)/.installed: pyproject.toml
 	$(TRACKERS)/bin/pip install --disable-pip-version-check --quiet \
 	    "mlflow-skinny==3.17.2" "swanlab==0.10.3" "trackio==0.43.0" "wandb==0.31.0"
 	@# All else is that of $(VENV), whose own releases these need not agree with.
-	$(BIN)/python -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" \
+	$(BIN)/python -c "import pathlib, torch; print(f'import site; site.addsitedir({str(pathlib.Path(torch.__file__).parents[1])!r})')" \
 	    > $$($(TRACKERS)/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
 	@touch $@
 
