@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -91,7 +91,9 @@ def read_spec(document: Mapping[str, Any]) -> tuple[JobSpec, list[Note]]:
         refused = {each.field for each in reading.problems}
         more = [each for each in problems_of(error, reading.model) if each.field not in refused]
         raise _rejected(reading.problems + more) from None
-    problems = reading.problems + clashes_of(spec)
+    problems = reading.problems
+    if not {each.field for each in problems} & {"stage", "finetuning_type"}:
+        problems = problems + clashes_of(spec)  # not with a default that nobody asked for
     if problems:
         raise _rejected(problems)
     return spec, reading.notes + notes_on(spec)  # type: ignore[return-value]  # one of KINDS
@@ -217,7 +219,10 @@ class _Reading:
             return
         if written == "trust_remote_code":
             message = "Code of a model's own is not run here."
-            hint = f"leave it out; {WITHOUT_ITS_CODE}"
+            hint = (
+                "leave it out, or say false: families that transformers has itself need none; "
+                f"{WITHOUT_ITS_CODE}"
+            )
             refused = Forbidden(message, code="remote_code_forbidden", field=written, hint=hint)
             self.problems.append(refused)
         elif written in PATHS and isinstance(value, str) and re.search(r"[/\\~]", value):
@@ -319,7 +324,9 @@ LEARNING = frozenset(FinetuneSpec.model_fields.keys() - EvaluateSpec.model_field
 
 
 def _takes_text(model: type[Spec], name: str) -> bool:
-    return not {int, float, bool} & set(leaves(model.model_fields[name].annotation))
+    found = list(leaves(model.model_fields[name].annotation))
+    choices = {type(each) for leaf in found for each in get_args(leaf)}
+    return not {int, float, bool} & ({*found} | choices)
 
 
 _OF_NUMBERS = frozenset(

@@ -148,6 +148,7 @@ INSTEAD: Mapping[str, str] = {
     "quantization_bit": "leave it out: the base is taken as it is stored",
     "resume_from_checkpoint": "`tuneyard retry JOB` goes on from its newest checkpoint",
     "pref_loss": "stage: kto, whose rows have a label each",
+    "quantization_method": "leave it out: bitsandbytes brings a base to 4 or 8 bits",
     "stage": "grpo or rloo, which learn from the same reward_model or from reward_funcs, or dpo, "
     "which learns from pairs of answers",
     "streaming": "leave it out; max_samples bounds what is read",
