@@ -240,6 +240,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
     adapter_as_model: ClassVar[bool] = True  # whether `model` may name an adapter over its base
+    answers: ClassVar[bool] = False  # whether the model is to write answers
 
     kind: str
     name: Name | None = Field(None, description="A name for people; need not be unique.")
@@ -274,8 +275,9 @@ class Spec(BaseModel):
             if isinstance(value, str | Source):
                 kind = "base" if what == "model" and not self.adapter_as_model else what
                 picked = getattr(self, DATA_FILES.get(field, ""), None)
+                use = "answer" if self.answers and field in ("model", "adapter") else None
                 found.append(
-                    Reference(field=field, what=kind, value=given(value), data_file=picked)
+                    Reference(field=field, what=kind, value=given(value), data_file=picked, use=use)
                 )
         return found
 
