@@ -115,9 +115,11 @@ def _kind(document: Mapping[str, Any]) -> str:
         return "merge"
     if kind in (None, "finetune") and _only_measures(document):
         return "evaluate"
-    if kind is None and {"stage", "do_train", "model_name_or_path", "dataset"} & set(document):
+    if kind is None and _trains(document):
         return "finetune"
     choices = f"one of {', '.join(KINDS)}"
+    if kind is None and "infer_backend" in document:
+        choices += "; this is what `llamafactory-cli chat` reads: `tuneyard chat MODEL` asks"
     if kind is None:
         raise SpecRejected([problem("missing_field", "kind is missing.", "kind", choices)])
     if not isinstance(kind, str):
@@ -128,6 +130,13 @@ def _kind(document: Mapping[str, Any]) -> str:
         message = f"There is no kind {shown(kind)}."
         raise SpecRejected([problem("bad_choice", message, "kind", hint)])
     return kind
+
+
+def _trains(document: Mapping[str, Any]) -> bool:
+    """Whether this is what `llamafactory-cli train` reads; `chat` names a backend, and no stage."""
+    if {"stage", "do_train", "dataset"} & set(document):
+        return True
+    return "model_name_or_path" in document and "infer_backend" not in document
 
 
 def _exports(document: Mapping[str, Any]) -> bool:
@@ -257,8 +266,10 @@ class _Reading:
         self._refuse("unknown_field", f"There is no field {field!r} here.", field, hint)
 
     def _nearest(self, written: str) -> str:
-        known = [*self.model.model_fields, *SAME_AS, *NOT_YET, *WITHOUT_EFFECT]
-        near = nearest(written, known) if self._unknown <= HINTED else None
+        ours, others = [*self.model.model_fields, *SAME_AS], [*NOT_YET, *WITHOUT_EFFECT]
+        near = None
+        if self._unknown <= HINTED:
+            near = nearest(written, ours) or nearest(written, others)
         return f"did you mean {near}?" if near else "docs/reference lists the fields of each kind"
 
     def _odd(self, name: str, value: Any) -> bool:

@@ -636,6 +636,25 @@ def test_what_people_bring_along_is_met_with_its_mend(
     assert hint in str(problems(FINETUNE | changes)[field][1])
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("lora_modules", "lora_target"),
+        ("use_qlora", "quantization_bit"),
+        ("max_source_length", "cutoff_len"),
+        ("lora_rnak", "lora_rank"),
+        ("per_gpu_train_batch_size", "per_device_train_batch_size"),
+    ],
+)
+def test_older_names_are_met_with_ours(written: str, meant: str) -> None:
+    assert problems(FINETUNE | {written: 1})[written] == ("unknown_field", f"did you mean {meant}?")
+
+
+def test_a_file_to_chat_with_is_told_so() -> None:
+    found = problems({"model_name_or_path": "m", "template": "llama3", "infer_backend": "vllm"})
+    assert "tuneyard chat MODEL" in str(found["kind"][1])
+
+
 def test_a_refused_stage_is_all_that_is_said_of_stages() -> None:
     found = problems(FINETUNE | {"stage": "ppo", "reward_model": "judge"})
     assert set(found) == {"stage"}
