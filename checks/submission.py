@@ -76,7 +76,9 @@ def _check_kinds(spec: FinetuneSpec | EvaluateSpec, report: Report, field: str) 
     if not wrong:
         return []
     kind, line = wrong[0], kinds[wrong[0]].get("line")
-    message = f"Line {line} holds a {kind} row, and stage {spec.stage} needs {NEEDS[spec.stage]}."
+    article = "an" if kind[:1] in "aeiou" else "a"
+    row = f"{article} {kind} row"
+    message = f"Line {line} holds {row}, and stage {spec.stage} needs {NEEDS[spec.stage]}."
     default = "upload it with purpose dataset, as rows that teach something"
     hint = STAGE_OF.get(kind, default)
     return [InputError(message, code="wrong_dataset_kind", field=field, line=line, hint=hint)]

@@ -147,11 +147,13 @@ def find(client: Client, job: str) -> str:
     """A job's id, from itself or from a name that one job has. Raises: InputError."""
     if is_id("job", job):
         return job
-    named = [found["id"] for found in client.jobs(name=job, limit=2)] if job else []
+    named = client.jobs(name=job, limit=4) if job else []
     if len(named) == 1:
-        return str(named[0])
+        return str(named[0]["id"])
     many = "several jobs are" if named else "no job is"
-    raise InputError(f"{many} called {job[:80]!r}.", code="bad_id", hint="`tuneyard list` has ids")
+    newest = ", ".join(f"{each['id']} ({each['state']})" for each in named[:3])
+    hint = f"the newest first: {newest}" if named else "`tuneyard list` has ids"
+    raise InputError(f"{many} called {job[:80]!r}.", code="bad_id", hint=hint)
 
 
 def show(job: JobOrPipeline, json: Json = False) -> None:

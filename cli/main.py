@@ -3,6 +3,7 @@
 
 import io
 import os
+import re
 import sys
 
 import typer
@@ -74,7 +75,9 @@ def main() -> None:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             context = getattr(error, "ctx", None)
             sys.stderr.write(f"{error.format_message()}\n")
-            if context is not None:
+            if context is not None and (override := _override_among(sys.argv)):
+                sys.stderr.write(f"  hint: --set {override}\n")
+            elif context is not None:
                 sys.stderr.write(f"  hint: `{context.command_path} --help` has an example\n")
             sys.exit(2)
         raise
@@ -86,6 +89,15 @@ def _open_what_is_closed() -> None:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _override_among(arguments: list[str]) -> str | None:
+    """What llamafactory-cli takes as it is: `submit FILE learning_rate=1e-5`."""
+    if arguments[1:2] != ["submit"]:
+        return None
+    before = zip(arguments[2:], arguments[1:], strict=False)
+    bare = (word for word, last in before if last != "--set" and not word.startswith("-"))
+    return next((word for word in bare if re.fullmatch(r"[a-z_0-9]+=.*", word)), None)
 
 
 def _drop_stdout() -> None:

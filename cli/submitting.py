@@ -123,6 +123,9 @@ def local_file(value: str, base: Path, *, field: str) -> Path | None:
                 raise InputError(f"{path} is a folder.", code="no_file", field=field, hint=NAME_ONE)
         except (OSError, RuntimeError):  # too long a name, a user without a home
             continue
+    if "," in value:
+        message = f"{value[:200]} names several files."
+        raise InputError(message, code="not_supported_yet", field=field, hint="join them into one")
     if "/" in value or value.lower().endswith((".json", ".jsonl", ".txt")):
         message = f"{value[:200]} is no file, neither beside the document nor here."
         raise InputError(message, code="no_file", field=field, hint=NAME_ONE)

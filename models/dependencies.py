@@ -44,11 +44,19 @@ def _end_child(tx: Connection, child: UUID, parent: UUID, state: JobState) -> Jo
     event = JobEvent.INPUT_FAILED if failed else JobEvent.INPUT_CANCELLED
     if next_state(lock_job(tx, child).state, event) is None:
         return None
-    error = None
-    if failed:
-        message = f"{show_id('job', parent)}, which this job needs, failed."
-        error = {"code": Cause.DEPENDENCY_FAILED.value, "message": message}
+    error = _why(tx, parent) if failed else None
     return apply_event(tx, child, event, data={"parent": show_id("job", parent)}, error=error)
+
+
+def _why(tx: Connection, parent: UUID) -> dict[str, Any]:
+    """The parent's own failure in the words for its child; of a chain the first one's."""
+    own = dict(tx.execute(select(JobRow.error).where(JobRow.id == parent)).scalar_one() or {})
+    if own.get("code") == Cause.DEPENDENCY_FAILED.value:
+        return own
+    job, reason = show_id("job", parent), own.get("message")
+    message = f"{job}, which this job needs, failed{f': {reason}' if reason else '.'}"
+    hint = own.get("hint") or f"`tuneyard logs {job}` shows its log"
+    return {"code": Cause.DEPENDENCY_FAILED.value, "message": message, "hint": hint}
 
 
 # All that a blocked job waits for has been decided; what a running parent's end decides is settled

@@ -476,9 +476,12 @@ def check_uses(
     Raises: InputError unfit_adapter.
     """
     for reference in references:
-        if reference.use is None or not inputs[reference.field].keys() & {"artifact", "job"}:
+        tuned = inputs[reference.field]
+        if reference.use == "answer":  # a tuned model's name came to its base and its adapter
+            tuned = inputs.get("adapter", tuned)
+        if reference.use is None or not tuned.keys() & {"artifact", "job"}:
             continue
-        document = _made_by(tx, team_id, inputs[reference.field])
+        document = _made_by(tx, team_id, tuned)
         refused = use_refused(reference.use, document)  # type: ignore[arg-type]  # one of Use
         if refused is not None:
             message, hint = refused

@@ -25,6 +25,7 @@ from tuneyard.runners.learned import restore_learned, save_learned
 from tuneyard.runners.losses import RunningMean
 from tuneyard.runners.mover import Mover
 from tuneyard.runners.retention import checkpoint_meta
+from tuneyard.runners.window import Window
 from tuneyard.specs.runner import CHECKPOINTS
 from tuneyard.store.folder import manifest_digest, publish_folder, verify_folder
 
@@ -51,6 +52,7 @@ class Position:
     bad_evaluations: int = 0  # in a row that were no better
     schedule: dict[str, Any] = field(default_factory=dict)  # of one that goes by evaluations
     loss_sum: float = 0.0
+    window: Window = field(default_factory=Window)
     skipped_steps: int = 0
     baseline: RunningMean = field(default_factory=RunningMean)
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -157,6 +159,7 @@ def read_checkpoint(folder: Path, running: Running, *, run: Mapping[str, Any]) -
     if scaler := state.pop("scaler"):
         running.scaler.load_state_dict(scaler)
     state["baseline"] = RunningMean(**state.get("baseline", {}))
+    state["window"] = Window(**state.get("window", {}))
     log = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
     return Position(**state, log=[json.loads(line) for line in log])
 

@@ -224,7 +224,8 @@ def _plot(log: Sequence[Line], path: Path, attempt: Attempt) -> None:
 
 def _draw(axes: Any, log: Sequence[Line]) -> None:
     steps, losses = _curve(log, "loss")
-    axes.plot(steps, losses, color="#1f77b4", alpha=0.4, label="loss")
+    seen = "o" if len(steps) == 1 else None  # a line of one point is none
+    axes.plot(steps, losses, color="#1f77b4", alpha=0.4, marker=seen, label="loss")
     axes.plot(steps, smoothed(losses), color="#1f77b4", label="loss, smoothed")
     steps, losses = _curve(log, "eval_loss")
     if steps:

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from tuneyard.runners.window import Window
+
 FAILED_FILE, NOTES_FILE = "failed.txt", "notes.txt"
 """Beside TRACKING.json: why it failed, and sentences for the job's owner."""
 
@@ -41,7 +43,8 @@ class Tracking(BaseModel):
     """What a tracker's process is told.
 
     total, every: the run's steps, and those between two that are reported. events: the runner's
-    file, from offset on. history: the log up to the checkpoint that the run goes on from.
+    file, from offset on. history: the log up to the checkpoint that the run goes on from. window:
+    the steps since its last line.
     variables: a file of names and values that the worker hands on.
     """
 
@@ -59,6 +62,7 @@ class Tracking(BaseModel):
     events: str
     offset: int = 0
     history: list[dict[str, float]] = []
+    window: Window = Window()
     variables: str | None = None
 
 
@@ -105,14 +109,22 @@ def secrets_of(file: str | None) -> list[str]:
 
 def _measured(tracking: Tracking) -> Iterator[tuple[int, Values]]:
     """Step and values that are due, from the checkpoint's log on to the end of the run."""
-    last = -1
+    last, window = -1, tracking.window
     for line in tracking.history:
         last = int(line["current_steps"])
         yield last, {name: line[name] for name in line if name not in NOT_MEASURED}
     for event in _events(Path(tracking.events), tracking.offset):
-        if event["type"] == "metric" and event["step"] > last and _is_due(tracking, event):
-            yield event["step"], event["values"]
+        if event["type"] != "metric" or event["step"] <= last:
+            continue
+        values = event["values"]
+        if "loss" in values:
+            window.take({n: v for n, v in values.items() if n not in OF_A_STEP and v is not None})
+        if _is_due(tracking, event):
+            yield event["step"], values | (window.means() if "loss" in values else {})
 
+
+OF_A_STEP = {"lr", "grad_norm", "epoch", "tokens", "tokens_per_s", "gpu_bytes", "rss_bytes"}
+"""What is reported as it is; of the rest the mean since the last report."""
 
 NOT_MEASURED = {"current_steps", "total_steps", "total_tokens", "percentage"}
 

@@ -160,6 +160,7 @@ def _told(name: str, asked: Asked, attempt: Attempt, trainer: Trainer) -> Tracki
         events=str(events),
         offset=events.stat().st_size,
         history=trainer.at.log,
+        window=trainer.at.window,
         variables=os.environ.get(TRACKER_FILE),
     )
 

@@ -307,9 +307,11 @@ class Trainer:
         }
         values |= step.measures
         self.events.metric(self.at.step, **values, **memory(self.running.device))
+        self.at.window.take({"loss": step.loss, **step.measures})
         if _divides(self.plan.log_every, self.at.step) or self.at.step == self.plan.steps:
-            shown = {"loss": step.loss, "lr": step.learning_rate, "grad_norm": step.grad_norm}
-            self._log(**shown, **step.measures)
+            means = self.at.window.means()
+            shown = {"loss": means.pop("loss"), "lr": step.learning_rate}
+            self._log(**shown, grad_norm=step.grad_norm, **means)
 
     def _log(self, **values: float) -> None:
         """A line of trainer_log.jsonl. No times: the same run writes the same file."""

@@ -63,6 +63,8 @@ def check_text(value: Any, field: str) -> None:
         kind = JSON_NAMES.get(type(value).__name__, "something else")
         message = f"{field} must be a text, not {kind}."
         hint = "write it within quotes" if kind in _PLAIN else 'a text, such as "Who are you?"'
+        if value is None:
+            hint = "write the text, or leave the row out"
         raise InputError(message, code="wrong_type", field=field, hint=hint)
     found = UNSTORABLE.search(value)
     if found:

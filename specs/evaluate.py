@@ -18,6 +18,8 @@ class EvaluateSpec(PredictingFields, RowsSpec):
 
     adapter_as_model: ClassVar[bool] = True
 
+    answers: ClassVar[bool] = True
+
     kind: Literal["evaluate"] = "evaluate"
     adapter: AdapterRef | None = Field(None, description="An adapter over that base.")
     dataset: FileRef | None = Field(  # type: ignore[assignment]  # eval_dataset may do

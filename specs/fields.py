@@ -5,7 +5,15 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
 from pydantic_core import PydanticCustomError
 
 from tuneyard.specs.ids import is_id
@@ -17,6 +25,10 @@ _MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.:/-]{0,199}", re.ASCII)
 _DIRECTIONS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 _MARKS = frozenset("\u061c\u200e\u200f\u2028\u2029")
 _PATH = re.compile(r"[/~.\\]|node:|file:|[A-Za-z]:[\\/]")
+_WEIGHTS = (
+    "a folder of weights is brought under a name first, `tuneyard download node:/PATH --name NAME`"
+    " (docs/howto/own-model.md)"
+)
 _PATHS = (
     "a path in a YAML file is on the client's disk, and `tuneyard submit` uploads what it names; "
     "over HTTP upload the file first and name its id"
@@ -57,9 +69,8 @@ _BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")
 def check_model_name(name: str) -> str:
     """Refuse what could be a path, an option or a command."""
     if not _MODEL_NAME.fullmatch(name) or ".." in name or "//" in name:
-        hint = (
-            f"letters, digits and . _ : / - up to {MAX_NAME}; a folder of weights has no name yet"
-        )
+        letters = f"letters, digits and . _ : / - up to {MAX_NAME}"
+        hint = _WEIGHTS if _PATH.match(name) else letters
         raise refusal("bad_model_name", "is no name of a model", hint)
     return name
 
@@ -107,6 +118,13 @@ class Source(BaseModel):
     from_: Annotated[str, AfterValidator(_check_output)] = Field(alias="from")
 
 
+def _check_one(value: Any) -> Any:
+    """Several in a list would be met with what a reference may look like."""
+    if isinstance(value, list):
+        raise refusal("not_supported_yet", "names several files", "join them into one")
+    return value
+
+
 def _form(value: Any) -> str:
     return "<source>" if isinstance(value, Mapping | Source) else "<name>"
 
@@ -133,6 +151,7 @@ AdapterRef = Annotated[
 FileRef = Annotated[
     Annotated[_Given, AfterValidator(check_file_name), Tag("<name>")] | _FromJob,
     Discriminator(_form),
+    BeforeValidator(_check_one),
 ]
 """An upload: its id, its name, or {"from": job}."""
 
@@ -221,6 +240,7 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
     adapter_as_model: ClassVar[bool] = True  # whether `model` may name an adapter over its base
+    answers: ClassVar[bool] = False  # whether the model is to write answers
 
     kind: str
     name: Name | None = Field(None, description="A name for people; need not be unique.")
@@ -255,8 +275,9 @@ class Spec(BaseModel):
             if isinstance(value, str | Source):
                 kind = "base" if what == "model" and not self.adapter_as_model else what
                 picked = getattr(self, DATA_FILES.get(field, ""), None)
+                use = "answer" if self.answers and field in ("model", "adapter") else None
                 found.append(
-                    Reference(field=field, what=kind, value=given(value), data_file=picked)
+                    Reference(field=field, what=kind, value=given(value), data_file=picked, use=use)
                 )
         return found
 

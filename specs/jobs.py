@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -91,7 +91,9 @@ def read_spec(document: Mapping[str, Any]) -> tuple[JobSpec, list[Note]]:
         refused = {each.field for each in reading.problems}
         more = [each for each in problems_of(error, reading.model) if each.field not in refused]
         raise _rejected(reading.problems + more) from None
-    problems = reading.problems + clashes_of(spec)
+    problems = reading.problems
+    if not {each.field for each in problems} & {"stage", "finetuning_type"}:
+        problems = problems + clashes_of(spec)  # not with a default that nobody asked for
     if problems:
         raise _rejected(problems)
     return spec, reading.notes + notes_on(spec)  # type: ignore[return-value]  # one of KINDS
@@ -113,9 +115,11 @@ def _kind(document: Mapping[str, Any]) -> str:
         return "merge"
     if kind in (None, "finetune") and _only_measures(document):
         return "evaluate"
-    if kind is None and {"stage", "do_train", "model_name_or_path", "dataset"} & set(document):
+    if kind is None and _trains(document):
         return "finetune"
     choices = f"one of {', '.join(KINDS)}"
+    if kind is None and "infer_backend" in document:
+        choices += "; this is what `llamafactory-cli chat` reads: `tuneyard chat MODEL` asks"
     if kind is None:
         raise SpecRejected([problem("missing_field", "kind is missing.", "kind", choices)])
     if not isinstance(kind, str):
@@ -126,6 +130,13 @@ def _kind(document: Mapping[str, Any]) -> str:
         message = f"There is no kind {shown(kind)}."
         raise SpecRejected([problem("bad_choice", message, "kind", hint)])
     return kind
+
+
+def _trains(document: Mapping[str, Any]) -> bool:
+    """Whether this is what `llamafactory-cli train` reads; `chat` names a backend, and no stage."""
+    if {"stage", "do_train", "dataset"} & set(document):
+        return True
+    return "model_name_or_path" in document and "infer_backend" not in document
 
 
 def _exports(document: Mapping[str, Any]) -> bool:
@@ -217,7 +228,10 @@ class _Reading:
             return
         if written == "trust_remote_code":
             message = "Code of a model's own is not run here."
-            hint = f"leave it out; {WITHOUT_ITS_CODE}"
+            hint = (
+                "leave it out, or say false: families that transformers has itself need none; "
+                f"{WITHOUT_ITS_CODE}"
+            )
             refused = Forbidden(message, code="remote_code_forbidden", field=written, hint=hint)
             self.problems.append(refused)
         elif written in PATHS and isinstance(value, str) and re.search(r"[/\\~]", value):
@@ -252,8 +266,10 @@ class _Reading:
         self._refuse("unknown_field", f"There is no field {field!r} here.", field, hint)
 
     def _nearest(self, written: str) -> str:
-        known = [*self.model.model_fields, *SAME_AS, *NOT_YET, *WITHOUT_EFFECT]
-        near = nearest(written, known) if self._unknown <= HINTED else None
+        ours, others = [*self.model.model_fields, *SAME_AS], [*NOT_YET, *WITHOUT_EFFECT]
+        near = None
+        if self._unknown <= HINTED:
+            near = nearest(written, ours) or nearest(written, others)
         return f"did you mean {near}?" if near else "docs/reference lists the fields of each kind"
 
     def _odd(self, name: str, value: Any) -> bool:
@@ -319,7 +335,9 @@ LEARNING = frozenset(FinetuneSpec.model_fields.keys() - EvaluateSpec.model_field
 
 
 def _takes_text(model: type[Spec], name: str) -> bool:
-    return not {int, float, bool} & set(leaves(model.model_fields[name].annotation))
+    found = list(leaves(model.model_fields[name].annotation))
+    choices = {type(each) for leaf in found for each in get_args(leaf)}
+    return not {int, float, bool} & ({*found} | choices)
 
 
 _OF_NUMBERS = frozenset(

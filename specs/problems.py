@@ -70,6 +70,8 @@ def _problem(field: str, found: Any, model: type[BaseModel]) -> InputError:
     if kind == "literal_error":
         near = nearest(str(value), [str(each) for each in _choices(context)])
         hint = f"did you mean {near}?" if near else hint
+        if near is not None and near == value:
+            hint = f"write {near} without quotes"
         message = f"{said} is no choice: {context.get('expected')}."
         return problem("bad_choice", message, field, hint)
     if kind.startswith(("string_too", "too_")):

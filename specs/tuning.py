@@ -334,9 +334,9 @@ def _begun(spec: TuningFields) -> Iterator[InputError]:
         yield problem("conflicting_fields", message, "create_new_adapter", hint)
 
 
-Use = Literal["merge", "lora", "oft", "sum", "reward"]
+Use = Literal["merge", "lora", "oft", "sum", "reward", "answer"]
 """What an adapter is wanted for: to be merged, to learn on as such a one, to be summed up, to say
-what answers are worth."""
+what answers are worth, to write some."""
 
 
 def use_refused(use: Use, made_by: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -349,6 +349,8 @@ def use_refused(use: Use, made_by: Mapping[str, Any]) -> tuple[str, str] | None:
     if made_by.get("stage") == "rm":
         message = "It is a reward model, which scores answers and writes none."
         return message, "name an adapter of another stage"
+    if use == "answer":
+        return None
     if use == "merge":
         if kind in PROMPTS:
             message = f"An adapter of type {kind} is no change of weights and cannot be merged."

@@ -269,6 +269,21 @@ def test_a_fine_tune_waits_for_the_reward_model_that_judges_it(bench: Bench) -> 
     )
 
 
+def test_a_reward_model_is_not_asked_for_answers(bench: Bench) -> None:
+    job, _ = bench.tuned("judge", stage="rm", dataset=bench.a_file("preference"))
+    asked: dict[str, Any] = {"kind": "inference", "prompts": ["Who are you?"]}
+    measured = {"kind": "evaluate", "eval_dataset": bench.file, "do_eval": True}
+    for asking in (asked, {"kind": "serve"}, measured):
+        for named in (
+            {"model": "judge"},
+            {"model": {"from": job}},
+            {"model": "tiny", "adapter": job},
+        ):
+            error = bench.refused(**asking | named)
+            assert error["code"] == "unfit_adapter"
+            assert "scores answers and writes none" in error["message"]
+
+
 def test_what_scores_nothing_is_refused_as_a_reward_model(bench: Bench) -> None:
     job, _ = bench.tuned("tuny")
     bench.merged(job)

@@ -132,7 +132,14 @@ def test_the_failure_of_a_step_fails_those_that_need_it(
         fed.finish(fed.start(pipeline["jobs"][0]["id"], node), code=64)
         jobs = http.get(f"/pipelines/{pipeline['id']}").json()["jobs"]
     assert [job["state"] for job in jobs] == ["failed"] * 3
-    assert jobs[1]["error"]["code"] == "dependency_failed"
+    first, why = jobs[0], jobs[1]["error"]
+    assert why["code"] == "dependency_failed"
+    assert (
+        why["message"]
+        == f"{first['id']}, which this job needs, failed: {first['error']['message']}"
+    )
+    assert why["hint"]
+    assert jobs[2]["error"]["message"] == why["message"]  # what was at the root of it
 
 
 def test_another_teams_pipeline_is_not_there(fed: Api) -> None:

@@ -533,6 +533,11 @@ def test_a_column_that_is_given_twice_is_refused_by_line_here_and_in_the_runner(
     assert refused.value.line == 2
 
 
+def test_a_row_of_another_kind_is_told_in_a_sentence() -> None:
+    (found,) = check_finetune(finetune({"stage": "dpo"}), GOOD, FACTS)
+    assert found.message.startswith("Line 1 holds an alpaca row, and stage dpo needs")
+
+
 def test_a_file_of_rows_is_no_file_of_prompts() -> None:
     assert [p.code for p in check_prompts(GOOD)] == ["wrong_dataset_kind"]
     assert check_prompts({"rows_kind": "prompts"}) == []

@@ -398,6 +398,20 @@ def test_a_data_set_that_is_no_file_is_refused_with_its_field(
     assert "hint: name a file" in done.err
 
 
+def test_an_override_as_llama_factory_takes_it_is_shown_as_it_is_taken_here(
+    tuneyard: Command, recipe: Path
+) -> None:
+    done = tuneyard("submit", str(recipe), "--set", "lora_rank=4", "learning_rate=1e-5")
+    assert done.code == 2
+    assert "hint: --set learning_rate=1e-5" in done.err
+
+
+def test_several_data_sets_are_not_taken_for_a_path(tuneyard: Command, recipe: Path) -> None:
+    done = tuneyard("submit", str(recipe), "--set", "dataset=data/a.json,data/b.json")
+    assert "names several files" in done.err
+    assert "hint: join them into one" in done.err
+
+
 @pytest.mark.parametrize("override", ["lora_rank", "=8", "lora_rank: 8", "lora_rank=[1"])
 def test_an_override_that_is_none_is_refused(
     tuneyard: Command, recipe: Path, override: str
@@ -507,6 +521,7 @@ def test_a_name_stands_for_the_one_job_that_has_it(tuneyard: Command, api: Recor
         done = tuneyard(command, "tuny")
         assert done.code == 2
         assert "several jobs are called 'tuny'" in done.err
+        assert f"the newest first: {JOB} (" in done.err
 
 
 @pytest.mark.parametrize("job", ["", "nobody", JOB.upper(), JOB + "0", "job_x", "é" * 300])

@@ -43,8 +43,17 @@ def ran(tmp_path_factory, inputs) -> Ran:
     return tune(tmp_path_factory.mktemp("run"), inputs)
 
 
-def tune(folder: Path, inputs: dict[str, Path], **arguments: object) -> Ran:
-    ran = run_here(folder, finetune, inputs=inputs, input_ids=IDS, arguments=ARGUMENTS | arguments)
+def tune(
+    folder: Path, inputs: dict[str, Path], *, resume: Path | None = None, **arguments: object
+) -> Ran:
+    ran = run_here(
+        folder,
+        finetune,
+        inputs=inputs,
+        input_ids=IDS,
+        resume=resume and str(resume),
+        arguments=ARGUMENTS | arguments,
+    )
     assert ran.code == ExitCode.DONE
     return ran
 
@@ -65,6 +74,22 @@ def test_the_log_has_the_names_that_llama_factorys_readers_look_for(ran):
     assert [line["percentage"] for line in steps] == [25.0, 50.0, 75.0, 100.0]
     measured = ran.metric("eval_loss")
     assert {x["current_steps"]: x["eval_loss"] for x in lines(ran) if "eval_loss" in x} == measured
+
+
+def test_a_line_has_the_mean_of_the_steps_since_the_last_one_also_of_a_resumed_run(
+    tmp_path, inputs
+):
+    """As transformers logs it: with logging_steps 3 a line speaks of three steps."""
+    logged = {"logging_steps": 3, "save_steps": 2}
+    whole = tune(tmp_path, inputs, **logged)
+    losses = whole.metric("loss")
+    means = [sum(losses[step] for step in (1, 2, 3)) / 3, losses[4]]
+    assert [x["loss"] for x in lines(whole) if "loss" in x] == pytest.approx(means)
+
+    checkpoint = whole.workdir / whole.of_type("checkpoint")[0]["path"]
+    resumed = tune(tmp_path / "resumed", inputs, resume=checkpoint, **logged)
+    assert min(resumed.metric("loss")) == 3
+    assert lines(resumed) == lines(whole)
 
 
 def test_transformers_reads_the_trainers_state(ran):

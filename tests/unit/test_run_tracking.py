@@ -85,6 +85,9 @@ def test_as_often_is_reported_as_is_logged(tmp_path, inputs):
     ran = tune(tmp_path, inputs, report_to="tensorboard", logging_steps=3)
     found = curves(ran.workdir / "reports" / "runs" / "job_by_hand")
     assert [step for step, _ in found["train/loss"]] == [3, 4]  # and always the last
+    losses = ran.metric("loss")
+    means = {3: sum(losses[step] for step in (1, 2, 3)) / 3, 4: losses[4]}
+    assert dict(found["train/loss"]) == pytest.approx(means)
 
 
 def test_a_resumed_run_is_reported_whole(tmp_path, inputs):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tuneyard.runners.layouts import LAYOUTS
 from tuneyard.runners.schedules import BY_EVALUATION, DECAYS
-from tuneyard.specs.documents import read_yaml
+from tuneyard.specs.documents import apply_overrides, read_yaml
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.fields import OF_THE_JOB, model_name_of
 from tuneyard.specs.finetune import SHAPE_A_CHECKPOINT, TEMPLATES, FinetuneSpec
@@ -605,6 +605,59 @@ def test_the_runners_know_the_same_templates_and_schedules() -> None:
 def test_texts_are_told_from_numbers_by_the_field() -> None:
     assert {"name", "model", "eval_strategy", "stop", "metadata", "dataset"} <= TEXT_FIELDS
     assert not TEXT_FIELDS & {"lora_rank", "bf16", "layers_to_transform", "lr_scheduler_kwargs"}
+
+
+@pytest.mark.parametrize("name", ["quantization_bit", "ref_model_quantization_bit"])
+def test_a_choice_among_numbers_is_a_number_in_a_file_and_on_the_command_line(name: str) -> None:
+    assert read_yaml(f"{name}: 4  # or 8") == apply_overrides({}, [f"{name}=4"]) == {name: 4}
+
+
+def test_the_example_of_qlora_is_understood() -> None:
+    text = "model_name_or_path: m\nstage: sft\ndo_train: true\nquantization_bit: 4\ndataset: d\n"
+    spec, found = read_spec(read_yaml(text + "quantization_method: bnb\nfinetuning_type: lora\n"))
+    assert isinstance(spec, FinetuneSpec)
+    assert (spec.quantization_bit, found) == (4, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "hint"),
+    [
+        ({"quantization_bit": "4"}, "quantization_bit", "write 4 without quotes"),
+        ({"quantization_method": "hqq"}, "quantization_method", "bitsandbytes"),
+        ({"model": "/models/llama"}, "model", "tuneyard download node:/PATH --name NAME"),
+        ({"model": "my llama"}, "model", "letters, digits"),
+        ({"dataset": ["a", "b"]}, "dataset", "join them into one"),
+        ({"trust_remote_code": True}, "trust_remote_code", "say false"),
+    ],
+)
+def test_what_people_bring_along_is_met_with_its_mend(
+    changes: dict[str, Any], field: str, hint: str
+) -> None:
+    assert hint in str(problems(FINETUNE | changes)[field][1])
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("lora_modules", "lora_target"),
+        ("use_qlora", "quantization_bit"),
+        ("max_source_length", "cutoff_len"),
+        ("lora_rnak", "lora_rank"),
+        ("per_gpu_train_batch_size", "per_device_train_batch_size"),
+    ],
+)
+def test_older_names_are_met_with_ours(written: str, meant: str) -> None:
+    assert problems(FINETUNE | {written: 1})[written] == ("unknown_field", f"did you mean {meant}?")
+
+
+def test_a_file_to_chat_with_is_told_so() -> None:
+    found = problems({"model_name_or_path": "m", "template": "llama3", "infer_backend": "vllm"})
+    assert "tuneyard chat MODEL" in str(found["kind"][1])
+
+
+def test_a_refused_stage_is_all_that_is_said_of_stages() -> None:
+    found = problems(FINETUNE | {"stage": "ppo", "reward_model": "judge"})
+    assert set(found) == {"stage"}
 
 
 def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_survives_it() -> None:

@@ -194,6 +194,8 @@ def test_an_adapters_maker_decides_what_it_is_fit_for() -> None:
     assert use_refused("merge", {}) is None
     assert use_refused("merge", {"finetuning_type": "prefix"})
     assert use_refused("merge", {"stage": "rm"}) == use_refused("lora", {"stage": "rm"})
+    assert use_refused("answer", {"stage": "rm"}) == use_refused("merge", {"stage": "rm"})
+    assert use_refused("answer", {"finetuning_type": "prefix"}) is None
     assert use_refused("lora", {"use_dora": True}) is None
     assert use_refused("sum", {"use_dora": True})
     assert use_refused("oft", {"finetuning_type": "oft"}) is None
