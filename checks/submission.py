@@ -12,6 +12,7 @@ from tuneyard.specs.problems import problem
 from tuneyard.specs.rewards import ONLINE
 from tuneyard.specs.rows import NEEDS, STAGE_OF, TRAINABLE
 from tuneyard.specs.serve import ServeSpec
+from tuneyard.specs.tuning import PROMPTS
 
 Report = Mapping[str, Any]
 
@@ -107,7 +108,8 @@ def _check_split(spec: FinetuneSpec | EvaluateSpec, report: Report) -> list[Inpu
     if not spec.val_size or 0 < held_out < rows:
         return []
     message = f"val_size = {spec.val_size:g} of {rows} rows leaves nothing on one side."
-    return [problem("too_few_rows", message, "val_size", f"between 1 and {max(rows - 1, 1)} rows")]
+    hint = f"between 1 and {rows - 1} rows" if rows > 1 else "leave it out, or bring more rows"
+    return [problem("too_few_rows", message, "val_size", hint)]
 
 
 def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputError]:
@@ -122,6 +124,7 @@ def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErro
         )
         message += f" within the model's {positions} positions."
         found.append(problem("too_long", message, "max_completion_length", f"below {positions}"))
+    found += _check_virtual(spec, positions)
     linear = list(facts.get("linear_modules") or [])
     modules = list(facts.get("modules") or linear)
     everything = ("all", "all-linear")
@@ -135,6 +138,20 @@ def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErro
         )
         found += _check_names("freeze_extra_modules", spec.freeze_extra_modules, outer)
     return found
+
+
+def _check_virtual(spec: FinetuneSpec, positions: int | None) -> list[InputError]:
+    """Whether virtual tokens and a row both fit; a cutoff_len that nobody set may give way."""
+    if not positions or spec.finetuning_type not in PROMPTS:
+        return []
+    rows = spec.cutoff_len if "cutoff_len" in spec.model_fields_set else 1
+    if spec.num_virtual_tokens + min(rows, positions) <= positions:
+        return []
+    message = f"num_virtual_tokens = {spec.num_virtual_tokens} and rows of {rows} tokens are "
+    message += f"beyond the model's {positions} positions."
+    field = "num_virtual_tokens" if spec.num_virtual_tokens >= positions else "cutoff_len"
+    most = positions - (1 if field == "num_virtual_tokens" else spec.num_virtual_tokens)
+    return [problem("too_long", message, field, f"at most {most}")]
 
 
 def _check_template(spec: FinetuneSpec | ServeSpec, facts: Mapping[str, Any]) -> list[InputError]:

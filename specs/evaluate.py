@@ -64,5 +64,6 @@ def evaluate_clashes(spec: EvaluateSpec, *, held_out: bool, separate: bool) -> I
         message = "val_size and eval_dataset exclude each other."
         yield problem("conflicting_fields", message, "val_size", "give one of them")
     if spec.fp16 and (spec.bf16 or spec.pure_bf16):
-        message = "bf16 and fp16 exclude each other."
-        yield problem("conflicting_fields", message, "bf16", "give one of them")
+        name = "bf16" if spec.bf16 else "pure_bf16"
+        message = f"{name} and fp16 exclude each other."
+        yield problem("conflicting_fields", message, name, "give one of them")

@@ -424,6 +424,12 @@ def finetune(changes: dict[str, Any]) -> FinetuneSpec:
         ({"lora_target": "(a+)+$"}, GOOD, FACTS, "no_module_matches"),
         ({"additional_target": "embed_token"}, GOOD, FACTS, "no_module_matches"),
         ({"cutoff_len": 999}, GOOD, FACTS, "too_long"),
+        (
+            {"finetuning_type": "prefix", "num_virtual_tokens": 20, "cutoff_len": 120},
+            GOOD,
+            FACTS,
+            "too_long",
+        ),
         ({"layers_to_transform": [2]}, GOOD, FACTS, "out_of_range"),
         ({}, GOOD, PLAIN, "no_template"),
         ({"template": "glm4"}, GOOD, PLAIN, "unknown_template"),
