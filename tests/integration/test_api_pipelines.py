@@ -196,6 +196,18 @@ def test_what_was_made_for_one_job_alone_is_cancelled_with_it(fed: Api) -> None:
     assert states == [False, True]
 
 
+def test_what_a_job_needs_first_is_as_urgent_as_the_most_urgent_that_needs_it(fed: Api) -> None:
+    fed.a_base()
+    found = []
+    with fed.client() as http:
+        for priority in (20, 90, 30):
+            job = http.post("/jobs", json=TUNE | {"model": "tiny", "priority": priority})
+            job.raise_for_status()
+            (prepare,) = http.get("/jobs", params={"all": "true", "kind": "prepare"}).json()["data"]
+            found.append(prepare["priority"])
+    assert found == [20, 90, 90]
+
+
 def test_a_download_that_was_made_for_a_cancelled_job_and_its_prepare_goes_too(
     fed: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
