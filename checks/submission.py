@@ -176,6 +176,10 @@ def _check_layers(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErr
         message = f"use_llama_pro: the model's {layers} layers are no multiple of {asked}."
         fitting = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
         return [problem("out_of_range", message, "freeze_trainable_layers", f"one of {fitting}")]
+    if spec.finetuning_type == "freeze" and layers and abs(asked) > layers:
+        message = f"freeze_trainable_layers = {asked}, and the model has {layers} layers."
+        hint = f"{-layers} to {layers}; finetuning_type full lets everything learn"
+        return [problem("out_of_range", message, "freeze_trainable_layers", hint)]
     beyond = [i for i in spec.layers_to_transform or [] if layers and i >= layers]
     if not beyond:
         return []

@@ -67,6 +67,7 @@ def build_trainer(
     model = load_model(asked, precision, device, steps=plan.steps)
     warn_of_another_template(asked, chat, attempt)
     warn_of_experts(model, attempt)
+    warn_of_blocks(model, asked.arguments, attempt)
     reference = reference_of(asked, attempt, model, precision)
     computed = casting_of(model, precision)
     models = [model] if reference is None or reference.frozen is None else [model, reference.frozen]
@@ -125,6 +126,20 @@ def divide(
     if not held_out:
         examples, held_out = split(examples, arguments.val_size, seed=asked.seed)
     return packed(examples, arguments), packed(held_out, arguments)
+
+
+def warn_of_blocks(model: Any, arguments: FinetuneArguments, attempt: Attempt) -> None:
+    """peft takes the nearest size of oft's blocks that divides a layer's width."""
+    if arguments.finetuning_type != "oft":
+        return
+    field, attribute = ("oft_rank", "r") if arguments.oft_rank else ("oft_block_size",) * 2
+    asked = getattr(arguments, field)
+    layers = [module for module in model.modules() if hasattr(module, "oft_R")]
+    sizes = [getattr(layer, attribute) for layer in layers]
+    taken = {size for each in sizes if isinstance(each, dict) for size in each.values()}
+    if other := sorted(taken - {asked}):
+        said = f"{field} = {asked} does not divide the width of some layers: "
+        attempt.events.warn("oft_blocks", f"{said}they have {', '.join(map(str, other))}.")
 
 
 def warn_of_experts(model: Any, attempt: Attempt) -> None:

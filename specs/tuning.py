@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.fields import AdapterRef, Spec, Words, given, refusal
+from tuneyard.specs.fields import AdapterRef, Spec, Words, given, refusal, words_in
 from tuneyard.specs.numbers import Share
 from tuneyard.specs.problems import problem
 
@@ -265,6 +265,11 @@ def _sizes(spec: TuningFields) -> Iterator[InputError]:
     if spec.create_new_adapter and spec.adapter is None:
         message, hint = "create_new_adapter lies over nothing.", "leave it out, or name an adapter"
         yield problem("missing_field", message, "adapter", hint)
+    whole = set(words_in(spec.additional_target)) & set(words_in(spec.lora_target))
+    if whole:
+        message = f"{min(whole)} learns as a whole by additional_target, and gets no adapter then."
+        hint = "name it in one of lora_target and additional_target"
+        yield problem("conflicting_fields", message, "additional_target", hint)
     if kind == "freeze" and not spec.freeze_trainable_layers and not spec.freeze_extra_modules:
         message = "freeze_trainable_layers = 0 lets nothing learn."
         yield problem("nothing_to_do", message, "freeze_trainable_layers", "a number above 0")

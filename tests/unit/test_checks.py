@@ -431,6 +431,12 @@ def finetune(changes: dict[str, Any]) -> FinetuneSpec:
             "too_long",
         ),
         ({"layers_to_transform": [2]}, GOOD, FACTS, "out_of_range"),
+        (
+            {"finetuning_type": "freeze", "freeze_trainable_layers": 3},
+            GOOD,
+            FACTS,
+            "out_of_range",
+        ),
         ({}, GOOD, PLAIN, "no_template"),
         ({"template": "glm4"}, GOOD, PLAIN, "unknown_template"),
         ({"val_size": 0.01}, GOOD, FACTS, "too_few_rows"),

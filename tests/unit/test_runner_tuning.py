@@ -148,6 +148,20 @@ def test_what_the_base_does_not_have_is_refused_in_a_sentence(base, more, field,
     assert said in (refused.value.hint or "")
 
 
+@pytest.mark.filterwarnings("ignore:Invalid")
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"oft_block_size": 7}, "oft_block_size = 7 does not divide"),
+        ({"oft_block_size": 0, "oft_rank": 5}, "oft_rank = 5 does not divide"),
+        ({"oft_block_size": 8}, None),
+    ],
+)
+def test_blocks_of_another_size_than_asked_are_told(tmp_path, base, sizes, said):
+    warned = tune_by(tmp_path, base, "oft", max_steps=1, **sizes).of_type("warning")
+    assert [said in each["message"] for each in warned] == [True] * bool(said)
+
+
 def test_an_evaluation_in_between_changes_nothing_over_a_quantised_base(tmp_path, base):
     more: dict[str, Any] = {"val_size": 2, "max_steps": 3}
     plain = tune_by(tmp_path, base, "qlora-nf4", **more)

@@ -85,6 +85,12 @@ def test_what_is_loras_alone_is_refused_elsewhere(kind: str, field: str) -> None
 @pytest.mark.parametrize(
     ("more", "field", "code", "said"),
     [
+        (
+            {"lora_target": "q_proj,v_proj", "additional_target": ["v_proj"]},
+            "additional_target",
+            "conflicting_fields",
+            "name it in one",
+        ),
         ({"pissa_init": True, "quantization_bit": 4}, "pissa_init", "conflicting_fields", "leave"),
         (
             {"adapter": "a", "create_new_adapter": True, "quantization_bit": 8},
