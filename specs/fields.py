@@ -258,7 +258,16 @@ class Spec(BaseModel):
                 found.append(
                     Reference(field=field, what=kind, value=given(value), data_file=picked)
                 )
-        return found
+        return self._spoken(found) if self.adapter_as_model else found
+
+    def _spoken(self, found: list[Reference]) -> list[Reference]:
+        """An adapter that a base is asked with is one that speaks, and was tuned over that base.
+
+        It is named by ``adapter``, or is what ``model`` comes to.
+        """
+        over = tuple(each.field for each in found if each.field == "adapter")
+        more = {"adapter": {"use": "speak"}, "model": {"fits": over} if over else {"use": "speak"}}
+        return [each.model_copy(update=more.get(each.field, {})) for each in found]
 
     @property
     def wants_gpu(self) -> bool:

@@ -323,6 +323,9 @@ def _begun(spec: TuningFields) -> Iterator[InputError]:
         message = "An adapter that goes on begins where it ended, not by pissa_init."
         hint = "leave pissa_init out, or set create_new_adapter: true"
         yield problem("conflicting_fields", message, "pissa_init", hint)
+    if len({str(each) for each in spec.adapters}) < len(spec.adapters):
+        message, hint = "One adapter is named twice: it would be applied twice.", "name each once"
+        yield problem("conflicting_fields", message, "adapter", hint)
     if spec.adapter is not None and spec.finetuning_type == "oft" and len(spec.adapters) > 1:
         message = "Adapters of type oft are not summed."
         hint = "merge the first ones (`tuneyard merge JOB`), and name the merged model as model"
@@ -339,9 +342,9 @@ def _begun(spec: TuningFields) -> Iterator[InputError]:
         yield problem("conflicting_fields", message, "create_new_adapter", hint)
 
 
-Use = Literal["merge", "lora", "oft", "sum", "reward"]
+Use = Literal["merge", "lora", "oft", "sum", "reward", "speak"]
 """What an adapter is wanted for: to be merged, to learn on as such a one, to be summed up, to say
-what answers are worth."""
+what answers are worth, to be asked or compared with."""
 
 
 def use_refused(use: Use, made_by: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -354,6 +357,8 @@ def use_refused(use: Use, made_by: Mapping[str, Any]) -> tuple[str, str] | None:
     if made_by.get("stage") == "rm":
         message = "It is a reward model, which scores answers and writes none."
         return message, "name an adapter of another stage"
+    if use == "speak":
+        return None
     if use == "merge":
         if kind in PROMPTS:
             message = f"An adapter of type {kind} is no change of weights and cannot be merged."

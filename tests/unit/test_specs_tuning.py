@@ -85,6 +85,7 @@ def test_what_is_loras_alone_is_refused_elsewhere(kind: str, field: str) -> None
 @pytest.mark.parametrize(
     ("more", "field", "code", "said"),
     [
+        ({"adapter": "a,b,a"}, "adapter", "conflicting_fields", "name each once"),
         (
             {"lora_target": "q_proj,v_proj", "additional_target": ["v_proj"]},
             "additional_target",
