@@ -36,9 +36,13 @@ def check_finetune(
     return found
 
 
-def check_evaluate(spec: EvaluateSpec, reports: Mapping[str, Report | None]) -> list[InputError]:
-    """Whether the rows have answers, and val_size leaves some to measure."""
-    found: list[InputError] = []
+def check_evaluate(
+    spec: EvaluateSpec,
+    reports: Mapping[str, Report | None],
+    facts: Mapping[str, Any] | None = None,
+) -> list[InputError]:
+    """Whether rows have answers that the model can read, and val_size leaves some to measure."""
+    found = _check_cutoff(spec, (facts or {}).get("max_position_embeddings"))
     for field, report in reports.items():
         if report is not None:
             found += _check_kinds(spec, report, field)
@@ -115,9 +119,7 @@ def _check_split(spec: FinetuneSpec | EvaluateSpec, report: Report) -> list[Inpu
 def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputError]:
     found = [*_check_template(spec, facts), *_check_layers(spec, facts)]
     positions = facts.get("max_position_embeddings")
-    if positions and spec.cutoff_len > positions and "cutoff_len" in spec.model_fields_set:
-        message = f"cutoff_len = {spec.cutoff_len} is beyond the model's {positions} positions."
-        found.append(problem("too_long", message, "cutoff_len", f"at most {positions}"))
+    found += _check_cutoff(spec, positions)
     if positions and spec.stage in ONLINE and spec.max_completion_length >= positions:
         message = (
             f"max_completion_length = {spec.max_completion_length} leaves no room for questions"
@@ -138,6 +140,13 @@ def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErro
         )
         found += _check_names("freeze_extra_modules", spec.freeze_extra_modules, outer)
     return found
+
+
+def _check_cutoff(spec: FinetuneSpec | EvaluateSpec, positions: int | None) -> list[InputError]:
+    if not positions or spec.cutoff_len <= positions or "cutoff_len" not in spec.model_fields_set:
+        return []
+    message = f"cutoff_len = {spec.cutoff_len} is beyond the model's {positions} positions."
+    return [problem("too_long", message, "cutoff_len", f"at most {positions}")]
 
 
 def _check_virtual(spec: FinetuneSpec, positions: int | None) -> list[InputError]:

@@ -28,7 +28,7 @@ from tuneyard.runners.checkpoint import (
     read_checkpoint,
 )
 from tuneyard.runners.continuing import go_on
-from tuneyard.runners.examples import Item
+from tuneyard.runners.examples import Item, sequences_of
 from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.mover import Mover
@@ -123,9 +123,22 @@ def divide(
     examples, held_out = tokenised.examples, tokenised.held_out
     if arguments.stage in ONLINE:
         examples, held_out = (answerable(each, asked, attempt) for each in (examples, held_out))
+    warn_of_positions(tokenised, asked, attempt)
     if not held_out:
         examples, held_out = split(examples, arguments.val_size, seed=asked.seed)
     return packed(examples, arguments), packed(held_out, arguments)
+
+
+def warn_of_positions(tokenised: Tokenised, asked: Asked, attempt: Attempt) -> None:
+    """A cutoff_len that nobody set may be beyond what a small base was made for."""
+    limit = asked.config.get("max_position_embeddings") or 1 << 30
+    if asked.arguments.cutoff_len <= limit:
+        return
+    items = (item for part in (tokenised.examples, tokenised.held_out) for item in part)
+    longest = max((len(each.ids) for item in items for each in sequences_of(item)), default=0)
+    if longest > limit:
+        said = f"Rows have up to {longest} tokens, and the model was made for {limit} positions: "
+        attempt.events.warn("beyond_positions", f"{said}cutoff_len = {limit} would cut them.")
 
 
 def warn_of_blocks(model: Any, arguments: FinetuneArguments, attempt: Attempt) -> None:
