@@ -46,9 +46,16 @@ def _end_child(tx: Connection, child: UUID, parent: UUID, state: JobState) -> Jo
         return None
     error = None
     if failed:
-        message = f"{show_id('job', parent)}, which this job needs, failed."
+        message = f"{show_id('job', parent)}, which this job needs, failed{_why(tx, parent)}"
         error = {"code": Cause.DEPENDENCY_FAILED.value, "message": message}
     return apply_event(tx, child, event, data={"parent": show_id("job", parent)}, error=error)
+
+
+def _why(tx: Connection, parent: UUID) -> str:
+    """The parent's own cause, which its child's owner may never have heard of; or a full stop."""
+    error = tx.execute(select(JobRow.error).where(JobRow.id == parent)).scalar_one() or {}
+    inherited = error.get("code") == Cause.DEPENDENCY_FAILED.value
+    return "." if inherited or not error.get("message") else f": {error['message'][:500]}"
 
 
 # All that a blocked job waits for has been decided; what a running parent's end decides is settled

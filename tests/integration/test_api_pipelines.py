@@ -132,7 +132,10 @@ def test_the_failure_of_a_step_fails_those_that_need_it(
         fed.finish(fed.start(pipeline["jobs"][0]["id"], node), code=64)
         jobs = http.get(f"/pipelines/{pipeline['id']}").json()["jobs"]
     assert [job["state"] for job in jobs] == ["failed"] * 3
-    assert jobs[1]["error"]["code"] == "dependency_failed"
+    errors = [job["error"] for job in jobs]
+    assert [each["code"] for each in errors[1:]] == ["dependency_failed"] * 2
+    assert errors[1]["message"].endswith(f"needs, failed: {errors[0]['message']}")
+    assert errors[2]["message"] == f"{jobs[1]['id']}, which this job needs, failed."
 
 
 def test_another_teams_pipeline_is_not_there(fed: Api) -> None:
