@@ -87,7 +87,7 @@ def build_trainer(
     run["platform"]["attention"] = way
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
     ranking, schedule = ranking_of(arguments), schedule_of(arguments, plan.steps)
-    at = resume(attempt, running, run)
+    at = resume(attempt, running, run, steps=plan.steps)
     if at.schedule:
         schedule.restore(at.schedule)
     resumed = Path(attempt.spec.resume) if attempt.spec.resume else None
@@ -364,7 +364,7 @@ def description(asked: Asked, data: str, examples: int, device: str, *, job: str
     }
 
 
-def resume(attempt: Attempt, running: Running, run: Mapping[str, Any]) -> Position:
+def resume(attempt: Attempt, running: Running, run: Mapping[str, Any], *, steps: int) -> Position:
     """Start at the checkpoint that the spec names, or at the beginning.
 
     Another job's that does not fit is left aside. Raises: FolderDamaged, BadSpec (this job's own).
@@ -373,7 +373,7 @@ def resume(attempt: Attempt, running: Running, run: Mapping[str, Any]) -> Positi
         return Position()
     folder = Path(attempt.spec.resume)
     try:
-        position = read_checkpoint(folder, running, run=run)
+        position = read_checkpoint(folder, running, run=run, steps=steps)
     except BadSpec as unfit:
         if job_of(folder) in (None, attempt.spec.job):
             raise
