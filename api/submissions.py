@@ -35,7 +35,7 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
         problems = check_finetune(spec, report, facts, eval_report=eval_report)
     elif isinstance(spec, EvaluateSpec):
         reports = {name: _report(tx, inputs, name) for name in ("dataset", "eval_dataset")}
-        problems = check_evaluate(spec, reports)
+        problems = check_evaluate(spec, reports, _facts(yard, inputs))
     elif isinstance(spec, ServeSpec):
         problems = check_serve(spec, _facts(yard, inputs)) if "adapter" not in inputs else []
     elif isinstance(spec, DownloadSpec):

@@ -12,6 +12,7 @@ from tuneyard.specs.problems import problem
 from tuneyard.specs.rewards import ONLINE
 from tuneyard.specs.rows import NEEDS, STAGE_OF, TRAINABLE
 from tuneyard.specs.serve import ServeSpec
+from tuneyard.specs.tuning import PROMPTS
 
 Report = Mapping[str, Any]
 
@@ -35,9 +36,13 @@ def check_finetune(
     return found
 
 
-def check_evaluate(spec: EvaluateSpec, reports: Mapping[str, Report | None]) -> list[InputError]:
-    """Whether the rows have answers, and val_size leaves some to measure."""
-    found: list[InputError] = []
+def check_evaluate(
+    spec: EvaluateSpec,
+    reports: Mapping[str, Report | None],
+    facts: Mapping[str, Any] | None = None,
+) -> list[InputError]:
+    """Whether rows have answers that the model can read, and val_size leaves some to measure."""
+    found = _check_cutoff(spec, (facts or {}).get("max_position_embeddings"))
     for field, report in reports.items():
         if report is not None:
             found += _check_kinds(spec, report, field)
@@ -109,21 +114,21 @@ def _check_split(spec: FinetuneSpec | EvaluateSpec, report: Report) -> list[Inpu
     if not spec.val_size or 0 < held_out < rows:
         return []
     message = f"val_size = {spec.val_size:g} of {rows} rows leaves nothing on one side."
-    return [problem("too_few_rows", message, "val_size", f"between 1 and {max(rows - 1, 1)} rows")]
+    hint = f"between 1 and {rows - 1} rows" if rows > 1 else "leave it out, or bring more rows"
+    return [problem("too_few_rows", message, "val_size", hint)]
 
 
 def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputError]:
     found = [*_check_template(spec, facts), *_check_layers(spec, facts)]
     positions = facts.get("max_position_embeddings")
-    if positions and spec.cutoff_len > positions and "cutoff_len" in spec.model_fields_set:
-        message = f"cutoff_len = {spec.cutoff_len} is beyond the model's {positions} positions."
-        found.append(problem("too_long", message, "cutoff_len", f"at most {positions}"))
+    found += _check_cutoff(spec, positions)
     if positions and spec.stage in ONLINE and spec.max_completion_length >= positions:
         message = (
             f"max_completion_length = {spec.max_completion_length} leaves no room for questions"
         )
         message += f" within the model's {positions} positions."
         found.append(problem("too_long", message, "max_completion_length", f"below {positions}"))
+    found += _check_virtual(spec, positions)
     linear = list(facts.get("linear_modules") or [])
     modules = list(facts.get("modules") or linear)
     everything = ("all", "all-linear")
@@ -137,6 +142,27 @@ def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErro
         )
         found += _check_names("freeze_extra_modules", spec.freeze_extra_modules, outer)
     return found
+
+
+def _check_cutoff(spec: FinetuneSpec | EvaluateSpec, positions: int | None) -> list[InputError]:
+    if not positions or spec.cutoff_len <= positions or "cutoff_len" not in spec.model_fields_set:
+        return []
+    message = f"cutoff_len = {spec.cutoff_len} is beyond the model's {positions} positions."
+    return [problem("too_long", message, "cutoff_len", f"at most {positions}")]
+
+
+def _check_virtual(spec: FinetuneSpec, positions: int | None) -> list[InputError]:
+    """Whether virtual tokens and a row both fit; a cutoff_len that nobody set may give way."""
+    if not positions or spec.finetuning_type not in PROMPTS:
+        return []
+    rows = spec.cutoff_len if "cutoff_len" in spec.model_fields_set else 1
+    if spec.num_virtual_tokens + min(rows, positions) <= positions:
+        return []
+    message = f"num_virtual_tokens = {spec.num_virtual_tokens} and rows of {rows} tokens are "
+    message += f"beyond the model's {positions} positions."
+    field = "num_virtual_tokens" if spec.num_virtual_tokens >= positions else "cutoff_len"
+    most = positions - (1 if field == "num_virtual_tokens" else spec.num_virtual_tokens)
+    return [problem("too_long", message, field, f"at most {most}")]
 
 
 def _check_template(spec: FinetuneSpec | ServeSpec, facts: Mapping[str, Any]) -> list[InputError]:
@@ -161,6 +187,10 @@ def _check_layers(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErr
         message = f"use_llama_pro: the model's {layers} layers are no multiple of {asked}."
         fitting = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
         return [problem("out_of_range", message, "freeze_trainable_layers", f"one of {fitting}")]
+    if spec.finetuning_type == "freeze" and layers and abs(asked) > layers:
+        message = f"freeze_trainable_layers = {asked}, and the model has {layers} layers."
+        hint = f"{-layers} to {layers}; finetuning_type full lets everything learn"
+        return [problem("out_of_range", message, "freeze_trainable_layers", hint)]
     beyond = [i for i in spec.layers_to_transform or [] if layers and i >= layers]
     if not beyond:
         return []

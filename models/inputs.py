@@ -103,6 +103,10 @@ def resolve(
     for reference in references:
         if reference.field not in inputs:
             inputs |= _resolve_one(tx, team_id, reference)
+        elif reference.field not in (kept or {}):
+            message = "model is a tuned model, an adapter over its base, and this is another one."
+            hint = "leave adapter out, or name the base as model"
+            raise InputError(message, code="conflicting_fields", field=reference.field, hint=hint)
     resolved = complete(tx, team_id, inputs)
     check_bases(tx, team_id, references, resolved.inputs)
     check_uses(tx, team_id, references, resolved.inputs)
@@ -476,12 +480,11 @@ def check_uses(
     Raises: InputError unfit_adapter.
     """
     for reference in references:
-        tuned = inputs[reference.field]
-        if reference.use == "answer":  # a tuned model's name came to its base and its adapter
-            tuned = inputs.get("adapter", tuned)
-        if reference.use is None or not tuned.keys() & {"artifact", "job"}:
+        own = "adapter" if (reference.use, reference.field) == ("speak", "model") else None
+        named = inputs.get(own or reference.field, {})
+        if reference.use is None or not named.keys() & {"artifact", "job"}:
             continue
-        document = _made_by(tx, team_id, tuned)
+        document = _made_by(tx, team_id, named)
         refused = use_refused(reference.use, document)  # type: ignore[arg-type]  # one of Use
         if refused is not None:
             message, hint = refused

@@ -70,7 +70,8 @@ def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Inputs:
     for implied in IMPLIED:
         for field_, work in implied(spec, inputs).items():
             what = inputs.get(field_, {}).get("what", field_)
-            job, output = _share(tx, team_id, work), OUTPUTS[work.spec.kind]
+            job = _share(tx, team_id, work, priority=spec.priority)
+            output = OUTPUTS[work.spec.kind]
             inputs[field_] = {"job": str(job), "output": output, "what": what}
     resolved = complete(tx, team_id, inputs)
     state = JobState.QUEUED if resolved.ready else JobState.BLOCKED
@@ -98,12 +99,17 @@ def submit_job(tx: Connection, team_id: UUID, submission: Submission) -> Inputs:
     return resolved.inputs
 
 
-def _share(tx: Connection, team_id: UUID, work: Work) -> UUID:
-    """The job that does this work or has done it; it is made where there is none."""
+def _share(tx: Connection, team_id: UUID, work: Work, *, priority: int) -> UUID:
+    """The job that does this work or has done it; it is made where there is none.
+
+    It waits no longer than a job of that priority that needs it.
+    """
+    _raise_priority(tx, team_id, work.key, priority)
     found = _doing(tx, team_id, work.key)
     if found is not None:
         return found
-    submission = Submission(work.spec, kept=work.inputs, work_key=work.key)
+    spec = work.spec.model_copy(update={"priority": priority})
+    submission = Submission(spec, kept=work.inputs, work_key=work.key)
     try:
         with tx.begin_nested():
             submit_job(tx, team_id, submission)
@@ -113,6 +119,17 @@ def _share(tx: Connection, team_id: UUID, work: Work) -> UUID:
             raise
         return found  # another submission made it meanwhile
     return submission.id
+
+
+def _raise_priority(tx: Connection, team_id: UUID, work_key: str, priority: int) -> None:
+    """Before it is held by ``_doing``: two who hold a row and both change it would block."""
+    waiting = JobRow.state.in_([JobState.QUEUED.value, JobState.BLOCKED.value])
+    tx.execute(
+        update(JobRow)
+        .where(JobRow.team_id == team_id, JobRow.work_key == work_key, waiting)
+        .where(JobRow.priority < priority)
+        .values(priority=priority)
+    )
 
 
 def _doing(tx: Connection, team_id: UUID, work_key: str) -> UUID | None:

@@ -28,7 +28,7 @@ from tuneyard.runners.checkpoint import (
     read_checkpoint,
 )
 from tuneyard.runners.continuing import go_on
-from tuneyard.runners.examples import Item
+from tuneyard.runners.examples import Item, sequences_of
 from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.mover import Mover
@@ -67,6 +67,7 @@ def build_trainer(
     model = load_model(asked, precision, device, steps=plan.steps)
     warn_of_another_template(asked, chat, attempt)
     warn_of_experts(model, attempt)
+    warn_of_blocks(model, asked.arguments, attempt)
     reference = reference_of(asked, attempt, model, precision)
     computed = casting_of(model, precision)
     models = [model] if reference is None or reference.frozen is None else [model, reference.frozen]
@@ -86,7 +87,7 @@ def build_trainer(
     run["platform"]["attention"] = way
     order = Order(len(examples), asked.seed, not arguments.disable_shuffling)
     ranking, schedule = ranking_of(arguments), schedule_of(arguments, plan.steps)
-    at = resume(attempt, running, run)
+    at = resume(attempt, running, run, steps=plan.steps)
     if at.schedule:
         schedule.restore(at.schedule)
     resumed = Path(attempt.spec.resume) if attempt.spec.resume else None
@@ -122,9 +123,36 @@ def divide(
     examples, held_out = tokenised.examples, tokenised.held_out
     if arguments.stage in ONLINE:
         examples, held_out = (answerable(each, asked, attempt) for each in (examples, held_out))
+    warn_of_positions(tokenised, asked, attempt)
     if not held_out:
         examples, held_out = split(examples, arguments.val_size, seed=asked.seed)
     return packed(examples, arguments), packed(held_out, arguments)
+
+
+def warn_of_positions(tokenised: Tokenised, asked: Asked, attempt: Attempt) -> None:
+    """A cutoff_len that nobody set may be beyond what a small base was made for."""
+    limit = asked.config.get("max_position_embeddings") or 1 << 30
+    if asked.arguments.cutoff_len <= limit:
+        return
+    items = (item for part in (tokenised.examples, tokenised.held_out) for item in part)
+    longest = max((len(each.ids) for item in items for each in sequences_of(item)), default=0)
+    if longest > limit:
+        said = f"Rows have up to {longest} tokens, and the model was made for {limit} positions: "
+        attempt.events.warn("beyond_positions", f"{said}cutoff_len = {limit} would cut them.")
+
+
+def warn_of_blocks(model: Any, arguments: FinetuneArguments, attempt: Attempt) -> None:
+    """peft takes the nearest size of oft's blocks that divides a layer's width."""
+    if arguments.finetuning_type != "oft":
+        return
+    field, attribute = ("oft_rank", "r") if arguments.oft_rank else ("oft_block_size",) * 2
+    asked = getattr(arguments, field)
+    layers = [module for module in model.modules() if hasattr(module, "oft_R")]
+    sizes = [getattr(layer, attribute) for layer in layers]
+    taken = {size for each in sizes if isinstance(each, dict) for size in each.values()}
+    if other := sorted(taken - {asked}):
+        said = f"{field} = {asked} does not divide the width of some layers: "
+        attempt.events.warn("oft_blocks", f"{said}they have {', '.join(map(str, other))}.")
 
 
 def warn_of_experts(model: Any, attempt: Attempt) -> None:
@@ -336,7 +364,7 @@ def description(asked: Asked, data: str, examples: int, device: str, *, job: str
     }
 
 
-def resume(attempt: Attempt, running: Running, run: Mapping[str, Any]) -> Position:
+def resume(attempt: Attempt, running: Running, run: Mapping[str, Any], *, steps: int) -> Position:
     """Start at the checkpoint that the spec names, or at the beginning.
 
     Another job's that does not fit is left aside. Raises: FolderDamaged, BadSpec (this job's own).
@@ -345,7 +373,7 @@ def resume(attempt: Attempt, running: Running, run: Mapping[str, Any]) -> Positi
         return Position()
     folder = Path(attempt.spec.resume)
     try:
-        position = read_checkpoint(folder, running, run=run)
+        position = read_checkpoint(folder, running, run=run, steps=steps)
     except BadSpec as unfit:
         if job_of(folder) in (None, attempt.spec.job):
             raise

@@ -19,6 +19,16 @@ _CLOCK = f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro %}}"
 
 _MARK = "answer7f3a9c"
 
+_OF_A_TEMPLATE = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+)
+"""What a template's own code ends in: None added to a text, 1 / 0, a range that is too long."""
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -55,7 +65,7 @@ class Chat:
                 tokenize=False,
                 date_string=DATE,
             )
-        except (TemplateError, TypeError) as error:  # a template that adds None to a text
+        except _OF_A_TEMPLATE as error:
             raise BadData(f"The chat template refuses this: {error}", line=line) from None
         return str(text)
 

@@ -143,14 +143,21 @@ def write_log(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def read_checkpoint(folder: Path, running: Running, *, run: Mapping[str, Any]) -> Position:
-    """Bring a run to where a checkpoint was; verified first, file by file.
+def read_checkpoint(
+    folder: Path, running: Running, *, run: Mapping[str, Any], steps: int | None = None
+) -> Position:
+    """Bring a run of so many steps to where a checkpoint was; verified first, file by file.
 
     Raises: FolderDamaged, BadSpec when the checkpoint belongs to another run.
     """
     verify_folder(folder)
     state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     _compare(state.pop("run"), run)
+    if steps is not None and state["step"] > steps:
+        message = (
+            f"The checkpoint is at step {state['step']}, beyond the {steps} steps of this run."
+        )
+        raise BadSpec(message, field="resume", hint="ask for more steps, or start from scratch")
     running.mover.check(folder / OPTIMIZER_FILE)  # before anything is changed
     with running.mover.whole():
         restore_learned(running.model, folder)

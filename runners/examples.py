@@ -395,6 +395,10 @@ def _rendered(
     tools, line = conversation.tools, conversation.line
     prompt = chat.render(messages[:-1], generation_prompt=True, tools=tools, line=line, seams=True)
     whole = chat.render(messages, tools=tools, line=line, seams=True)
+    if whole == prompt and messages[-1]["content"]:
+        message = f"The chat template leaves the answer of line {line} out."
+        hint = "set template to jinja that writes what the assistant says, or leave it out"
+        raise BadSpec(message, field="template", hint=hint)
     if whole.startswith(prompt):
         return prompt, whole
     raise BadSpec(

@@ -23,6 +23,8 @@ from tuneyard.runners.rows import read_conversations
 from tuneyard.runners.training import Trainer
 from tuneyard.runners.watching import WATCHED_FILE, Watch, encode_watched, watched_settings
 
+_SHOWN = ("step", "prompt", "text")
+
 PLAIN_STAGES = frozenset({"pt"})
 """Stages that learn text rather than turns of a chat."""
 
@@ -111,5 +113,7 @@ class Saying:
         """What the result holds of it all."""
         files = predictions.files if predictions else {}
         if self._trainer.watch is not None:
-            files[WATCHED_FILE] = as_json_lines(self._trainer.at.answers)
+            # A checkpoint gives them back with their names in another order.
+            answers = [{name: each[name] for name in _SHOWN} for each in self._trainer.at.answers]
+            files[WATCHED_FILE] = as_json_lines(answers)
         return files

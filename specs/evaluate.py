@@ -18,8 +18,6 @@ class EvaluateSpec(PredictingFields, RowsSpec):
 
     adapter_as_model: ClassVar[bool] = True
 
-    answers: ClassVar[bool] = True
-
     kind: Literal["evaluate"] = "evaluate"
     adapter: AdapterRef | None = Field(None, description="An adapter over that base.")
     dataset: FileRef | None = Field(  # type: ignore[assignment]  # eval_dataset may do
@@ -66,5 +64,6 @@ def evaluate_clashes(spec: EvaluateSpec, *, held_out: bool, separate: bool) -> I
         message = "val_size and eval_dataset exclude each other."
         yield problem("conflicting_fields", message, "val_size", "give one of them")
     if spec.fp16 and (spec.bf16 or spec.pure_bf16):
-        message = "bf16 and fp16 exclude each other."
-        yield problem("conflicting_fields", message, "bf16", "give one of them")
+        name = "bf16" if spec.bf16 else "pure_bf16"
+        message = f"{name} and fp16 exclude each other."
+        yield problem("conflicting_fields", message, name, "give one of them")

@@ -240,7 +240,6 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
     adapter_as_model: ClassVar[bool] = True  # whether `model` may name an adapter over its base
-    answers: ClassVar[bool] = False  # whether the model is to write answers
 
     kind: str
     name: Name | None = Field(None, description="A name for people; need not be unique.")
@@ -275,11 +274,19 @@ class Spec(BaseModel):
             if isinstance(value, str | Source):
                 kind = "base" if what == "model" and not self.adapter_as_model else what
                 picked = getattr(self, DATA_FILES.get(field, ""), None)
-                use = "answer" if self.answers and field in ("model", "adapter") else None
                 found.append(
-                    Reference(field=field, what=kind, value=given(value), data_file=picked, use=use)
+                    Reference(field=field, what=kind, value=given(value), data_file=picked)
                 )
-        return found
+        return self._spoken(found) if self.adapter_as_model else found
+
+    def _spoken(self, found: list[Reference]) -> list[Reference]:
+        """An adapter that a base is asked with is one that speaks, and was tuned over that base.
+
+        It is named by ``adapter``, or is what ``model`` comes to.
+        """
+        over = tuple(each.field for each in found if each.field == "adapter")
+        more = {"adapter": {"use": "speak"}, "model": {"fits": over} if over else {"use": "speak"}}
+        return [each.model_copy(update=more.get(each.field, {})) for each in found]
 
     @property
     def wants_gpu(self) -> bool:

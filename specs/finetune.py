@@ -127,12 +127,15 @@ class FinetuneSpec(
         found = [
             r.model_copy(
                 update={"fits": under.get(r.field, ())}
-                | ({"use": "reward"} if r.field == "reward_model" else {})
+                | ({"use": _USES[r.field]} if r.field in _USES else {})
             )
             for r in found
         ]
         return [*found, *adapters]
 
+
+_USES = {"reward_model": "reward", "ref_model_adapters": "speak"}
+"""Field that names what was tuned -> what it must be fit for."""
 
 SHAPE_A_CHECKPOINT = (
     {"kind"}

@@ -1,6 +1,6 @@
 """What ``kind: inference`` may say."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
@@ -53,8 +53,6 @@ Prompts = Annotated[
 
 class InferenceSpec(Generation, Spec):
     """Answer prompts by a base model, or by a base and an adapter."""
-
-    answers: ClassVar[bool] = True
 
     kind: Literal["inference"] = "inference"
     model: ModelRef = Field(description="A base or a tuned model: an id, a name, or {from: a job}.")

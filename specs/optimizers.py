@@ -1,5 +1,6 @@
 """Which optimizer moves the parameters: transformers' names, LLaMA-Factory's switches, packages."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -86,6 +87,12 @@ OPTION_WORDS: Mapping[str, frozenset[str]] = {
     "proj": frozenset({"random", "svd"}),
     "scale_type": frozenset({"channel", "tensor"}),
 }
+
+_ABOVE_0 = frozenset({"rank", "update_proj_gap", "block_size", "t_alpha", "t_beta3"})
+"""Options that count something, or that others are divided by."""
+
+_SIGNED = frozenset({"weight_lr_power"})
+"""Options that may be below 0."""
 
 SWITCHES = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 """LLaMA-Factory's own optimizers: one at most."""
@@ -287,7 +294,11 @@ def _options(spec: "FinetuneSpec") -> Iterator[InputError]:
     """Options that the optimizer knows, with values that can be read."""
     kind = family(spec.optim)
     known = OPTIM_OPTIONS.get(kind, {})
-    for name, value in optim_options(spec.optim, spec.optim_args).items():
+    options = optim_options(spec.optim, spec.optim_args)
+    if len(options) < sum(bool(pair.strip()) for pair in (spec.optim_args or "").split(",")):
+        message = "optim_args gives an option twice."
+        yield problem("conflicting_fields", message, "optim_args", "name each option once")
+    for name, value in options.items():
         if name not in known:
             near = nearest(name, known)
             hint = f"did you mean {near}?" if near else f"one of: {', '.join(known)}"
@@ -296,6 +307,21 @@ def _options(spec: "FinetuneSpec") -> Iterator[InputError]:
         elif not _readable(name, value, known[name]):
             message = f"optim_args: {name} = {value[:60]!r} cannot be."
             yield problem("wrong_type", message, "optim_args", _expected(name, known[name]))
+        elif not _in_range(name, value, known[name]):
+            message = f"optim_args: {name} = {value[:60]!r} is out of range."
+            least = "above 0" if name in _ABOVE_0 else "0 or above"
+            yield problem("out_of_range", message, "optim_args", least)
+    yield from _nesterov(options)
+
+
+def _nesterov(options: Mapping[str, str]) -> Iterator[InputError]:
+    """torch's rule: it looks ahead along a momentum that nothing dampens."""
+    if options.get("nesterov", "").lower() not in ("true", "1", "yes"):
+        return
+    if options.get("momentum", "0").strip("0.") == "" or "dampening" in options:
+        message = "optim_args: nesterov needs a momentum above 0, and no dampening."
+        hint = "for example nesterov=true,momentum=0.9"
+        yield problem("conflicting_fields", message, "optim_args", hint)
 
 
 def _readable(name: str, value: str, kind: type) -> bool:
@@ -304,10 +330,17 @@ def _readable(name: str, value: str, kind: type) -> bool:
     if kind is str:
         return value in OPTION_WORDS[name]
     try:
-        kind(value)
-    except ValueError:
+        return math.isfinite(kind(value))
+    except (ValueError, OverflowError):
         return False
-    return True
+
+
+def _in_range(name: str, value: str, kind: type) -> bool:
+    """Whether a number that can be read can also be used."""
+    if kind in (bool, str) or name in _SIGNED:
+        return True
+    number = float(value)
+    return number > 0 if name in _ABOVE_0 else number >= 0
 
 
 def _expected(name: str, kind: type) -> str:

@@ -134,8 +134,29 @@ def schedule_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
     if "factor" in known and isinstance(factor, float | int) and not 0 < factor < 1:
         message = f"factor = {factor:g} is not between 0 and 1."
         yield problem("out_of_range", message, "lr_scheduler_kwargs.factor", "for example 0.5")
+    yield from _rates(spec, options)
     if name == "greedy":
         yield from _greedy(spec, options)
+
+
+def _rates(spec: "FinetuneSpec", options: Mapping[str, Any]) -> Iterator[InputError]:
+    """Least rates above the peak, and a decay that begins before the first step."""
+    limits = {"min_lr_rate": 1.0, "min_lr_ratio": 1.0, "warmup_lr_rate": 1.0}
+    if spec.lr_scheduler_type != "greedy":
+        limits["min_lr"] = spec.learning_rate
+    for option, most in limits.items():
+        value = options.get(option, 0)
+        if isinstance(value, float | int) and value > most:
+            peak = "learning_rate" if option == "min_lr" else "1, which is learning_rate"
+            message = f"{option} = {value:g} is above {peak}."
+            field, hint = f"lr_scheduler_kwargs.{option}", f"{most / 10:g} or so"
+            yield problem("out_of_range", message, field, hint)
+    decay = options.get("num_decay_steps", 0)
+    if isinstance(decay, float | int) and 0 < spec.max_steps < decay:
+        message = f"num_decay_steps = {decay:g} is more than max_steps = {spec.max_steps}: "
+        message += "the rate would never be learning_rate."
+        hint = f"at most {spec.max_steps}"
+        yield problem("out_of_range", message, "lr_scheduler_kwargs.num_decay_steps", hint)
 
 
 def _greedy(spec: "FinetuneSpec", options: Mapping[str, Any]) -> Iterator[InputError]:

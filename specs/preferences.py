@@ -84,6 +84,9 @@ def preference_clashes(spec: PreferenceFields, stage: str) -> Iterator[InputErro
     if "dpo_label_smoothing" in told and spec.dpo_label_smoothing and spec.pref_loss != "sigmoid":
         message = f"dpo_label_smoothing has no meaning for pref_loss {spec.pref_loss}."
         yield problem("conflicting_fields", message, "dpo_label_smoothing", "pref_loss: sigmoid")
+    if stage == "kto" and not (spec.kto_chosen_weight or spec.kto_rejected_weight or spec.pref_ftx):
+        message = "kto_chosen_weight and kto_rejected_weight are both 0: nothing would be learned."
+        yield problem("nothing_to_do", message, "kto_chosen_weight", "leave one of them out")
     alone = stage == "dpo" and spec.pref_loss in WITHOUT_REFERENCE
     if spec.pref_bco_weight and alone:
         message = f"pref_bco_weight compares with a reference, and {spec.pref_loss} has none."

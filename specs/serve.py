@@ -1,7 +1,7 @@
 """What ``kind: serve`` may say, and what one question to such a job looks like."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -18,8 +18,6 @@ MAX_IDLE_S = 7 * 24 * 3600
 
 class ServeSpec(Generation, Spec):
     """Keep a model loaded and answer questions, until nobody asks any more."""
-
-    answers: ClassVar[bool] = True
 
     kind: Literal["serve"] = "serve"
     model: ModelRef = Field(description="A base or a tuned model: an id, a name, or {from: a job}.")

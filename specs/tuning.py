@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.fields import AdapterRef, Spec, Words, given, refusal
+from tuneyard.specs.fields import AdapterRef, Spec, Words, given, refusal, words_in
 from tuneyard.specs.numbers import Share
 from tuneyard.specs.problems import problem
 
@@ -265,6 +265,11 @@ def _sizes(spec: TuningFields) -> Iterator[InputError]:
     if spec.create_new_adapter and spec.adapter is None:
         message, hint = "create_new_adapter lies over nothing.", "leave it out, or name an adapter"
         yield problem("missing_field", message, "adapter", hint)
+    whole = set(words_in(spec.additional_target)) & set(words_in(spec.lora_target))
+    if whole:
+        message = f"{min(whole)} learns as a whole by additional_target, and gets no adapter then."
+        hint = "name it in one of lora_target and additional_target"
+        yield problem("conflicting_fields", message, "additional_target", hint)
     if kind == "freeze" and not spec.freeze_trainable_layers and not spec.freeze_extra_modules:
         message = "freeze_trainable_layers = 0 lets nothing learn."
         yield problem("nothing_to_do", message, "freeze_trainable_layers", "a number above 0")
@@ -318,6 +323,9 @@ def _begun(spec: TuningFields) -> Iterator[InputError]:
         message = "An adapter that goes on begins where it ended, not by pissa_init."
         hint = "leave pissa_init out, or set create_new_adapter: true"
         yield problem("conflicting_fields", message, "pissa_init", hint)
+    if len({str(each) for each in spec.adapters}) < len(spec.adapters):
+        message, hint = "One adapter is named twice: it would be applied twice.", "name each once"
+        yield problem("conflicting_fields", message, "adapter", hint)
     if spec.adapter is not None and spec.finetuning_type == "oft" and len(spec.adapters) > 1:
         message = "Adapters of type oft are not summed."
         hint = "merge the first ones (`tuneyard merge JOB`), and name the merged model as model"
@@ -334,9 +342,9 @@ def _begun(spec: TuningFields) -> Iterator[InputError]:
         yield problem("conflicting_fields", message, "create_new_adapter", hint)
 
 
-Use = Literal["merge", "lora", "oft", "sum", "reward", "answer"]
+Use = Literal["merge", "lora", "oft", "sum", "reward", "speak"]
 """What an adapter is wanted for: to be merged, to learn on as such a one, to be summed up, to say
-what answers are worth, to write some."""
+what answers are worth, to be asked or compared with."""
 
 
 def use_refused(use: Use, made_by: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -349,7 +357,7 @@ def use_refused(use: Use, made_by: Mapping[str, Any]) -> tuple[str, str] | None:
     if made_by.get("stage") == "rm":
         message = "It is a reward model, which scores answers and writes none."
         return message, "name an adapter of another stage"
-    if use == "answer":
+    if use == "speak":
         return None
     if use == "merge":
         if kind in PROMPTS:

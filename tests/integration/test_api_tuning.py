@@ -110,6 +110,29 @@ def test_a_pipeline_goes_on_from_its_own_steps(bench: Bench) -> None:
     assert f"{two['id']} (adapter)" in three["wait_reason"]
 
 
+def test_what_a_base_cannot_be_asked_with_is_refused_at_submission(bench: Bench) -> None:
+    pairs = bench.a_file("preference")
+    bench.tuned("plain")
+    bench.tuned("other")
+    bench.tuned("scores", stage="rm", dataset=pairs)
+    fully_tuned(bench)
+    asks: dict[str, Any] = {"kind": "inference", "prompts": ["Who?"]}
+    measures = {"kind": "evaluate", "eval_dataset": bench.file, "do_eval": True}
+    for job in (asks, measures, {"kind": "serve"}):
+        for more, field, code in (
+            ({"model": "scores"}, "model", "unfit_adapter"),
+            ({"model": "tiny", "adapter": "scores"}, "adapter", "unfit_adapter"),
+            ({"model": "fully", "adapter": "plain"}, "model", "base_mismatch"),
+            ({"model": "plain", "adapter": "other"}, "adapter", "conflicting_fields"),
+        ):
+            error = bench.refused(**(job | more))
+            assert (error["field"], error["code"]) == (field, code), (job, more)
+        assert bench.submit(**(job | {"model": "tiny", "adapter": "plain"}))["inputs"]["adapter"]
+    compared = {"stage": "dpo", "dataset": pairs, "ref_model_adapters": "scores"}
+    error = bench.refused(**({"kind": "finetune", "model": "tiny"} | compared))
+    assert (error["field"], error["code"]) == ("ref_model_adapters", "unfit_adapter")
+
+
 def test_what_cannot_go_on_is_refused_with_what_to_do(bench: Bench) -> None:
     bench.tuned("plain")
     bench.tuned("weighted", use_dora=True)

@@ -87,6 +87,16 @@ def problems(**told) -> dict[str, tuple[str, str]]:
         ({"optim": "sgd", "optim_args": "momentum"}, "optim_args", "for example rank"),
         ({"optim": "sgd", "optim_args": "nesterov=perhaps"}, "optim_args", "true or false"),
         ({"optim": "adafactor", "optim_args": "eps=1"}, "optim_args", "leave it out"),
+        ({"optim": "sgd", "optim_args": "momentum=nan"}, "optim_args", "a number"),
+        ({"optim": "sgd", "optim_args": "momentum=1e999"}, "optim_args", "a number"),
+        ({"optim": "sgd", "optim_args": "momentum=-1"}, "optim_args", "0 or above"),
+        ({"optim": "sgd", "optim_args": "momentum=0.1,momentum=0.9"}, "optim_args", "twice"),
+        ({"optim": "sgd", "optim_args": "nesterov=true"}, "optim_args", "momentum above 0"),
+        (
+            {"optim": "galore_adamw", "optim_args": "update_proj_gap=0"},
+            "optim_args",
+            "update_proj_gap = '0' is out of range. above 0",
+        ),
         ({"use_badam": True, "badam_switch_mode": "fixed"}, "badam_start_block", "which block"),
         ({"optim": "schedule_free_adamw", "adam_beta1": 0.0}, "adam_beta1", "above 0"),
         (

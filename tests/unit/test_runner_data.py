@@ -233,6 +233,19 @@ def test_what_the_template_refuses_is_bad_data(chatml):
         examples_of(chat, conversation("a", "b"))
 
 
+def test_a_template_that_fails_by_itself_is_bad_data(chatml):
+    for broken in ("{% for i in range(10 ** 9) %}x{% endfor %}", "{{ 1 // 0 }}"):
+        with pytest.raises(BadData, match="The chat template refuses this"):
+            examples_of(Chat(chatml.tokenizer, broken), conversation("a", "b"))
+
+
+def test_a_template_that_leaves_the_answer_out_is_refused(chatml):
+    asked_alone = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(BadSpec, match="leaves the answer of line") as caught:
+        examples_of(Chat(chatml.tokenizer, asked_alone), conversation("a", "b"))
+    assert caught.value.field == "template"
+
+
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 200))
 def test_a_cut_never_exceeds_the_room_and_wastes_none(source, target, room):
     kept_source, kept_target = share(source, target, room)

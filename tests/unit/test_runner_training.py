@@ -391,7 +391,11 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tune, tmp_path, dataset):
 def test_a_checkpoint_of_another_job_that_does_not_fit_is_left_aside(tune, tmp_path):
     folder = tune(job="job_origin", save_steps=1).workdir / "checkpoints" / "step-2"
     other = a_dataset(tmp_path / "other", ROWS[:5])
-    for changed, why in (({"lora_rank": 4}, "another adapter"), ({"dataset": other}, "other data")):
+    for changed, why in (
+        ({"lora_rank": 4}, "another adapter"),
+        ({"dataset": other}, "other data"),
+        ({"max_steps": 1}, "at step 2, beyond the 1 steps"),
+    ):
         begun = tune(job="job_retry", resume=folder, **changed)
         (warning,) = [e for e in begun.events if e.get("code") == "resume_ignored"]
         assert why in warning["message"]

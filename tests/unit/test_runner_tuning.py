@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import a_tiny_base
+from support.attempts_by_hand import run_here
+from support.tiny_models import a_dataset, a_tiny_base
 from support.tunings import (
     PROMPTED,
     TUNINGS,
@@ -22,6 +23,7 @@ from support.tunings import (
 from tuneyard.runners.adapter import add_adapter, parameter_groups, trained_parameters, tune
 from tuneyard.runners.arguments import FinetuneArguments
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.finetune import finetune
 from tuneyard.runners.precision import Precision
 from tuneyard.specs.exits import ExitCode
 
@@ -146,6 +148,29 @@ def test_what_the_base_does_not_have_is_refused_in_a_sentence(base, more, field,
         tune(plain_base(base), asked, seed=0, precision=Precision("float32"))
     assert refused.value.field == field
     assert said in (refused.value.hint or "")
+
+
+def test_rows_beyond_the_bases_positions_are_told(tmp_path, base):
+    rows = a_dataset(tmp_path / "long", [{"instruction": "cat " * 600, "output": "meow"}])
+    inputs = {"model": base, "dataset": rows}
+    for more, told in (({}, 1), ({"cutoff_len": 512}, 0)):
+        ran = run_here(tmp_path, finetune, inputs=inputs, arguments={"max_steps": 1} | more)
+        said = [each["message"] for each in ran.of_type("warning")]
+        assert ["cutoff_len = 512 would cut them" in each for each in said] == [True] * told
+
+
+@pytest.mark.filterwarnings("ignore:Invalid")
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"oft_block_size": 7}, "oft_block_size = 7 does not divide"),
+        ({"oft_block_size": 0, "oft_rank": 5}, "oft_rank = 5 does not divide"),
+        ({"oft_block_size": 8}, None),
+    ],
+)
+def test_blocks_of_another_size_than_asked_are_told(tmp_path, base, sizes, said):
+    warned = tune_by(tmp_path, base, "oft", max_steps=1, **sizes).of_type("warning")
+    assert [said in each["message"] for each in warned] == [True] * bool(said)
 
 
 def test_an_evaluation_in_between_changes_nothing_over_a_quantised_base(tmp_path, base):

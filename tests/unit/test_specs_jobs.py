@@ -226,6 +226,25 @@ def test_a_rank_of_another_type_is_refused(value: object) -> None:
         ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs", "missing_field"),
         ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs.a", "unknown_field"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs", "missing_field"),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 5}},
+            "lr_scheduler_kwargs.min_lr",
+            "out_of_range",
+        ),
+        (
+            {
+                "lr_scheduler_type": "warmup_stable_decay",
+                "lr_scheduler_kwargs": {"num_decay_steps": 3},
+                "max_steps": 2,
+            },
+            "lr_scheduler_kwargs.num_decay_steps",
+            "out_of_range",
+        ),
+        (
+            {"stage": "kto", "kto_chosen_weight": 0, "kto_rejected_weight": 0},
+            "kto_chosen_weight",
+            "nothing_to_do",
+        ),
         ({"name": "a\r\nSet-Cookie: x"}, "name", "bad_character"),
         ({"name": "a\u202eb"}, "name", "bad_character"),
         ({"name": "a\u200fb"}, "name", "bad_character"),

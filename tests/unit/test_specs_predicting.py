@@ -147,6 +147,10 @@ def test_rows_without_answers_are_refused_for_an_evaluation_too() -> None:
     assert isinstance(few, EvaluateSpec)
     (found,) = check_evaluate(few, {"dataset": {"rows": 3, "rows_kind": "alpaca"}})
     assert (found.code, found.field) == ("too_few_rows", "val_size")
+    long, _ = read_spec(EVALUATE | {"cutoff_len": 129})
+    assert isinstance(long, EvaluateSpec)
+    (found,) = check_evaluate(long, {}, {"max_position_embeddings": 128})
+    assert (found.code, found.field) == ("too_long", "cutoff_len")
 
 
 def test_a_file_that_trained_measures_too_whatever_it_says_of_learning() -> None:

@@ -85,6 +85,13 @@ def test_what_is_loras_alone_is_refused_elsewhere(kind: str, field: str) -> None
 @pytest.mark.parametrize(
     ("more", "field", "code", "said"),
     [
+        ({"adapter": "a,b,a"}, "adapter", "conflicting_fields", "name each once"),
+        (
+            {"lora_target": "q_proj,v_proj", "additional_target": ["v_proj"]},
+            "additional_target",
+            "conflicting_fields",
+            "name it in one",
+        ),
         ({"pissa_init": True, "quantization_bit": 4}, "pissa_init", "conflicting_fields", "leave"),
         (
             {"adapter": "a", "create_new_adapter": True, "quantization_bit": 8},
@@ -194,8 +201,8 @@ def test_an_adapters_maker_decides_what_it_is_fit_for() -> None:
     assert use_refused("merge", {}) is None
     assert use_refused("merge", {"finetuning_type": "prefix"})
     assert use_refused("merge", {"stage": "rm"}) == use_refused("lora", {"stage": "rm"})
-    assert use_refused("answer", {"stage": "rm"}) == use_refused("merge", {"stage": "rm"})
-    assert use_refused("answer", {"finetuning_type": "prefix"}) is None
+    assert use_refused("speak", {"stage": "rm"}) == use_refused("merge", {"stage": "rm"})
+    assert use_refused("speak", {"finetuning_type": "prefix"}) is None
     assert use_refused("lora", {"use_dora": True}) is None
     assert use_refused("sum", {"use_dora": True})
     assert use_refused("oft", {"finetuning_type": "oft"}) is None
