@@ -70,6 +70,10 @@ def means(outcomes: Iterable[Outcome]) -> dict[str, torch.Tensor]:
 def summary(parts: Sequence[Outcome]) -> tuple[float, dict[str, float]]:
     """The sum of the losses of all groups, and the mean of each measure over them."""
     measures = {name: float(value) for name, value in means(parts).items()}
+    if {"rewards/chosen", "rewards/rejected"} <= measures.keys():
+        # Labelled answers come in no pairs, and have the distance of the means, as TRL's.
+        apart = measures["rewards/chosen"] - measures["rewards/rejected"]
+        measures.setdefault("rewards/margins", apart)
     return float(torch.stack([part.loss for part in parts]).sum()), measures
 
 

@@ -30,6 +30,7 @@ from tuneyard.runners.prepare import prepare
 from tuneyard.runners.reference import Reference
 from tuneyard.runners.rows import read_stage
 from tuneyard.runners.tokens import RowWriter, TokenRows, digest_of
+from tuneyard.specs.evaluating import MEASURED
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
@@ -563,6 +564,13 @@ def test_a_reward_models_folder_holds_its_head(tune) -> None:
     config = json.loads((ran.workdir / "output" / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS"
     assert "score" in config["modules_to_save"]
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo", "kto"])
+def test_an_evaluation_measures_what_may_be_asked_for(tune, stage) -> None:
+    ran = tune(stage, val_size=0.5, eval_strategy="steps", eval_steps=1, max_steps=1)
+    names = {name for event in ran.of_type("metric") for name in event["values"]}
+    assert {n.removeprefix("eval_") for n in names if n.startswith("eval_")} == MEASURED[stage]
 
 
 def test_evaluating_measures_what_the_stage_looks_at(tune) -> None:
