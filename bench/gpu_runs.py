@@ -41,7 +41,6 @@ STAGES: Mapping[str, dict[str, Any]] = {
     "dpo, 4 bit": {"stage": "dpo", "quantization_bit": 4, "learning_rate": 1e-3},
     "kto": {"stage": "kto", "learning_rate": 1e-3},
     "grpo": {"stage": "grpo", **ONLINE, "beta": 0.04},
-    "grpo, several iterations": {"stage": "grpo", **ONLINE, "num_iterations": 2},
     "rloo": {"stage": "rloo", **ONLINE},
 }  # fmt: skip
 TUNINGS: Mapping[str, dict[str, Any]] = {
