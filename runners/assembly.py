@@ -218,7 +218,8 @@ def pick_precision(asked: Asked, attempt: Attempt) -> Precision:
     )
     if precision.note:
         attempt.events.warn("precision", precision.note)
-    log.info("weights in %s, adapter in %s, on %s", precision.weights, precision.trained, device)
+    formats = precision.weights, precision.trained
+    log.info("frozen weights in %s, what learns in %s, on %s", *formats, device)
     return precision
 
 
