@@ -4,7 +4,8 @@
     folder/password   of the superuser, 0600     folder/log        where start_postgres logs
 
 PostgreSQL refuses to run as root: there it runs as the owner of data/ (``nobody`` at first) and
-keeps CAP_DAC_OVERRIDE alone, because that user could not enter a folder of mode 0700 otherwise.
+keeps CAP_DAC_OVERRIDE alone, because that user could not enter a folder of mode 0700 otherwise,
+be it the home's or the one that the programs are installed in.
 """
 
 import os
@@ -219,6 +220,8 @@ def _identity(data: Path) -> list[str]:
         "--clear-groups",
         "--inh-caps=+dac_override",
         "--ambient-caps=+dac_override",
+        # access() forgets the capability otherwise, and initdb asks it about its own programs.
+        "--securebits=+no_setuid_fixup",
     ]
 
 

