@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 Strategy = Literal["no", "steps", "epoch"]
 
-_JUDGED = frozenset({"loss", "rewards/chosen", "rewards/rejected", "rewards/margins"})
+_REWARDS = frozenset({"loss", "rewards/chosen", "rewards/rejected", "rewards/margins"})
 MEASURED: Mapping[str, frozenset[str]] = {
     "sft": frozenset({"loss"}),
     "pt": frozenset({"loss"}),
-    "rm": _JUDGED | {"rewards/accuracies"},
-    "dpo": _JUDGED | {"rewards/accuracies", "logps/chosen", "logps/rejected", "sft_loss"},
-    "kto": _JUDGED | {"logps/chosen", "logps/rejected", "kl"},
+    "rm": _REWARDS | {"rewards/accuracies"},
+    "dpo": _REWARDS | {"rewards/accuracies", "logps/chosen", "logps/rejected", "sft_loss"},
+    "kto": _REWARDS | {"logps/chosen", "logps/rejected", "kl"},
 }
 """Stage -> what an evaluation of it measures; of grpo and rloo the runner knows."""
 

@@ -256,6 +256,10 @@ class Spec(BaseModel):
     ] = Field(default_factory=dict, max_length=16, description="Anything of yours.")
     from_scratch: bool = Field(False, description="A retry does not go on from a checkpoint.")
 
+    def differs(self, name: str) -> bool:
+        """Whether a field says something else than it does unset."""
+        return bool(getattr(self, name) != type(self).model_fields[name].get_default())
+
     def document(self) -> dict[str, Any]:
         """The spec as it was asked for, in its normal form; ``read_spec`` reads it back."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True) | {"kind": self.kind}

@@ -73,9 +73,8 @@ _LOOKED_AT: dict[str, tuple[str, ...]] = {
 
 def idle_preferences(spec: PreferenceFields, stage: str) -> list[str]:
     """Fields that this stage does not look at, and that say something else than they do unset."""
-    fields = type(spec).model_fields
     idle = [name for name, stages in _LOOKED_AT.items() if stage not in stages]
-    return [name for name in idle if getattr(spec, name) != fields[name].get_default()]
+    return [name for name in idle if spec.differs(name)]
 
 
 def preference_clashes(spec: PreferenceFields, stage: str) -> Iterator[InputError]:

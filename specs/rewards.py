@@ -253,7 +253,7 @@ _OF_OTHERS = ("neftune_noise_alpha",)
 def reward_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
     """What grpo and rloo need, and what only they have."""
     told = [name for name in RewardFields.model_fields if name not in Spec.model_fields]
-    told = [name for name in told if _differs(spec, name)]
+    told = [name for name in told if spec.differs(name)]
     if spec.stage not in ONLINE:
         for name in told:
             if name != "temperature":
@@ -263,7 +263,7 @@ def reward_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
     yield from _source_of_rewards(spec)
     yield from _groups(spec)
     for name in (*(_OF_GRPO if spec.stage == "rloo" else _OF_RLOO), *_OF_OTHERS):
-        if _differs(spec, name):
+        if spec.differs(name):
             message = f"{name} has no meaning in stage {spec.stage}."
             yield _clash(message, name, "leave it out")
     for name in ("ref_model", "ref_model_adapters"):
@@ -304,10 +304,6 @@ def _groups(spec: "FinetuneSpec") -> Iterator[InputError]:
             " or another num_generations"
         )
         yield _clash(message, "num_generations", hint)
-
-
-def _differs(spec: Spec, name: str) -> bool:
-    return bool(getattr(spec, name) != type(spec).model_fields[name].get_default())
 
 
 def _clash(message: str, field: str, hint: str) -> InputError:

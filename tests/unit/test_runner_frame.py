@@ -32,6 +32,33 @@ def nothing(attempt: Attempt) -> None:
     """Work that is done at once."""
 
 
+IMPORTS = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+from tuneyard.runners.peft_import import import_peft
+
+def imported(arguments, **inputs):
+    import_peft(SimpleNamespace(spec=SimpleNamespace(arguments=arguments, inputs=inputs)))
+    from peft.import_utils import is_bnb_available
+    return [is_bnb_available(), "bitsandbytes" in sys.modules]
+
+folder = Path(sys.argv[1])
+(folder / "config.json").write_text('{"quantization_config": {}}')
+found = [imported({}, dataset="rows.jsonl"), imported({"quantization_bit": 4})]
+print(json.dumps([*found, imported({}, model=str(folder))]))
+"""
+
+
+def test_peft_knows_bitsandbytes_where_weights_are_quantised_alone(tmp_path):
+    command = [sys.executable, "-P", "-c", IMPORTS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    plain, asked, stored = json.loads(done.stdout)
+    assert plain == [False, False]
+    assert asked[0]
+    assert stored[0]
+
+
 def raising(error: BaseException):
     def work(attempt: Attempt) -> None:
         raise error
