@@ -13,8 +13,9 @@ fp32 one adapter of the other half that lora, qlora and dpo go on from. For each
 - steps a second, and the most GPU memory that was reserved;
 
 and of the merged adapter: the greatest difference of logits in fp32, the mean KL divergence in bf16
-and how many of 64 prompts are answered alike. Exit code 1 when a bound does not hold. Needs torch,
-transformers, peft and bitsandbytes; no network.
+and how many of 64 prompts are answered alike, as well as by the merged model itself with and
+without its cache. Exit code 1 when a bound does not hold. Needs torch, transformers, peft and
+bitsandbytes; no network.
 """
 
 import argparse
@@ -52,6 +53,13 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "qlora": {"quantization_bit": 4},
     "full": {"finetuning_type": "full", "learning_rate": 1e-5},
     "dpo": {"stage": "dpo", "learning_rate": 5e-6},
+    "dpo, beta 0.01, 64 pairs": {
+        "stage": "dpo",
+        "learning_rate": 5e-6,
+        "pref_beta": 0.01,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 8,
+    },
 }
 
 
@@ -130,7 +138,7 @@ def main() -> int:
             / "output"
         )
         held = [
-            measure(bench, name, base, start, asked.pairs if name == "dpo" else rows)
+            measure(bench, name, base, start, asked.pairs if "dpo" in name else rows)
             for name in asked.methods
         ]
         held.append(measure_merge(bench, base, start, learned))
@@ -281,7 +289,7 @@ def plain_loss(trainer: Trainer, item: Item, then: Margins) -> torch.Tensor:
     if isinstance(item, Example):
         return -logps(trainer.running.model, item, trainer.running.device).sum()
     assert isinstance(item, Pair)
-    return -logsigmoid(0.1 * (margin(trainer, item) - then[id(item)]))
+    return -logsigmoid(trainer.objective.beta * (margin(trainer, item) - then[id(item)]))
 
 
 def margin(trainer: Trainer, pair: Pair) -> torch.Tensor:
@@ -324,13 +332,15 @@ def measure_merge(bench: Bench, base: Path, adapter: Path, rows: Path) -> bool:
         folder = bench.run(merge, inputs, dtype=precision) / "output"
         dtype = getattr(torch, precision)
         tuned = PeftModel.from_pretrained(load(base, dtype, device), str(adapter))
-        found[precision] = compare(tuned, load(folder, dtype, device), base, prompts, device)
-    logits, _, _ = found["float32"]
-    _, divergence, same = found["bfloat16"]
-    held = logits <= LOGITS_BOUND and divergence <= KL_BOUND and same >= SAME_BOUND
+        tokens = 32 if precision == "bfloat16" else 0
+        found[precision] = compare(tuned, load(folder, dtype, device), base, prompts, tokens)
+    logits, half = found["float32"].logits, found["bfloat16"]
+    held = logits <= LOGITS_BOUND and half.divergence <= KL_BOUND
+    held = held and half.same >= SAME_BOUND * len(prompts)
     print(
-        f"merge: logits at most {logits:.1e} apart in fp32; in bf16 mean KL {divergence:.1e}, "
-        f"{same:.0%} of {len(prompts)} prompts answered alike: {'held' if held else 'NOT HELD'}"
+        f"merge: logits at most {logits:.1e} apart in fp32; in bf16 mean KL {half.divergence:.1e}, "
+        f"{half.same} of {len(prompts)} prompts answered alike, {half.same_uncached} by the merged "
+        f"model itself without its cache: {'held' if held else 'NOT HELD'}"
     )
     return held
 
@@ -340,27 +350,38 @@ def load(folder: Path, dtype: torch.dtype, device: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
+@dataclass
+class Likeness:
+    """How alike two models are: the greatest difference of logits, the mean KL divergence, equal
+    answers, and equal answers of the second with and without its cache."""
+
+    logits: float = 0.0
+    divergence: float = 0.0
+    same: int = 0
+    same_uncached: int = 0
+
+
 @torch.no_grad()
-def compare(
-    a: Any, b: Any, base: Path, prompts: list[str], device: str
-) -> tuple[float, float, float]:
-    """The greatest difference of logits, the mean KL divergence, the share of equal answers."""
+def compare(a: Any, b: Any, base: Path, prompts: list[str], tokens: int) -> Likeness:
+    """How alike two models read prompts and, if tokens is not 0, answer them."""
     from tuneyard.runners.base_model import load_tokenizer
 
-    tokenizer = load_tokenizer(base)
-    far, kl, same = 0.0, [], 0
+    tokenizer, found = load_tokenizer(base), Likeness()
     for prompt in prompts:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
         )
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(b.device)
         x, y = (model(input_ids=ids).logits[0].float() for model in (a, b))
-        far = max(far, float((x - y).abs().max()))
+        found.logits = max(found.logits, float((x - y).abs().max()))
         apart = kl_div(log_softmax(y, -1), log_softmax(x, -1), log_target=True, reduction="none")
-        kl.append(float(apart.sum(-1).mean()))
-        answers = [m.generate(input_ids=ids, max_new_tokens=32, do_sample=False) for m in (a, b)]
-        same += torch.equal(*answers)
-    return far, sum(kl) / len(kl), same / len(prompts)
+        found.divergence += float(apart.sum(-1).mean()) / len(prompts)
+        if tokens:
+            asked = {"input_ids": ids, "max_new_tokens": tokens, "do_sample": False}
+            answer = b.generate(**asked)
+            found.same += torch.equal(a.generate(**asked), answer)
+            found.same_uncached += torch.equal(b.generate(**asked, use_cache=False), answer)
+    return found
 
 
 def _parameters(folder: Path) -> int:

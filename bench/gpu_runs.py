@@ -1,6 +1,6 @@
 """Stages, tunings, optimizers, number formats on a GPU: what learns and resumes in the same bits.
 
-    CUBLAS_WORKSPACE_CONFIG=:4096:8 python -P bench/gpu_runs.py [--device cpu] [NAME …]
+    python -P bench/gpu_runs.py [--device cpu] [NAME …]
 
 Each case trains a random Llama for eight steps and once more from the checkpoint of step four. It
 prints the loss of the first and of the last step, how many steps fp16's scaler skipped, and whether
@@ -109,7 +109,6 @@ def main() -> int:
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--hidden", type=int, default=512)
     asked = parser.parse_args()
-    torch.use_deterministic_algorithms(True, warn_only=True)
     plain = assembly.scaler_of
     held = []
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +136,10 @@ def make_inputs(folder: Path, hidden: int) -> dict[str, str]:
         {"instruction": row["instruction"], "chosen": row["output"], "rejected": "three, I think"}
         for row in rows
     ]
-    labelled = [row | {"kto_tag": i % 2 == 0} for i, row in enumerate(rows)]
+    labelled = [
+        row | ({"kto_tag": True} if i % 2 else {"output": "three, I think", "kto_tag": False})
+        for i, row in enumerate(rows)
+    ]
     texts = [{"text": row["instruction"] + row["output"]} for row in rows]
     inputs = {"model": str(base)}
     kinds = {"": rows, "-pt": texts, "-rm": liked, "-dpo": liked, "-kto": labelled}
@@ -152,7 +154,9 @@ def measure(
     folder: Path, name: str, inputs: Mapping[str, str], told: dict[str, Any], device: str
 ) -> bool:
     """One case; whether it learned and resumed in the same bits."""
-    arguments = {"max_steps": 8, "save_steps": 4, "learning_rate": 5e-3} | told
+    arguments = {
+        "max_steps": 8, "save_steps": 4, "learning_rate": 5e-3, "full_determinism": True,
+    } | told  # fmt: skip
     stage = arguments.get("stage", "sft")
     dataset = inputs.get(f"dataset-{stage}", inputs["dataset"])
     inputs = {"model": inputs["model"], "dataset": dataset}

@@ -44,8 +44,12 @@ def taken_device(
         yield Device("cuda")
 
 
-def make_ready(device: Device) -> None:
-    """Tell torch. Raises: DeviceLost when there is no such device."""
+def make_ready(device: Device, *, deterministic: bool = False) -> None:
+    """Tell torch. Raises: DeviceLost when there is no such device.
+
+    deterministic: only algorithms that give the same bits from run to run. What has none raises
+    RuntimeError when it is called.
+    """
     import torch  # slow: not before the device is held and the data are known to be good
 
     if device.threads is not None:
@@ -56,6 +60,10 @@ def make_ready(device: Device) -> None:
             hint=f"CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}, "
             f"torch {torch.__version__}",
         )
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -108,6 +108,7 @@ _NO_MEMORY = re.compile(
     r"out of memory|not enough memory|DefaultCPUAllocator|can't allocate memory"
 )
 _NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
+_NOT_DETERMINISTIC = "does not have a deterministic implementation"
 _GPU_GONE = re.compile(
     r"CUDA.*(uncorrectable ECC|unspecified launch failure|busy or unavailable|"
     r"no CUDA-capable device|hardware|unknown error|launch timed out|system not yet initialized|"
@@ -130,6 +131,9 @@ def diagnose(error: BaseException, arguments: Mapping[str, Any]) -> Failure:
         return Failure(Cause.DISK_FULL, text)
     if _GPU_GONE.search(text):
         return Failure(Cause.DEVICE_LOST, text)
+    if _NOT_DETERMINISTIC in text:
+        said = text.partition(_NOT_DETERMINISTIC)[0] + _NOT_DETERMINISTIC
+        return Failure(Cause.BAD_SPEC, f"full_determinism: {said} (leave full_determinism out)")
     return Failure(Cause.BUG, f"{type(error).__name__}: {text}")
 
 

@@ -20,7 +20,7 @@ def finetune(attempt: Attempt) -> None:
     prepared = "tokens" in attempt.spec.inputs
     rows = {} if prepared else read_rows_of(attempt, asked.arguments)
     attempt.events.emit("phase", phase="loading")
-    make_ready(attempt.device)
+    make_ready(attempt.device, deterministic=asked.arguments.full_determinism)
     # Not before the data are known to be good: torch and transformers take seconds to import.
     import_peft(attempt)
     from tuneyard.runners.adapter_folder import publish_tuned

@@ -53,7 +53,7 @@ _REASONS = {
         epsilon epsilon_high delta
     """,
     "the way of computing is chosen here": """
-        flash_attn fp16_opt_level full_determinism tf32 torch_empty_cache_steps use_cache
+        flash_attn fp16_opt_level tf32 torch_empty_cache_steps use_cache
         use_kv_cache use_reentrant_gc
     """,
     "files are safetensors anyway": "save_safetensors",

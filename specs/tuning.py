@@ -155,6 +155,9 @@ class TuningFields(Spec):
     pure_bf16: bool = Field(False, description="Weights and what learns in bfloat16.")
     gradient_checkpointing: bool = Field(False, description="Less memory for more time.")
     disable_gradient_checkpointing: bool = Field(False, description="Never do that.")
+    full_determinism: bool = Field(
+        False, description="The same bits from run to run on a GPU too, for some time."
+    )
 
     @property
     def adapters(self) -> list[str | dict[str, str]]:
@@ -173,7 +176,7 @@ class TuningFields(Spec):
 SHAPING = TuningFields.model_fields.keys() - Spec.model_fields.keys() - {
     "lora_dropout", "module_dropout", "loraplus_lr_ratio", "loraplus_lr_embedding",
     "pissa_convert", "bf16", "fp16", "pure_bf16",
-    "gradient_checkpointing", "disable_gradient_checkpointing",
+    "gradient_checkpointing", "disable_gradient_checkpointing", "full_determinism",
 }  # fmt: skip
 """Fields that what learns, its shape or its beginning follows from."""
 

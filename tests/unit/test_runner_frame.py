@@ -128,6 +128,13 @@ def test_errors_mean_what_they_say(error, cause):
     assert failure.evidence
 
 
+def test_what_has_no_deterministic_algorithm_names_the_field():
+    said = "cumsum_cuda_kernel does not have a deterministic implementation"
+    failure = diagnose(RuntimeError(f"{said}, but you set 'torch.use_determ…"), {})
+    assert failure.cause is Cause.BAD_SPEC
+    assert failure.evidence == f"full_determinism: {said} (leave full_determinism out)"
+
+
 def test_torchs_own_lack_of_memory_is_known():
     failure = diagnose(no_memory(), {"per_device_train_batch_size": 4})
     assert failure.cause is Cause.OUT_OF_MEMORY
@@ -254,6 +261,23 @@ def test_a_pretended_gpu_that_is_gone_is_lost(tmp_path):
     (tmp_path / "GPU-fake-n-0").unlink()
     with pytest.raises(DeviceLost, match="gone"), taken_device("gpu", environ):
         pass
+
+
+DETERMINISTIC = """
+import os, sys
+import torch
+from tuneyard.runners.devices import Device, make_ready
+make_ready(Device("cpu"), deterministic=sys.argv[1] == "yes")
+print(torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+"""
+
+
+@pytest.mark.parametrize(("asked", "said"), [("yes", "True :4096:8"), ("no", "False None")])
+def test_full_determinism_reaches_torch(asked, said):
+    environ = {k: v for k, v in os.environ.items() if k != "CUBLAS_WORKSPACE_CONFIG"}
+    command = [sys.executable, "-P", "-c", DETERMINISTIC, asked]
+    found = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == said
 
 
 def test_a_cpu_job_takes_no_gpu(tmp_path):

@@ -690,7 +690,8 @@ def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_surviv
         beta loss_type mask_truncated_completions max_completion_length normalize_advantages
         num_generations reward_funcs reward_model reward_weights scale_rewards temperature
         adam_beta1 adam_beta2 adam_epsilon bf16 disable_gradient_checkpointing disable_shuffling
-        eval_data_file eval_dataset eval_steps eval_strategy fp16 gradient_accumulation_steps
+        eval_data_file eval_dataset eval_steps eval_strategy fp16 full_determinism
+        gradient_accumulation_steps
         gradient_checkpointing learning_rate logging_steps lora_dropout lr_scheduler_kwargs
         lr_scheduler_type max_grad_norm max_steps neftune_noise_alpha num_train_epochs
         loraplus_lr_embedding loraplus_lr_ratio module_dropout per_device_eval_batch_size
