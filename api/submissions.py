@@ -32,7 +32,8 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
     if isinstance(spec, FinetuneSpec):
         facts = _facts(yard, inputs)
         report, eval_report = (_report(tx, inputs, name) for name in ("dataset", "eval_dataset"))
-        problems = check_finetune(spec, report, facts, eval_report=eval_report)
+        judge = _facts(yard, inputs, "reward_model")
+        problems = check_finetune(spec, report, facts, eval_report=eval_report, judge=judge)
     elif isinstance(spec, EvaluateSpec):
         reports = {name: _report(tx, inputs, name) for name in ("dataset", "eval_dataset")}
         problems = check_evaluate(spec, reports, _facts(yard, inputs))
@@ -50,10 +51,10 @@ def check_inputs(tx: Connection, yard: Yard, spec: JobSpec, inputs: Inputs) -> N
         raise SpecRejected(problems)
 
 
-def _facts(yard: Yard, inputs: Inputs) -> Mapping[str, Any] | None:
-    """What the headers of the model say, if it is here already."""
-    model = inputs["model"]
-    return yard.facts(model) if model.keys() <= {"base_model", "artifact"} else None
+def _facts(yard: Yard, inputs: Inputs, name: str = "model") -> Mapping[str, Any] | None:
+    """What the headers of a model say, if it is here already."""
+    model = inputs.get(name, {})
+    return yard.facts(model) if model.keys() & {"base_model", "artifact"} else None
 
 
 def _report(tx: Connection, inputs: Inputs, field: str) -> Mapping[str, Any] | None:

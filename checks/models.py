@@ -17,6 +17,7 @@ MAX_LAYERS = 10_000
 MAX_FILES = 10_000
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block|layer)\.\d+\..*?(\w+)\.weight$")
+_SCORING = re.compile(r"(?:.*\.)?score\.weight$|v_head\.")
 _ROUTERS = ("gate", "router")
 """What chooses among experts: no linear layer either, as transformers has it."""
 _PART = re.compile(r"\.\d+\.(\w+)")
@@ -25,8 +26,9 @@ _OF_TORCH = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".pkl")
 
 
 def model_facts(folder: Path) -> dict[str, Any]:
-    """linear_modules, modules, layer_parts, outer_modules, layers, max_position_embeddings,
-    has_chat_template, parameters.
+    """linear_modules, linear_paths (without the layers' numbers), modules, layer_parts,
+    outer_modules, layers, max_position_embeddings, has_chat_template, parameters, scores (whether
+    it has a head that says what answers are worth).
 
     Raises: InputError remote_code_forbidden, unsafe_format, bad_safetensors, not_a_regular_file,
     missing_config, bad_config, too_large.
@@ -39,8 +41,10 @@ def model_facts(folder: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors" and path.parent == folder:
             tensors |= read_header(path)
     _check_index(folder, tensors)
+    linear = _linear_paths(tensors)
     return {
-        "linear_modules": sorted(_linear_modules(tensors)),
+        "linear_modules": sorted({path.rpartition(".")[2] for path in linear}),
+        "linear_paths": sorted(linear),
         "modules": sorted(_modules(tensors)),
         "layer_parts": sorted(
             {found.group(1) for name in tensors if (found := _PART.search(name))}
@@ -50,6 +54,7 @@ def model_facts(folder: Path) -> dict[str, Any]:
         "max_position_embeddings": _number(config, "max_position_embeddings"),
         "has_chat_template": _has_template(folder),
         "parameters": sum(product(tensor["shape"]) for tensor in tensors.values()),
+        "scores": any(_SCORING.match(name) for name in tensors),
     }
 
 
@@ -103,10 +108,10 @@ def _check_index(folder: Path, tensors: Mapping[str, Any]) -> None:
         raise InputError(message, code="bad_safetensors", hint=hint)
 
 
-def _linear_modules(tensors: Mapping[str, Mapping[str, Any]]) -> set[str]:
+def _linear_paths(tensors: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """Not experts: files hold each by itself, transformers all of a layer in one tensor."""
     return {
-        found.group(1)
+        re.sub(r"\.\d+\.", ".", name).removesuffix(".weight")
         for name, tensor in tensors.items()
         if len(tensor["shape"]) == 2
         and ".experts." not in name

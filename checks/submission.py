@@ -1,11 +1,13 @@
 """What can be known to fail once the data's report and the base model's facts are at hand."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.evaluate import EvaluateSpec
+from tuneyard.specs.fields import words_in
 from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.problems import problem
@@ -23,8 +25,12 @@ def check_finetune(
     facts: Mapping[str, Any] | None,
     *,
     eval_report: Report | None = None,
+    judge: Mapping[str, Any] | None = None,
 ) -> list[InputError]:
-    """All problems of a fine-tune; what is not known yet (None) is not judged."""
+    """All problems of a fine-tune; what is not known yet (None) is not judged.
+
+    judge: the facts of a whole model that is to be its reward_model.
+    """
     found: list[InputError] = []
     if report is not None:
         found += [*_check_kinds(spec, report, "dataset"), *_check_split(spec, report)]
@@ -33,6 +39,10 @@ def check_finetune(
         found += _check_kinds(spec, eval_report, "eval_dataset")
     if facts is not None:
         found += _check_model(spec, facts)
+    if judge is not None and not judge["scores"]:
+        message = "It is a model without a head that scores answers."
+        hint = "name what a fine-tune of stage rm brought forth"
+        found.append(problem("unfit_model", message, "reward_model", hint))
     return found
 
 
@@ -141,7 +151,30 @@ def _check_model(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErro
             "freeze_trainable_modules", spec.freeze_trainable_modules, parts, all_=("all",)
         )
         found += _check_names("freeze_extra_modules", spec.freeze_extra_modules, outer)
+    projected = {
+        "galore_target": spec.use_galore and spec.galore_target,
+        "apollo_target": spec.use_apollo and spec.apollo_target,
+        "optim_target_modules": spec.optim_target_modules,
+    }
+    for field, asked in projected.items():
+        found += _check_parts(field, asked or (), facts)
     return found
+
+
+def _check_parts(
+    field: str, asked: str | Sequence[str], facts: Mapping[str, Any]
+) -> list[InputError]:
+    """Whether some linear layer's path holds one of the names; a regex is left to its reader."""
+    paths, names = list(facts.get("linear_paths") or []), words_in(asked)
+    plain = all(re.fullmatch(r"[a-z_.]+", name) for name in names)
+    if not (paths and names and plain) or names in (["all"], ["all-linear"]):
+        return []
+    if any(name in path for name in names for path in paths):
+        return []
+    known = sorted({path.rpartition(".")[2] for path in paths})
+    message = f"{field}: no linear layer is named {', '.join(names)[:60]!r}."
+    hint = f"all-linear, or of: {', '.join(known)}"
+    return [problem("no_module_matches", message, field, hint)]
 
 
 def _check_cutoff(spec: FinetuneSpec | EvaluateSpec, positions: int | None) -> list[InputError]:
@@ -191,6 +224,10 @@ def _check_layers(spec: FinetuneSpec, facts: Mapping[str, Any]) -> list[InputErr
         message = f"freeze_trainable_layers = {asked}, and the model has {layers} layers."
         hint = f"{-layers} to {layers}; finetuning_type full lets everything learn"
         return [problem("out_of_range", message, "freeze_trainable_layers", hint)]
+    if spec.use_badam and layers and (spec.badam_start_block or 0) >= layers:
+        message = f"badam_start_block = {spec.badam_start_block}; the model has {layers} blocks."
+        hint = f"blocks count from 0 to {layers - 1}"
+        return [problem("out_of_range", message, "badam_start_block", hint)]
     beyond = [i for i in spec.layers_to_transform or [] if layers and i >= layers]
     if not beyond:
         return []

@@ -125,6 +125,9 @@ def test_a_model_on_s3_is_looked_into_before_a_gpu_is_taken(api: Api) -> None:
         assert refused.status_code == 422, refused.text
         assert refused.json()["error"]["field"] == "lora_target"
         assert "q_proj" in str(refused.json()["error"])
+        asked = {"kind": "finetune", "stage": "grpo", "model": "tiny", "dataset": file}
+        refused = http.post("/jobs", json=asked | {"reward_model": "tiny"})
+        assert refused.json()["error"]["code"] == "unfit_model", refused.text
 
 
 def test_a_store_that_is_away_is_503_with_a_time_and_leaves_nothing(

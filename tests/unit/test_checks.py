@@ -399,6 +399,7 @@ def test_a_child_that_dies_is_a_report_with_all_its_names(tmp_path: Path) -> Non
 
 FACTS = {
     "linear_modules": ["q_proj", "v_proj"],
+    "linear_paths": ["model.layers.self_attn.q_proj", "model.layers.self_attn.v_proj"],
     "modules": ["embed_tokens", "lm_head", "q_proj", "v_proj"],
     "max_position_embeddings": 128,
     "layers": 2,
@@ -407,6 +408,9 @@ FACTS = {
 PLAIN = FACTS | {"has_chat_template": False}
 GOOD = {"kinds": {"alpaca": {"rows": 10, "line": 1}}, "rows_kind": "alpaca", "rows": 10}
 MIXED = {"kinds": {"alpaca": {"rows": 9}, "preference": {"rows": 1, "line": 7}}, "rows": 10}
+
+
+FULL = {"finetuning_type": "full"}
 
 
 def finetune(changes: dict[str, Any]) -> FinetuneSpec:
@@ -437,6 +441,15 @@ def finetune(changes: dict[str, Any]) -> FinetuneSpec:
             FACTS,
             "out_of_range",
         ),
+        (FULL | {"use_galore": True, "galore_target": "mlp,up"}, GOOD, FACTS, "no_module_matches"),
+        (FULL | {"use_apollo": True, "apollo_target": "q_porj"}, GOOD, FACTS, "no_module_matches"),
+        (
+            FULL | {"optim": "galore_adamw", "optim_target_modules": "mlp"},
+            GOOD,
+            FACTS,
+            "no_module_matches",
+        ),
+        (FULL | {"use_badam": True, "badam_start_block": 2}, GOOD, FACTS, "out_of_range"),
         ({}, GOOD, PLAIN, "no_template"),
         ({"template": "glm4"}, GOOD, PLAIN, "unknown_template"),
         ({"val_size": 0.01}, GOOD, FACTS, "too_few_rows"),
@@ -500,6 +513,10 @@ def test_what_rewards_may_read_is_counted(tmp_path: Path) -> None:
         ({}, FACTS),
         ({"lora_target": "q_proj,model.layers.0.v_proj"}, FACTS),
         ({"lora_target": "all-linear", "additional_target": ["lm_head"]}, FACTS),
+        (FULL | {"use_galore": True, "galore_target": "mlp,attn"}, FACTS),
+        (FULL | {"use_apollo": True, "apollo_target": "layers.1.mlp"}, FACTS),
+        (FULL | {"optim": "galore_adamw", "optim_target_modules": r".*\.mlp\..*"}, FACTS),
+        (FULL | {"use_badam": True, "badam_start_block": 1}, FACTS),
         ({"template": "glm4"}, FACTS),
         ({"template": "llama3"}, PLAIN),
         ({"template": "chatml"}, PLAIN),
@@ -509,6 +526,13 @@ def test_what_rewards_may_read_is_counted(tmp_path: Path) -> None:
 )
 def test_what_can_work_is_let_through(changes: dict[str, Any], facts: dict[str, Any]) -> None:
     assert check_finetune(finetune(changes), GOOD, facts, eval_report=GOOD) == []
+
+
+def test_a_model_without_a_scoring_head_is_no_judge() -> None:
+    asked = finetune({"stage": "grpo", "reward_model": "m", "max_completion_length": 8})
+    (found,) = check_finetune(asked, None, None, judge={"scores": False})
+    assert (found.field, found.code) == ("reward_model", "unfit_model")
+    assert check_finetune(asked, None, None, judge={"scores": True}) == []
 
 
 def test_the_first_row_of_another_form_is_named() -> None:

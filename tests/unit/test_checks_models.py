@@ -23,16 +23,27 @@ def a_model(
     return folder
 
 
-def safetensors(**changes: Any) -> bytes:
+LAYER = "model.layers.0.self_attn.q_proj.weight"
+
+
+def safetensors(name: str = LAYER, **changes: Any) -> bytes:
     tensor = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]} | changes
-    header = json.dumps({"model.layers.0.self_attn.q_proj.weight": tensor}).encode()
+    header = json.dumps({name: tensor}).encode()
     return struct.pack("<Q", len(header)) + header + bytes(16)
 
 
 def test_a_models_facts_come_from_its_headers(tmp_path: Path) -> None:
     facts = model_facts(a_model(tmp_path / "m"))
     assert facts["linear_modules"] == ["q_proj"]
-    assert (facts["layers"], facts["parameters"]) == (2, 4)
+    assert facts["linear_paths"] == ["model.layers.self_attn.q_proj"]
+    assert (facts["layers"], facts["parameters"], facts["scores"]) == (2, 4, False)
+
+
+@pytest.mark.parametrize("name", ["score.weight", "model.score.weight", "v_head.summary.weight"])
+def test_a_head_that_scores_is_seen(tmp_path: Path, name: str) -> None:
+    folder = a_model(tmp_path / "m")
+    (folder / "head.safetensors").write_bytes(safetensors(name))
+    assert model_facts(folder)["scores"]
 
 
 @pytest.mark.parametrize(
