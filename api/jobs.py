@@ -43,12 +43,12 @@ def submit(
     # Hubs are not asked again of what was accepted: their answer may be another by now.
     replayed = _is_replayed(yard, caller, request)
     if "pipeline" in body:
-        steps = read_pipeline(body)
+        steps = read_pipeline(body, remote_code=yard.settings.trust_remote_code)
         if not replayed:
             steps = [_asked_of_hubs(yard, caller, step) for step in steps]
         with yard.begin(caller.team_id) as tx:
             return _submit_pipeline(tx, yard, caller, steps, request, response)
-    spec, notes = read_spec(body)
+    spec, notes = read_spec(body, remote_code=yard.settings.trust_remote_code)
     if not replayed:
         notes = [*notes, *_hubs_notes(yard, caller, spec)]
     submission = jobs.Submission(spec, tuple(notes))

@@ -1,7 +1,10 @@
 """What a base model's own files may not ask for, at submission and in the runner alike."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
+
+RemoteCode = Literal["refused", "ignored"]
+"""What `trust_remote_code: true` meets: a 403, or a note that it changes nothing."""
 
 WITHOUT_ITS_CODE = (
     "code of a model's own is never run: where transformers has this family itself, an admin adds "

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from tuneyard.specs.base_models import WITHOUT_ITS_CODE
+from tuneyard.specs.base_models import WITHOUT_ITS_CODE, RemoteCode
 from tuneyard.specs.clashes import clashes_of
 from tuneyard.specs.conversations import UNSTORABLE, all_within
 from tuneyard.specs.download import DownloadSpec
@@ -77,10 +77,12 @@ _FLAGS = {
 }  # fmt: skip
 
 
-def read_spec(document: Mapping[str, Any]) -> tuple[JobSpec, list[Note]]:
+def read_spec(
+    document: Mapping[str, Any], *, remote_code: RemoteCode = "refused"
+) -> tuple[JobSpec, list[Note]]:
     """Check a document. Raises: SpecRejected with all problems, each with its field and mend."""
     kind = _kind(document)
-    reading = _Reading(KINDS[kind])
+    reading = _Reading(KINDS[kind], remote_code)
     for written, value in document.items():
         if written != "kind":
             reading.take(str(written), value)
@@ -90,16 +92,17 @@ def read_spec(document: Mapping[str, Any]) -> tuple[JobSpec, list[Note]]:
     except ValidationError as error:
         refused = {each.field for each in reading.problems}
         more = [each for each in problems_of(error, reading.model) if each.field not in refused]
-        raise _rejected(reading.problems + more) from None
+        raise rejected(reading.problems + more) from None
     problems = reading.problems
     if not {each.field for each in problems} & {"stage", "finetuning_type"}:
         problems = problems + clashes_of(spec)  # not with a default that nobody asked for
     if problems:
-        raise _rejected(problems)
+        raise rejected(problems)
     return spec, reading.notes + notes_on(spec)  # type: ignore[return-value]  # one of KINDS
 
 
-def _rejected(problems: list[InputError]) -> SpecRejected:
+def rejected(problems: list[InputError]) -> SpecRejected:
+    """All problems as one error: 403 where each of them is, for example."""
     error = SpecRejected(problems[:MAX_PROBLEMS])
     error.http_status = min(each.http_status for each in problems)
     if any(each.http_status != error.http_status for each in problems):
@@ -158,8 +161,9 @@ def _only_measures(document: Mapping[str, Any]) -> bool:
 class _Reading:
     """A document on its way to a spec: our names for other names, unset for null, and the rest."""
 
-    def __init__(self, model: type[Spec]) -> None:
+    def __init__(self, model: type[Spec], remote_code: RemoteCode) -> None:
         self.model = model
+        self.remote_code = remote_code
         self.values: dict[str, Any] = {}
         self.notes: list[Note] = []
         self.problems: list[InputError] = []
@@ -226,7 +230,9 @@ class _Reading:
     def _take_later(self, written: str, value: Any) -> None:
         if is_default(written, value):
             return
-        if written == "trust_remote_code":
+        if written == "trust_remote_code" and self.remote_code == "ignored":
+            self._note(written, f"{written} has no effect: code of a model's own is never run")
+        elif written == "trust_remote_code":
             message = "Code of a model's own is not run here."
             hint = (
                 "leave it out, or say false: families that transformers has itself need none; "

@@ -6,9 +6,10 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 from uuid import UUID
 
+from tuneyard.specs.base_models import RemoteCode
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.ids import is_id, new_id, show_id
-from tuneyard.specs.jobs import MAX_PROBLEMS, JobSpec, Note, read_spec
+from tuneyard.specs.jobs import JobSpec, Note, read_spec, rejected
 from tuneyard.specs.problems import nearest, problem, shown
 
 MAX_STEPS = 100
@@ -24,7 +25,9 @@ class Step:
     position: int  # as it was written, from 0
 
 
-def read_pipeline(document: Mapping[str, Any]) -> list[Step]:
+def read_pipeline(
+    document: Mapping[str, Any], *, remote_code: RemoteCode = "refused"
+) -> list[Step]:
     """Check ``{"pipeline": [step, …]}``; the steps in an order in which each follows its inputs.
 
     Raises: SpecRejected with the problems of all steps, fields as ``pipeline[1].lora_rank``.
@@ -44,12 +47,12 @@ def read_pipeline(document: Mapping[str, Any]) -> list[Step]:
             else:
                 document[field] = [*document[field][:place], source, *document[field][place + 1 :]]
         try:
-            spec, notes = read_spec(document)
+            spec, notes = read_spec(document, remote_code=remote_code)
             read.append(Step(ids[position], spec, tuple(notes), position))
         except InputError as error:
             problems += in_step(position, error).problems
     if problems:
-        raise SpecRejected(problems[:MAX_PROBLEMS])
+        raise rejected(problems)
     return read
 
 
@@ -58,9 +61,9 @@ def in_step(position: int, error: InputError) -> SpecRejected:
     found = error.problems if isinstance(error, SpecRejected) else [error]
     for each in found:
         each.field = f"pipeline[{position}].{each.field}" if each.field else f"pipeline[{position}]"
-    rejected = SpecRejected(found)
-    rejected.http_status = error.http_status
-    return rejected
+    refused = SpecRejected(found)
+    refused.http_status = error.http_status
+    return refused
 
 
 def _steps(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -84,7 +87,7 @@ def _steps(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         if not isinstance(step, Mapping)
     ]
     if wrong:
-        raise SpecRejected(wrong[:MAX_PROBLEMS])
+        raise rejected(wrong)
     return steps
 
 
@@ -120,7 +123,7 @@ def _needs(steps: Sequence[Mapping[str, Any]], names: Mapping[str, int]) -> list
                 problems.append(error)
         found.append(needs)
     if problems:
-        raise SpecRejected(problems[:MAX_PROBLEMS])
+        raise rejected(problems)
     return found
 
 

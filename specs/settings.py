@@ -27,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from tuneyard.specs.base_models import RemoteCode
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.prefix import CLEAN, clean_prefix
 from tuneyard.specs.sources import HUB_NAMES
@@ -48,8 +49,8 @@ READ_BY: Mapping[str, frozenset[str]] = {
     for process, names in {
         "api": """home database_url store_url store_endpoint store_region store_access_key
             store_secret_key broker_url api_host api_port api_threads max_body_bytes max_file_bytes
-            root_path trusted_proxies flower_url session_secret session_s hub_order node_roots
-            lease_s""",
+            root_path trusted_proxies trust_remote_code flower_url session_secret session_s
+            hub_order node_roots lease_s""",
         "scheduler": "database_url broker_url lease_s tick_s retry_backoff_s",
         "worker": """home database_url store_url store_endpoint store_region store_access_key
             store_secret_key store_patience_s max_file_bytes broker_url lease_s poll_s stop_grace_s
@@ -150,6 +151,11 @@ class Settings(BaseModel):
         default="",
         description="Where the API reaches this worker's gateway. Empty: host (or, where that is"
         " every address, the host's name) and port.",
+    )
+    trust_remote_code: RemoteCode = Field(
+        default="refused",
+        description="What a spec with trust_remote_code: true meets: refused, or ignored with a"
+        " note. Code of a model's own is never run.",
     )
     flower_url: str = Field(
         default="",

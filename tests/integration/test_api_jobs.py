@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID
 
 import pytest
-from support.apis import ASK, ROWS, Api, serve_again
+from support.apis import ASK, ROWS, Api, serve, serve_again
 
 from tuneyard.specs.ids import new_id, show_id
 
@@ -27,6 +27,24 @@ def test_a_submitted_job_is_answered_whole_and_is_on_disk(api: Api) -> None:
     assert job["allowed_actions"] == ["cancel"]
     assert job["created_at"].endswith("Z")
     assert count(api) == 1
+
+
+def test_an_admin_may_let_trust_remote_code_pass_without_effect(api: Api) -> None:
+    api.a_base()
+    asked = ASK | {"trust_remote_code": True}
+    with api.client() as http:
+        for document in (asked, {"pipeline": [asked]}):
+            refused = http.post("/jobs", json=document)
+            assert refused.status_code == 403, refused.text
+            assert refused.json()["error"]["code"] == "remote_code_forbidden"
+    with serve(api.db, api.home, trust_remote_code="ignored") as lenient, lenient.client() as http:
+        for document in (asked, {"pipeline": [asked]}):
+            answer = http.post("/jobs", json=document)
+            assert answer.status_code == 201, answer.text
+        job = http.get("/jobs").json()["data"][0]
+        (note,) = http.get(f"/jobs/{job['id']}").json()["notes"]
+        assert note["field"] == "trust_remote_code"
+        assert note["message"].endswith("is never run")
 
 
 def test_a_key_used_again_answers_the_same_job(api: Api) -> None:

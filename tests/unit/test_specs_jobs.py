@@ -469,6 +469,10 @@ def test_code_of_a_models_own_is_forbidden_and_not_only_wrong() -> None:
     with pytest.raises(SpecRejected) as refused:
         read_spec(FINETUNE | {"trust_remote_code": "yes"})
     assert refused.value.http_status == 403
+    _, found = read_spec(FINETUNE | {"trust_remote_code": "yes"}, remote_code="ignored")
+    assert [n.message for n in found] == [
+        "trust_remote_code has no effect: code of a model's own is never run"
+    ]
 
 
 def test_a_secret_is_neither_kept_nor_shown_again() -> None:
