@@ -4,7 +4,8 @@
 
 PAIRS.json has preferences in ShareGPT's form; the first 300 tokens of each wanted answer are read
 by plain transformers on the CPU. Prints their mean length, and the root mean square of how far
-log p of the whole is from fp32: all in bf16, and with the last product alone in fp32.
+log p of the whole is from fp32: all in bf16, with the last product alone in fp32, and with the
+residual stream in fp32, where products alone are bf16.
 """
 
 import argparse
@@ -26,7 +27,7 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     half = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.bfloat16).eval()
     exact = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.bfloat16).float().eval()
-    apart, with_head, lengths = [], [], []
+    apart, with_head, with_stream, lengths = [], [], [], []
     for pair in json.loads(asked.pairs.read_text())[: asked.rows]:
         ids = tokenizer(pair["chosen"]["value"], return_tensors="pt").input_ids[:, :300]
         with torch.no_grad():
@@ -34,10 +35,14 @@ def main() -> int:
             truth = logp(exact(input_ids=ids).logits, ids)
             apart.append(logp(half.lm_head(hidden), ids) - truth)
             with_head.append(logp(exact.lm_head(hidden.float()), ids) - truth)
+            stream = half.get_input_embeddings()(ids).float()
+            with torch.autocast("cpu", torch.bfloat16):
+                with_stream.append(logp(half(inputs_embeds=stream).logits, ids) - truth)
         lengths.append(ids.shape[1])
     print(
         f"{sum(lengths) / len(lengths):.0f} tokens: {rms(apart):.2f} from fp32 in bf16, "
-        f"{rms(with_head):.2f} with the last product in fp32"
+        f"{rms(with_head):.2f} with the last product in fp32, {rms(with_stream):.2f} with the "
+        "residual stream in fp32"
     )
     return 0
 
