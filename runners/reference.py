@@ -77,5 +77,5 @@ def load_reference(
     if asked.adapters and arguments.goes_on and arguments.reference == "start":
         start = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
         return Reference(start=start, said="adapter as it began")
-    laid_in = asked.adapters and arguments.create_new_adapter
+    laid_in = asked.adapters if arguments.create_new_adapter else asked.adapters[:-1]
     return Reference(said="base with the adapters below" if laid_in else "base")

@@ -87,7 +87,7 @@ def best_model_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
             hint = "eval_strategy: steps or epoch, with val_size or eval_dataset"
             yield problem("conflicting_fields", message, field, hint)
     known = MEASURED.get(spec.stage, frozenset())
-    if known and spec.compute_accuracy:
+    if spec.stage in ("sft", "pt") and spec.compute_accuracy:
         known |= {"accuracy"}
     if known and spec.best_metric not in known:
         message = f"An evaluation of stage: {spec.stage} does not measure {spec.best_metric}."

@@ -152,4 +152,17 @@ def shapers_changed(before: Spec, after: Spec) -> list[str]:
     if not isinstance(before, FinetuneSpec):
         return []
     names = sorted(SHAPE_A_CHECKPOINT)
-    return [name for name in names if getattr(before, name) != getattr(after, name, None)]
+    changed = [name for name in names if getattr(before, name) != getattr(after, name, None)]
+    if isinstance(after, FinetuneSpec) and after.max_steps <= 0:
+        # Steps are counted by epochs: those that a checkpoint has would stand for other rows.
+        return changed + _rows_changed(before, after)
+    return changed
+
+
+def _rows_changed(before: FinetuneSpec, after: FinetuneSpec) -> list[str]:
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    rows = {
+        each.per_device_train_batch_size * each.gradient_accumulation_steps
+        for each in (before, after)
+    }
+    return [n for n in names if len(rows) > 1 and getattr(before, n) != getattr(after, n)]

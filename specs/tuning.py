@@ -257,6 +257,11 @@ def _of_stage(spec: "FinetuneSpec") -> Iterator[InputError]:
     if kind in WHOLE and stage == "rm":
         message = "A reward model is an adapter with a head over its base."
         yield problem("conflicting_fields", message, "finetuning_type", "lora")
+    beside = ("additional_target", "use_dora")
+    more = "stage rm" if stage == "rm" else next((n for n in beside if getattr(spec, n)), None)
+    if spec.pissa_init and more:
+        message = f"pissa_init leaves a sum of factors, and {more} learns more than factors."
+        yield problem("conflicting_fields", message, "pissa_init", "leave it out")
     if spec.pissa_init and spec.compares:
         message = "pissa_init takes a part out of the base, which is what answers are compared with"
         yield problem("conflicting_fields", f"{message}.", "pissa_init", "leave it out")
@@ -289,6 +294,9 @@ def _sizes(spec: TuningFields) -> Iterator[InputError]:
     if kind == "oft" and bool(spec.oft_rank) == bool(spec.oft_block_size):
         message = "oft_rank x oft_block_size is a layer's width: one of them is 0."
         yield problem("conflicting_fields", message, "oft_rank", "set the other one to 0")
+    if kind == "oft" and spec.oft_block_size == 1:
+        message = "oft_block_size = 1: a block of one number cannot turn, nothing would learn."
+        yield problem("nothing_to_do", message, "oft_block_size", "2 or more, for example 32")
     if kind == "prefix" and spec.gradient_checkpointing:
         message = "A learned prefix is a cache, which gradient_checkpointing throws away."
         hint = "leave it out, or use finetuning_type prompt_tuning"

@@ -49,7 +49,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
-INPUTS = ("tokens", "ref_model", "ref_model_adapters", "adapter", "model")
+INPUTS = ("tokens", "ref_model", "ref_model_adapters", "adapter", "adapter_2", "model")
 
 
 @pytest.fixture(scope="module")
@@ -528,6 +528,14 @@ def test_an_adapter_that_goes_on_is_compared_with_what_was_asked_for(tune, tmp_p
         starts[said] = ran.metric("loss")[1]
     assert starts.pop("base") < 0.6  # the adapter prefers already
     assert starts == pytest.approx(dict.fromkeys(starts, math.log(2)), abs=1e-4)
+
+
+def test_a_reference_that_holds_the_adapters_below_is_called_so(tune, tmp_path) -> None:
+    first = tune("dpo", max_steps=2).workdir / "output"
+    second = tune("dpo", max_steps=2, adapter=first).workdir / "output"
+    both = {"adapter": first, "adapter_2": second, "max_steps": 1, "reference": "base"}
+    about = json.loads((tune("dpo", **both).workdir / "output" / "tuneyard.json").read_text())
+    assert about["reference"] == "base with the adapters below"
 
 
 def test_the_start_of_an_adapter_is_compared_with_after_a_resume_too(tune) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tuneyard.specs.errors import SpecRejected
-from tuneyard.specs.finetune import FinetuneSpec
+from tuneyard.specs.finetune import FinetuneSpec, shapers_changed
 from tuneyard.specs.jobs import read_spec
 from tuneyard.specs.tuning import MERGEABLE, PROMPTS, WHOLE, use_refused
 
@@ -135,6 +135,16 @@ def test_what_is_loras_alone_is_refused_elsewhere(kind: str, field: str) -> None
          "conflicting_fields", "lora"),
         ({"adapter": "a", "stage": "rm"}, "adapter", "conflicting_fields", "merge the other first"),
         ({"pissa_init": True, "stage": "kto"}, "pissa_init", "conflicting_fields", "leave it out"),
+        ({"pissa_init": True, "stage": "rm"}, "pissa_init", "conflicting_fields", "leave it out"),
+        ({"pissa_init": True, "use_dora": True}, "pissa_init",
+         "conflicting_fields", "leave it out"),
+        ({"pissa_init": True, "additional_target": "lm_head"}, "pissa_init",
+         "conflicting_fields", "leave it out"),
+        ({"finetuning_type": "oft", "oft_block_size": 1}, "oft_block_size",
+         "nothing_to_do", "2 or more"),
+        ({"stage": "rm", "val_size": 2, "eval_strategy": "steps", "compute_accuracy": True,
+          "metric_for_best_model": "accuracy"}, "metric_for_best_model",
+         "bad_choice", "rewards/accuracies"),
         ({"finetuning_type": "adalora", "adalora_init_rank": 8}, "adalora_init_rank",
          "out_of_range", "above 8"),
         ({"num_virtual_tokens": 0, "finetuning_type": "prefix"}, "num_virtual_tokens",
@@ -220,3 +230,12 @@ def test_an_export_of_what_cannot_be_merged_is_refused_by_its_type(kind: str) ->
     (problem,) = found.value.problems
     assert (problem.field, problem.code) == ("finetuning_type", "not_mergeable")
     assert problem.hint
+
+
+def test_a_checkpoint_fits_no_steps_of_another_number_of_rows_where_epochs_count() -> None:
+    size, parts = "per_device_train_batch_size", "gradient_accumulation_steps"
+    before = tuned(**{size: 4})
+    assert shapers_changed(before, tuned(**{size: 1})) == [size]
+    assert shapers_changed(before, tuned(**{size: 4, parts: 2})) == [parts]
+    assert shapers_changed(before, tuned(**{size: 1, parts: 4})) == []  # the same rows a step
+    assert shapers_changed(tuned(**{size: 4}, max_steps=9), tuned(**{size: 1}, max_steps=9)) == []
