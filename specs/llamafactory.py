@@ -20,14 +20,17 @@ SAME_AS = {
 """Another name -> ours."""
 
 _REASONS = {
-    "results, logs and checkpoints have their place here; `tuneyard show` tells where": """
+    "results, logs and checkpoints have their place here; `tuneyard fetch` brings them": """
         data_shared_file_system logging_dir media_dir offload_folder output_dir
-        overwrite_output_dir save_on_each_node save_only_model cache_dir dataset_dir swanlab_logdir
+        overwrite_output_dir save_on_each_node cache_dir swanlab_logdir
     """,
+    "checkpoints hold the optimizer's state anyway": "save_only_model",
+    "dataset_info.json is not read: dataset names the file itself": "dataset_dir",
+    "weights are loaded file by file whatever this says": "low_cpu_mem_usage",
     "rows are read the same whatever this says": """
         dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
         dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
-        low_cpu_mem_usage overwrite_cache preprocessing_batch_size preprocessing_num_workers
+        overwrite_cache preprocessing_batch_size preprocessing_num_workers
         remove_unused_columns ignore_data_skip
     """,
     "progress, metrics and logs are always recorded": """
@@ -38,8 +41,9 @@ _REASONS = {
     """,
     "the scheduler and the worker see to it": """
         ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
-        ddp_static_graph ddp_timeout local_rank master_addr master_port ray_init_kwargs
-        ray_num_workers
+        ddp_static_graph ddp_timeout local_rank master_addr master_port placement_strategy
+        ray_init_kwargs ray_num_workers ray_run_name ray_storage_filesystem ray_storage_path
+        resources_per_worker
     """,
     "the held-out rows are evaluated as eval_strategy says, and once before the first step": """
         batch_eval_metrics eval_accumulation_steps eval_do_concat_batches eval_on_start
@@ -169,6 +173,8 @@ MEANT: Mapping[str, str] = {
     "load_in_4bit": "quantization_bit",
     "load_in_8bit": "quantization_bit",
     "lora_modules": "lora_target",
+    "lora_target_modules": "lora_target",
+    "use_peft": "finetuning_type",
     "max_source_length": "cutoff_len",
     "max_target_length": "cutoff_len",
     "use_lora": "finetuning_type",

@@ -709,3 +709,19 @@ def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_surviv
     decided = set(survived.split()) | (OF_THE_JOB - {"kind"})
     assert not decided & SHAPE_A_CHECKPOINT
     assert FinetuneSpec.model_fields.keys() - decided == SHAPE_A_CHECKPOINT
+
+
+def test_a_name_without_effect_is_noted_with_a_reason_that_fits() -> None:
+    written: dict[str, Any] = {"ray_run_name": "x", "placement_strategy": "PACK"}
+    written |= {"resources_per_worker": {"GPU": 1}, "ray_storage_path": "./saves"}
+    written |= {"dataset_dir": "data", "save_only_model": False, "low_cpu_mem_usage": True}
+    for name, value in written.items():
+        assert WITHOUT_EFFECT[name] in notes(FINETUNE | {name: value})[name], name
+    assert "dataset names the file" in WITHOUT_EFFECT["dataset_dir"]
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("lora_target_modules", "lora_target"), ("use_peft", "finetuning_type")]
+)
+def test_what_trl_calls_a_field_is_met_with_ours(written: str, meant: str) -> None:
+    assert problems(FINETUNE | {written: 1})[written] == ("unknown_field", f"did you mean {meant}?")
