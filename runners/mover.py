@@ -163,9 +163,11 @@ class ScheduleFree(Mover):
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Go to the average, and back."""
-        self._aside = {name: p.detach().clone() for name, p in self.learn.items()}
-        self._each("eval")
+        """Go to the average, and back; a run that is over stays there."""
+        if self._aside:
+            yield
+            return
+        self.settle()
         try:
             yield
         finally:
@@ -175,6 +177,7 @@ class ScheduleFree(Mover):
 
     def settle(self) -> None:
         """Go to the average."""
+        self._aside = {name: p.detach().clone() for name, p in self.learn.items()}
         self._each("eval")
 
     @torch.no_grad()

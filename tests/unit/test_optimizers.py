@@ -228,6 +228,31 @@ def test_what_schedule_free_measures_is_what_it_leaves(tune, dataset):
     assert "made for lr_scheduler_type: constant" in warning["message"]
 
 
+def test_what_is_kept_when_schedule_free_is_over_still_knows_the_point_that_trains(base, tmp_path):
+    """Before held-out rows are answered the last step is kept, of a model that is at its average."""
+
+    def run(first: int, last: int, state: Path | None = None):
+        model = LlamaForCausalLM.from_pretrained(base)
+        told = arguments_of(optim="schedule_free_adamw", learning_rate=0.01)
+        mover = build_mover(model, told, warmup_steps=0, device="cpu")
+        if state is not None:
+            mover.restore(state)
+        for step in range(first, last):
+            ids = torch.arange(24).view(2, 12) % 17 + step + 3
+            model(input_ids=ids, labels=ids).loss.backward()
+            mover.step(torch.amp.GradScaler("cuda", enabled=False), norm=1.0)
+            mover.forget()
+        mover.settle()
+        return mover, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    mover, settled = run(0, 3)
+    with mover.at_rest():
+        mover.save(tmp_path / "state")
+    assert all(torch.equal(p, settled[name]) for name, p in mover.learn.items())
+    _, again = run(3, 3, tmp_path / "state")
+    assert [name for name, p in again.items() if not torch.equal(p, settled[name])] == []
+
+
 def test_the_checkpoint_of_another_optimizer_is_refused_or_left_aside(tune):
     whole = tune(max_steps=2, save_steps=1, optim="sgd")
     folder = whole.workdir / "checkpoints" / "step-2"
