@@ -12,7 +12,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -152,7 +152,7 @@ class Trainer:
         self.durations: deque[float] = deque(maxlen=20)
         self.saved_step = self.at.step  # at 0: nothing to save yet
         self.saved_at = time.monotonic()
-        self.random = random_state(self.running.device)
+        self._remember()
         self.loaded_step: int | None = None  # whose model was taken at the end, if not the last
 
     def train(self) -> None:
@@ -215,7 +215,7 @@ class Trainer:
         log.info("took the model of step %d", self.loaded_step)
 
     def _step(self) -> Step:
-        """One optimizer step. Raises: Interrupted, with nothing changed but gradients."""
+        """One optimizer step. Raises: Interrupted, before anything that a checkpoint holds changed."""
         began = time.monotonic()
         rows = self.data.order.take(self.at.examples, self.plan.rows_per_step)
         examples, drawn = self._items([self.data.examples[i] for i in rows])
@@ -290,12 +290,16 @@ class Trainer:
             hint="a lower learning_rate or a warm-up often helps; look at the rows of this step",
         )
 
+    def _remember(self) -> None:
+        """What a checkpoint of this step holds, and the groups of the next one will change."""
+        self.random, self.baseline = random_state(self.running.device), replace(self.at.baseline)
+
     def _finish(self, step: Step) -> None:
         """Count a step, and say what it did."""
         self.at.step += 1
         self.at.tokens += step.tokens
         self.at.loss_sum += step.loss
-        self.random = random_state(self.running.device)
+        self._remember()
         self.durations.append(step.seconds)
         values = {
             "loss": step.loss,
@@ -400,7 +404,7 @@ class Trainer:
             path, digest = write_checkpoint(
                 self.workdir,
                 self.running,
-                position=self.at,
+                position=replace(self.at, baseline=self.baseline),
                 random=self.random,
                 run=self.run,
                 base_id=self.base_id,

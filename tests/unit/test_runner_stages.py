@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -269,6 +270,26 @@ def test_prepared_tokens_give_the_same_bits(tune, base, tmp_path, stage) -> None
     )
     there = tune(stage, tokens=prepared.workdir / "output")
     assert there.adapter_sha256 == here.adapter_sha256
+
+
+def test_a_stop_within_a_step_leaves_the_baseline_of_bco_as_it_was(tune, monkeypatch) -> None:
+    told = {"pref_bco_weight": 1.0, "per_device_train_batch_size": 2}
+    told |= {"gradient_accumulation_steps": 2}
+    whole = tune("dpo", **told)
+    groups, loss = iter(range(99)), PairLoss.loss
+
+    def stopping(objective: PairLoss, model: Any, batch: Any) -> Any:
+        if next(groups) == 2:  # the first of the second step
+            signal.raise_signal(signal.SIGTERM)
+        return loss(objective, model, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PairLoss, "loss", stopping)
+        stopped = tune("dpo", **told)
+    assert stopped.code == 75
+    resumed = tune("dpo", **told, resume=stopped.workdir / "checkpoints" / "step-1")
+    assert resumed.metric("loss")[3] == whole.metric("loss")[3]
+    assert resumed.adapter_sha256 == whole.adapter_sha256
 
 
 # ---- losses against the formulas ----
