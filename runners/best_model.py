@@ -59,6 +59,7 @@ class Ranking:
 def forget_best(at: Position) -> None:
     """As if nothing had been measured yet."""
     at.best_step = at.best_loss = at.best_metric = None
+    at.bad_evaluations = 0
 
 
 def ranking_of(arguments: FinetuneArguments) -> Ranking:

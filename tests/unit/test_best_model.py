@@ -12,6 +12,7 @@ from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import ANIMALS, a_dataset, a_tiny_base
 
 from tuneyard.models.artifacts import KeptCheckpoint
+from tuneyard.runners.assembly import look_for_best
 from tuneyard.runners.best_model import Ranking
 from tuneyard.runners.checkpoint import Position
 from tuneyard.runners.finetune import finetune
@@ -160,6 +161,15 @@ def test_a_best_checkpoint_that_is_gone_is_said_at_the_beginning_and_the_next_be
     assert warning["code"] == "best_gone"
     losses = resumed.metric("eval_loss")
     assert result(resumed)["best_step"] == min(losses, key=losses.__getitem__) > step + 2
+
+
+def test_evaluations_by_another_measure_use_up_no_patience():
+    at = Position(step=4, best_step=1, best_metric=2.0, bad_evaluations=3, compared_by="loss")
+    ranking = Ranking("accuracy", greater=True, patience=3)
+    assert ranking.is_over(at)
+    look_for_best(at, ranking, None, None)
+    assert (at.best_step, at.bad_evaluations) == (None, 0)
+    assert not ranking.is_over(at)
 
 
 def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(tune):
