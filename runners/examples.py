@@ -312,7 +312,8 @@ def _texts(rows: Sequence[Text], chat: Chat, cutting: Cutting, progress: Progres
             else:
                 sequences.append(whole[:width])
         progress(min(start + ROWS_AT_ONCE, len(rows)))
-    sequences += [flat[start : start + width] for start in range(0, len(flat), width)]
+    # A token that would be left alone at the end is nobody's target.
+    sequences += [flat[start : start + width] for start in range(0, len(flat) - 1, width)]
     return Encoded([Example(ids, list(ids)) for ids in sequences])
 
 

@@ -241,6 +241,16 @@ def test_texts_are_joined_and_cut_and_nothing_of_them_is_lost(base, tmp_path) ->
     assert all(e.labels == e.ids for e in (*each, *blocks))
 
 
+def test_a_last_token_that_is_left_alone_is_no_row_that_cutoff_len_cut(base, tmp_path) -> None:
+    tokens = sum(len(e.ids) for e in items_of(base, tmp_path, "pt", blocks=False))
+    width = next(n for n in range(8, tokens) if tokens % n == 1)
+    rows = read_stage(tmp_path / "pt.jsonl", "pt")
+    chat = chat_of(load_tokenizer(base), template=None, default_system=None)
+    encoded = encode(rows, chat, Cutting(cutoff_len=width), stage="pt")
+    assert len(encoded.examples) == tokens // width
+    assert encoded.skipped == 0
+
+
 def test_a_text_begins_with_bos_where_the_tokenizer_adds_one(tmp_path) -> None:
     base = a_tiny_base(tmp_path / "llama", template=LLAMA)
     each = items_of(base, tmp_path, "pt", blocks=False)
