@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from itertools import chain
 from typing import Any, TypeVar, overload
 
@@ -32,13 +33,15 @@ class Order:
     def take(self, consumed: int, count: int) -> list[int]:
         """Indices of the next ``count`` examples, fewer where the epoch ends before."""
         epoch, start = divmod(consumed, self.count)
-        return self._epoch(epoch)[start : start + count]
+        indices = _shuffled(self.count, self.seed, epoch) if self.shuffled else range(self.count)
+        return list(indices[start : start + count])
 
-    def _epoch(self, epoch: int) -> list[int]:
-        indices = list(range(self.count))
-        if self.shuffled:
-            random.Random(stream_seed(self.seed, "order", epoch)).shuffle(indices)  # noqa: S311
-        return indices
+
+@lru_cache(maxsize=1)  # a second and more for a million examples, and every step asks
+def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    indices = list(range(count))
+    random.Random(stream_seed(seed, "order", epoch)).shuffle(indices)  # noqa: S311
+    return indices
 
 
 def steps_of(count: int, *, rows_per_step: int, epochs: float, max_steps: int) -> tuple[int, int]:
