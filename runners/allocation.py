@@ -38,9 +38,15 @@ class RankAllocation:
             penalty = self.config.orth_reg_weight * torch.stack(distances).mean()
             penalty.backward()
 
-    def after_step(self, step: int) -> None:
-        """Look at the gradients of a step, and cut ranks when it is time. step: from 1 on."""
-        self.tuner.update_and_allocate(step)
+    def after_step(self, step: int, *, overflowed: bool = False) -> None:
+        """Look at the gradients of a step, and cut ranks when it is time. step: from 1 on.
+
+        overflowed: by fp16's scaling; such gradients say nothing of what matters.
+        """
+        still_looks = step < self.config.total_step - self.config.tfinal
+        known = self.tuner.rankallocator.exp_avg_ipt or self.config.rank_pattern
+        if known if not still_looks else not overflowed:
+            self.tuner.update_and_allocate(step)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Tensors, and texts beside them, of a checkpoint."""

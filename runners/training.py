@@ -274,11 +274,11 @@ class Trainer:
         grad_norm = mover.clip(self.plan.max_grad_norm or math.inf)
         if not scaler.is_enabled():
             self._check_finite(loss, grad_norm)
-        elif not math.isfinite(grad_norm):
-            self.at.skipped_steps += 1  # the scaler leaves the parameters alone and scales less
+        overflowed = not math.isfinite(grad_norm)
+        self.at.skipped_steps += overflowed  # the scaler leaves the parameters alone, scales less
         mover.step(scaler, norm=grad_norm)
         if allocation is not None:
-            allocation.after_step(self.at.step + 1)
+            allocation.after_step(self.at.step + 1, overflowed=overflowed)
         mover.forget()
         return grad_norm
 
@@ -296,9 +296,10 @@ class Trainer:
 
     def _finish(self, step: Step) -> None:
         """Count a step, and say what it did."""
+        before = self.at.loss_sum / max(1, self.at.step)
+        self.at.loss_sum += step.loss if math.isfinite(step.loss) else before  # as transformers
         self.at.step += 1
         self.at.tokens += step.tokens
-        self.at.loss_sum += step.loss
         self._remember()
         self.durations.append(step.seconds)
         values = {
@@ -318,7 +319,10 @@ class Trainer:
             self._log(**shown, grad_norm=step.grad_norm, **means)
 
     def _log(self, **values: float) -> None:
-        """A line of trainer_log.jsonl. No times: the same run writes the same file."""
+        """A line of trainer_log.jsonl. No times: the same run writes the same file.
+
+        What is not finite has no place in JSON.
+        """
         done, total = self.at.step, self.plan.steps
         line: dict[str, float] = {
             "current_steps": done,
@@ -326,7 +330,8 @@ class Trainer:
             "percentage": round(100 * done / total, 2),
             "total_tokens": self.at.tokens,
         }
-        line |= {"epoch": round(done / self.plan.steps_per_epoch, 4), **values}
+        line |= {"epoch": round(done / self.plan.steps_per_epoch, 4)}
+        line |= {name: value for name, value in values.items() if math.isfinite(value)}
         self.at.log.append(line)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         log.info("step %d/%d  %s", done, total, shown)

@@ -1,6 +1,9 @@
 """Optimizers by name: groups, decay, packages, and their state in a checkpoint."""
 
 import json
+import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -340,6 +343,42 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped_counted_and_survives_
     resumed = tune(**told, resume=whole.workdir / "checkpoints" / "step-3")
     assert weights_of(resumed) == weights_of(whole)
     assert resumed.of_type("result")[0]["values"]["skipped_steps"] == skipped
+
+
+@pytest.fixture
+def fourth_overflows(monkeypatch):
+    """fp16's scaling on a CPU, and a fourth step whose loss is beyond all numbers."""
+    groups, loss = iter(range(99)), TokenLoss.loss
+
+    def overflowing(objective, model, batch):
+        outcome = loss(objective, model, batch)
+        return replace(outcome, loss=outcome.loss * (math.inf if next(groups) == 3 else 1.0))
+
+    monkeypatch.setattr(TokenLoss, "loss", overflowing)
+    monkeypatch.setattr(assembly, "scaler_of", lambda _: torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.usefixtures("fourth_overflows")
+def test_gradients_that_overflow_tell_adalora_nothing_of_what_matters(tune):
+    ran = tune(finetuning_type="adalora", max_steps=9, save_steps=5)
+    (result,) = ran.of_type("result")
+    assert result["values"]["skipped_steps"] == 1
+    known = load_file(ran.workdir / "checkpoints" / "step-5" / "allocation.safetensors")
+    assert known
+    assert all(bool(torch.isfinite(value).all()) for value in known.values())
+
+
+@pytest.mark.usefixtures("fourth_overflows")
+def test_a_loss_that_overflows_is_skipped_and_no_file_holds_what_is_no_number(tune):
+    ran = tune(max_steps=4)
+    assert ran.code == ExitCode.DONE
+    (result,) = ran.of_type("result")
+    finite = list(ran.metric("loss").values())
+    assert (result["values"]["skipped_steps"], len(finite)) == (1, 3)
+    assert result["values"]["loss"] == pytest.approx(sum(finite) / 3)
+    for name in ("trainer_log.jsonl", "trainer_state.json", "all_results.json"):
+        text = (ran.workdir / "output" / name).read_text()
+        assert not re.search("NaN|Infinity", text), name
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
