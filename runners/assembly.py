@@ -76,7 +76,7 @@ def build_trainer(
         EmbeddingNoise(model, arguments.neftune_noise_alpha)
     running = Running(
         model,
-        mover_of(model, asked, plan, attempt),
+        mover_of(model, asked, precision, plan, attempt),
         scaler_of(precision),
         device,
         cast_to=computed,
@@ -286,17 +286,26 @@ def casting_of(model: Any, precision: Precision) -> torch.dtype | None:
     return None
 
 
-def mover_of(model: Any, asked: Asked, plan: Plan, attempt: Attempt) -> Mover:
+def mover_of(model: Any, asked: Asked, precision: Precision, plan: Plan, attempt: Attempt) -> Mover:
     """The optimizer, and a warning of what it does otherwise than may be expected."""
     for sentence in warnings_about(asked.arguments):
         attempt.events.warn("optimizer", sentence)
     torch.manual_seed(stream_seed(asked.seed, "optimizer"))
-    return build_mover(
+    mover = build_mover(
         model,
         asked.arguments,
         warmup_steps=warmup_of(asked.arguments, plan.steps),
         device=attempt.device.torch_name,
     )
+    check_scaling(mover, precision)
+    return mover
+
+
+def check_scaling(mover: Mover, precision: Precision) -> None:
+    """fp16 may have been chosen for the base's or the GPU's sake. Raises: BadSpec."""
+    if precision.autocast and mover.within_backward:
+        message = "Layers move before the scaled gradients of fp16 can be looked at."
+        raise BadSpec(message, field="precision", hint="bf16: true, or no layerwise optimizer")
 
 
 def scaler_of(precision: Precision) -> torch.amp.GradScaler:

@@ -215,7 +215,7 @@ class Trainer:
         log.info("took the model of step %d", self.loaded_step)
 
     def _step(self) -> Step:
-        """One optimizer step. Raises: Interrupted, before anything that a checkpoint holds changed."""
+        """One optimizer step. Raises: Interrupted, while checkpoints still hold the step before."""
         began = time.monotonic()
         rows = self.data.order.take(self.at.examples, self.plan.rows_per_step)
         examples, drawn = self._items([self.data.examples[i] for i in rows])

@@ -24,7 +24,7 @@ from tuneyard.runners.losses import TokenLoss
 from tuneyard.runners.optimizer_state import Reader, Writer
 from tuneyard.runners.optimizers import build_mover
 from tuneyard.runners.packages import check_packages
-from tuneyard.runners.precision import Precision
+from tuneyard.runners.precision import Precision, choose_precision
 from tuneyard.specs.errors import SpecRejected
 from tuneyard.specs.exits import ExitCode
 from tuneyard.specs.jobs import read_spec
@@ -232,7 +232,7 @@ def test_what_schedule_free_measures_is_what_it_leaves(tune, dataset):
 
 
 def test_what_is_kept_when_schedule_free_is_over_still_knows_the_point_that_trains(base, tmp_path):
-    """Before held-out rows are answered the last step is kept, of a model that is at its average."""
+    """Before held-out rows are answered the last step is kept, at its average already."""
 
     def run(first: int, last: int, state: Path | None = None):
         model = LlamaForCausalLM.from_pretrained(base)
@@ -343,6 +343,15 @@ def test_a_step_whose_scaled_gradients_overflow_is_skipped_counted_and_survives_
     resumed = tune(**told, resume=whole.workdir / "checkpoints" / "step-3")
     assert weights_of(resumed) == weights_of(whole)
     assert resumed.of_type("result")[0]["values"]["skipped_steps"] == skipped
+
+
+def test_layers_that_move_within_the_backward_pass_are_refused_where_a_base_is_in_fp16(base):
+    arguments = arguments_of(use_apollo=True, apollo_layerwise=True, finetuning_type="full")
+    chosen = choose_precision(precision="auto", base="float16", device="cuda")
+    model = LlamaForCausalLM.from_pretrained(base)
+    mover = build_mover(model, arguments, warmup_steps=0, device="cpu")
+    with pytest.raises(BadSpec, match="before the scaled gradients of fp16"):
+        assembly.check_scaling(mover, chosen)
 
 
 @pytest.fixture
