@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.optimizer_state import (
@@ -104,7 +105,7 @@ class Mover:
 
     def check(self, path: Path) -> None:
         """Look whether a state is of these optimizers. Raises: BadSpec."""
-        tree, _ = read_tree(path)
+        tree = read_tree(path)
         kinds = [type(part).__qualname__ for part in self.parts]
         groups = [len(part.param_groups) for part in self.parts]
         parts = tree["parts"] if tree else []
@@ -118,10 +119,8 @@ class Mover:
             )
 
     def restore(self, path: Path) -> None:
-        """Go on from a state; the model has its own back already. Raises: BadSpec."""
-        self.check(path)
-        tree, tensors = read_tree(path)
-        self._restore(tree, Reader(tensors, self._parameters, self._device))
+        """Go on from a state that was checked; the model has its own back already."""
+        self._restore(read_tree(path), Reader(load_file(path), self._parameters, self._device))
 
     def _tree(self, writer: Writer) -> Tree:
         parts = zip(self.parts, self._begun, strict=True)

@@ -189,12 +189,11 @@ def write_tree(path: Path, tree: Tree, tensors: Tensors) -> None:
     save_file(tensors, path, metadata={HEAD: json.dumps(tree, sort_keys=True)})
 
 
-def read_tree(path: Path) -> tuple[Tree, Tensors]:
-    """What ``write_tree`` wrote; an older file has no tree."""
+def read_tree(path: Path) -> Tree:
+    """The tree that ``write_tree`` wrote; None: an older file has none."""
     with safe_open(path, framework="pt") as file:
         head = (file.metadata() or {}).get(HEAD)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return json.loads(head) if head else None, tensors
+    return json.loads(head) if head else None
 
 
 def changed(group: Mapping[str, Any], begun: Mapping[str, Any]) -> dict[str, Any]:
