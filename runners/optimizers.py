@@ -148,7 +148,7 @@ def _typed_options(arguments: FinetuneArguments, options: Mapping[str, Any]) -> 
     kinds = OPTIM_OPTIONS.get(family(arguments.optim), {})
     return {
         name: value.lower() in ("true", "1", "yes") if kinds[name] is bool else kinds[name](value)
-        for name, value in optim_options(arguments.optim, arguments.optim_args).items()
+        for name, value in optim_options(arguments.optim_args).items()
         if name in options and kinds.get(name) in (bool, int)
     }
 

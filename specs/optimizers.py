@@ -201,7 +201,7 @@ def packages_of(spec: OptimizerFields) -> list[tuple[str, str]]:
     return needed
 
 
-def optim_options(optim: str, text: str | None) -> dict[str, str]:
+def optim_options(text: str | None) -> dict[str, str]:
     """``optim_args`` as names and values; "all-linear" and the like stay texts."""
     pairs = (pair.partition("=") for pair in (text or "").replace(" ", "").split(",") if pair)
     return {name: value for name, _, value in pairs}
@@ -294,7 +294,7 @@ def _options(spec: "FinetuneSpec") -> Iterator[InputError]:
     """Options that the optimizer knows, with values that can be read."""
     kind = family(spec.optim)
     known = OPTIM_OPTIONS.get(kind, {})
-    options = optim_options(spec.optim, spec.optim_args)
+    options = optim_options(spec.optim_args)
     if len(options) < sum(bool(pair.strip()) for pair in (spec.optim_args or "").split(",")):
         message = "optim_args gives an option twice."
         yield problem("conflicting_fields", message, "optim_args", "name each option once")
