@@ -151,7 +151,7 @@ def read_checkpoint(
     Raises: FolderDamaged, BadSpec when the checkpoint belongs to another run.
     """
     verify_folder(folder)
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    state = _read_state(folder)
     _compare(state.pop("run"), run)
     if steps is not None and state["step"] > steps:
         message = (
@@ -173,8 +173,7 @@ def read_checkpoint(
 
 def differences(folder: Path, run: Mapping[str, Any]) -> list[str]:
     """What a checkpoint ran on that is otherwise here: then equal bits are not promised."""
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    before, now = state["run"]["platform"], run["platform"]
+    before, now = _read_state(folder)["run"]["platform"], run["platform"]
     return [
         f"{key}: {before.get(key)} then, {now[key]} now"
         for key in now
@@ -184,9 +183,13 @@ def differences(folder: Path, run: Mapping[str, Any]) -> list[str]:
 
 def job_of(folder: Path) -> str | None:
     """Which job wrote a checkpoint; None where that was not written down yet."""
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    job: str | None = state["run"].get("job")
+    job: str | None = _read_state(folder)["run"].get("job")
     return job
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    return state
 
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
