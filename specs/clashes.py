@@ -15,7 +15,7 @@ from tuneyard.specs.optimizers import optimizer_clashes
 from tuneyard.specs.optimizing import schedule_clashes, smoothing_clashes
 from tuneyard.specs.predicting import predicting_clashes
 from tuneyard.specs.preferences import preference_clashes
-from tuneyard.specs.problems import nearest, problem
+from tuneyard.specs.problems import exclude, nearest, problem
 from tuneyard.specs.rewards import reward_clashes
 from tuneyard.specs.sources import read_source
 from tuneyard.specs.tracking import tracking_clashes
@@ -59,7 +59,7 @@ def clashes_of(spec: Spec) -> list[InputError]:
 
 def _row_pairs(spec: RowsSpec) -> Iterator[InputError]:
     if spec.train_on_prompt and spec.mask_history:
-        yield _exclude("train_on_prompt", "mask_history")
+        yield exclude("train_on_prompt", "mask_history")
     for name in ("train_on_prompt", "mask_history"):
         if getattr(spec, name) and spec.stage != "sft":
             yield _of_stage(name, spec.stage, "sft")
@@ -122,7 +122,7 @@ def _pairs(spec: FinetuneSpec) -> Iterator[InputError]:
             "disable_gradient_checkpointing",
         ),
     ]
-    yield from (_exclude(a, b) for clash, a, b in rules if clash)
+    yield from (exclude(a, b) for clash, a, b in rules if clash)
 
 
 def _devices(spec: MergeSpec) -> Iterator[InputError]:
@@ -131,16 +131,12 @@ def _devices(spec: MergeSpec) -> Iterator[InputError]:
     for name in ("gpus", "device"):
         wants_gpu = name in told and (name == "gpus" or spec.device == "gpu")
         if wants_gpu and spec.device == "cpu":
-            yield _exclude(name, "device")
+            yield exclude(name, "device")
         elif wants_gpu and "export_device" in told and spec.export_device == "cpu":
-            yield _exclude(name, "export_device")
+            yield exclude(name, "export_device")
 
 
 def _evaluation(spec: FinetuneSpec) -> Iterator[InputError]:
     if spec.eval_strategy != "no" and not spec.val_size and spec.eval_dataset is None:
         message, hint = "There is nothing to evaluate on.", "set val_size or eval_dataset"
         yield problem("conflicting_fields", message, "eval_strategy", hint)
-
-
-def _exclude(a: str, b: str) -> InputError:
-    return problem("conflicting_fields", f"{a} and {b} exclude each other.", a, "give one of them")

@@ -10,7 +10,7 @@ from tuneyard.specs.fields import AdapterRef, FileRef
 from tuneyard.specs.finetune import RowsSpec, Stage
 from tuneyard.specs.numbers import CountOrShare
 from tuneyard.specs.predicting import PredictingFields, predicting_clashes
-from tuneyard.specs.problems import problem
+from tuneyard.specs.problems import exclude, problem
 
 
 class EvaluateSpec(PredictingFields, RowsSpec):
@@ -61,9 +61,6 @@ def evaluate_clashes(spec: EvaluateSpec, *, held_out: bool, separate: bool) -> I
         message = "An evaluation trains nothing."
         yield problem("conflicting_fields", message, "do_train", "kind: finetune")
     if spec.val_size and separate:
-        message = "val_size and eval_dataset exclude each other."
-        yield problem("conflicting_fields", message, "val_size", "give one of them")
+        yield exclude("val_size", "eval_dataset")
     if spec.fp16 and (spec.bf16 or spec.pure_bf16):
-        name = "bf16" if spec.bf16 else "pure_bf16"
-        message = f"{name} and fp16 exclude each other."
-        yield problem("conflicting_fields", message, name, "give one of them")
+        yield exclude("bf16" if spec.bf16 else "pure_bf16", "fp16")

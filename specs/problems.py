@@ -19,6 +19,11 @@ def problem(code: str, message: str, field: str, hint: str | None = None) -> Inp
     return InputError(message, code=code, field=field, hint=hint)
 
 
+def exclude(a: str, b: str) -> InputError:
+    """An error about two fields of which one at most may be said."""
+    return problem("conflicting_fields", f"{a} and {b} exclude each other.", a, "give one of them")
+
+
 def shown(value: Any) -> str:
     """A value as an error quotes it."""
     text = value[: SHOWN + 1] if isinstance(value, str) else value

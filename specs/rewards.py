@@ -21,7 +21,7 @@ from pydantic_core import SchemaError, SchemaValidator, core_schema
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import ModelRef, Spec, refusal
 from tuneyard.specs.generation import TemperatureField
-from tuneyard.specs.problems import nearest, problem
+from tuneyard.specs.problems import exclude, nearest, problem
 
 if TYPE_CHECKING:
     from tuneyard.specs.finetune import FinetuneSpec
@@ -278,8 +278,7 @@ def reward_clashes(spec: "FinetuneSpec") -> Iterator[InputError]:
 def _source_of_rewards(spec: RewardFields) -> Iterator[InputError]:
     functions, weights = spec.reward_funcs, spec.reward_weights
     if functions and spec.reward_model is not None:
-        message = "reward_funcs and reward_model exclude each other."
-        yield _clash(message, "reward_funcs", "give one of them")
+        yield exclude("reward_funcs", "reward_model")
     elif not functions and spec.reward_model is None:
         message = "Nothing says what an answer is worth."
         hint = f"set reward_funcs ({', '.join(FUNCTIONS)}) or reward_model"

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import AdapterRef, Spec, Words, given, refusal, words_in
 from tuneyard.specs.numbers import Share
-from tuneyard.specs.problems import problem
+from tuneyard.specs.problems import exclude, problem
 
 if TYPE_CHECKING:
     from tuneyard.specs.finetune import FinetuneSpec
@@ -285,12 +285,7 @@ def _sizes(spec: TuningFields) -> Iterator[InputError]:
         message = "use_llama_pro needs a number of layers."
         yield problem("out_of_range", message, "freeze_trainable_layers", "1 or more")
     if spec.use_llama_pro and spec.layers_to_transform:
-        yield problem(
-            "conflicting_fields",
-            "use_llama_pro and layers_to_transform exclude each other.",
-            "use_llama_pro",
-            "give one of them",
-        )
+        yield exclude("use_llama_pro", "layers_to_transform")
     if kind == "oft" and bool(spec.oft_rank) == bool(spec.oft_block_size):
         message = "oft_rank x oft_block_size is a layer's width: one of them is 0."
         yield problem("conflicting_fields", message, "oft_rank", "set the other one to 0")
