@@ -12,14 +12,14 @@ from tuneyard.runners.base_model import ends_of, tokenizer_files
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import LOG_FILE, Position, write_log
 from tuneyard.runners.learned import is_adapter, save_adapter
-from tuneyard.runners.origin import WEIGHTS_FILE
+from tuneyard.runners.origin import WEIGHTS_FILE, published_digest
 from tuneyard.runners.results import write_texts
 from tuneyard.runners.run_files import write_run_files
 from tuneyard.runners.tensor_files import SINGLE_FILE
 from tuneyard.runners.training import Trainer
 from tuneyard.runners.tuned_folder import write_tuned
 from tuneyard.specs.runner import TUNEYARD_FILE
-from tuneyard.store.folder import manifest_digest, publish_folder, read_manifest
+from tuneyard.store.folder import publish_folder
 
 
 def publish_tuned(
@@ -90,13 +90,10 @@ def copy_tokenizer(model: Path, folder: Path, chat: Chat) -> None:
 
 def origin(asked: Asked, attempt: Attempt, chat: Chat, position: Position) -> dict[str, Any]:
     """tuneyard.json: what inference, chat and merge of this adapter go by. No times, no paths."""
-    digest = None
-    if (asked.model / "manifest.json").exists():
-        digest = manifest_digest(read_manifest(asked.model))
     stop_ids = chat.stop_ids(ends_of(asked.model))
     return {
         "format": 1,
-        "base": {"id": asked.base_id, "digest": digest},
+        "base": {"id": asked.base_id, "digest": published_digest(asked.model)},
         "dataset": attempt.spec.input_ids.get("dataset"),
         "adapters": [attempt.spec.input_ids.get(n) for n in adapter_names(attempt.spec.inputs)],
         "template": chat.template or None,

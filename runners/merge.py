@@ -24,13 +24,14 @@ from tuneyard.runners.merge_plan import Plan, WholeModelNeeded, plan_merge
 from tuneyard.runners.merged_folder import Change, keep_adapter, write_surroundings
 from tuneyard.runners.origin import (
     WEIGHTS_FILE,
+    published_digest,
     read_adapter_config,
     read_origin,
 )
 from tuneyard.runners.shards import write_weights
 from tuneyard.runners.tensor_files import FLOATS, Tensor, tensors_in, weights_of
 from tuneyard.specs.runner import TUNEYARD_FILE
-from tuneyard.store.folder import MANIFEST_FILE, manifest_digest, publish_folder, read_manifest
+from tuneyard.store.folder import publish_folder, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def check_base(asked: Asked, attempt: Attempt) -> None:
     Raises: BadSpec, unless forced.
     """
     tuned_over = (asked.origin.get("base") or {}).get("digest")
-    digest = digest_of(asked.model)
+    digest = published_digest(asked.model)
     if tuned_over is None or digest is None or tuned_over == digest:
         return
     message = f"The adapter was tuned over {tuned_over[:12]}; this is {digest[:12]}."
@@ -127,13 +128,6 @@ def check_base(asked: Asked, attempt: Attempt) -> None:
         hint = "merge onto the adapter's own base, or set force: true"
         raise BadSpec(message, field="model", hint=hint)
     attempt.events.warn("other_base", message)
-
-
-def digest_of(folder: Path) -> str | None:
-    """The digest of a folder's manifest; None for one that was not published here."""
-    if not (folder / MANIFEST_FILE).exists():
-        return None
-    return manifest_digest(read_manifest(folder))
 
 
 def check_room(asked: Asked, attempt: Attempt) -> None:
@@ -233,10 +227,14 @@ def publish(asked: Asked, attempt: Attempt, aside: Path, *, pairs: int) -> None:
 def lineage_of(asked: Asked, attempt: Attempt) -> dict[str, Any]:
     """Base with revision and digest, adapter with digest, job."""
     ids = attempt.spec.input_ids
-    manifest = read_manifest(asked.model) if digest_of(asked.model) else {}
-    base = {"id": ids.get("model") or asked.model.name, "digest": digest_of(asked.model)}
+    digest = published_digest(asked.model)
+    manifest = read_manifest(asked.model) if digest else {}
+    base = {"id": ids.get("model") or asked.model.name, "digest": digest}
     base |= {name: manifest[name] for name in ("source", "revision") if name in manifest}
-    adapter = {"id": ids.get("adapter") or asked.adapter.name, "digest": digest_of(asked.adapter)}
+    adapter = {
+        "id": ids.get("adapter") or asked.adapter.name,
+        "digest": published_digest(asked.adapter),
+    }
     bits = (asked.origin.get("arguments") or {}).get("quantization_bit")
     if bits is not None:  # the sum is onto the base as it is stored, not as it was trained over
         adapter["trained_over_bits"] = bits

@@ -7,6 +7,7 @@ from typing import Any
 
 from tuneyard.runners.failures import BadData, BadSpec, InputGone
 from tuneyard.specs.runner import TUNEYARD_FILE
+from tuneyard.store.folder import MANIFEST_FILE, manifest_digest, read_manifest
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -32,6 +33,13 @@ def read_origin(folder: Path) -> Mapping[str, Any]:
     """tuneyard.json of an adapter or a merged model: template, ends of a turn, base; or nothing."""
     path = folder / TUNEYARD_FILE
     return _read(path) if path.is_file() else {}
+
+
+def published_digest(folder: Path) -> str | None:
+    """The digest of a folder's manifest; None for one that was not published here."""
+    if not (folder / MANIFEST_FILE).exists():
+        return None
+    return manifest_digest(read_manifest(folder))
 
 
 def _read(path: Path) -> dict[str, Any]:
