@@ -1,8 +1,10 @@
 """A model's weights as files of a limited size, with the index that loaders read."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tuneyard.runners.merge_plan import Part
 from tuneyard.runners.tensor_files import INDEX_FILE, SINGLE_FILE, header_bytes
@@ -36,6 +38,17 @@ def write_weights(
         size = sum(part.bytes for part in parts)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save_weights(model: Any, folder: Path, *, most_bytes: float) -> None:
+    """The same of a model in memory, as transformers names and divides its tensors."""
+    aside = folder / ".saved"
+    model.save_pretrained(aside, max_shard_size=f"{max(1, int(most_bytes // 1000))}KB")
+    for path in aside.iterdir():
+        if path.suffix == ".safetensors" or path.name == INDEX_FILE:
+            path.rename(folder / path.name)
+            (folder / path.name).chmod(0o644)
+    shutil.rmtree(aside)
 
 
 def sharded(parts: Sequence[Part], most_bytes: float) -> list[list[Part]]:

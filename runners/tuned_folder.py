@@ -4,7 +4,6 @@ What learned is rounded once to the base's format; all else (frozen tensors, con
 tokenizer, licence) is the base's, byte for byte where nothing has to change.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -17,8 +16,8 @@ from tuneyard.runners.failures import LossNotFinite
 from tuneyard.runners.merge_plan import EMBEDDING, HEAD, Part, is_tied
 from tuneyard.runners.merged_folder import Change, write_surroundings
 from tuneyard.runners.merging import BLOCK_BYTES, Merger, torch_dtype
-from tuneyard.runners.shards import write_weights
-from tuneyard.runners.tensor_files import INDEX_FILE, weights_of
+from tuneyard.runners.shards import save_weights, write_weights
+from tuneyard.runners.tensor_files import weights_of
 
 MOST_BYTES = 5 * 10**9
 """Size of a file of weights at most: LLaMA-Factory's export_size."""
@@ -42,7 +41,8 @@ def write_tuned(
 
             write_weights(folder, parts, blocks, most_bytes=MOST_BYTES, progress=lambda _done: None)
     else:
-        _save_by_transformers(model, folder, dtype=_format(config, weights))
+        # A family whose modules are named otherwise than the tensors on disk.
+        save_weights(model.to(_format(config, weights)), folder, most_bytes=MOST_BYTES)
     write_surroundings(base, folder, Change(None, False, origin))
 
 
@@ -55,17 +55,6 @@ def _rounded(part: Part, parameter: torch.Tensor) -> Iterator[memoryview]:
         if not torch.isfinite(values).all():
             raise LossNotFinite(f"{part.name[:80]!r} holds values that are no numbers.")
         yield values.view(-1).view(torch.uint8).numpy().data
-
-
-def _save_by_transformers(model: Any, folder: Path, *, dtype: torch.dtype) -> None:
-    """For families whose modules are named otherwise than the tensors on disk."""
-    aside = folder / ".saved"
-    model.to(dtype).save_pretrained(aside, max_shard_size=MOST_BYTES)
-    for path in aside.iterdir():
-        if path.suffix == ".safetensors" or path.name == INDEX_FILE:
-            path.rename(folder / path.name)
-            (folder / path.name).chmod(0o644)
-    shutil.rmtree(aside)
 
 
 def _format(config: Mapping[str, Any], weights: Mapping[str, Any]) -> torch.dtype:

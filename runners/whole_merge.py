@@ -1,7 +1,6 @@
 """Merging by peft, with the whole model in memory: for what is more than a sum of plain factors."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from tuneyard.runners.base_model import load_weights
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.learned import load_adapter
-from tuneyard.runners.tensor_files import INDEX_FILE
+from tuneyard.runners.shards import save_weights
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +33,7 @@ def merge_whole(
     model = load_weights(base, config, dtype=getattr(torch, loaded), device="cpu")
     tied = bool(model.config.tie_word_embeddings)
     merged = _merged(model, adapter).to(getattr(torch, dtype))
-    aside = folder / ".peft"
-    merged.save_pretrained(aside, max_shard_size=f"{max(1, int(most_bytes // 1000))}KB")
-    for path in aside.iterdir():
-        if path.suffix == ".safetensors" or path.name == INDEX_FILE:
-            path.rename(folder / path.name)
-            (folder / path.name).chmod(0o644)
-    shutil.rmtree(aside)
+    save_weights(merged, folder, most_bytes=most_bytes)
     return tied and not merged.config.tie_word_embeddings
 
 
