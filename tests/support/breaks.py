@@ -244,8 +244,8 @@ BREAKS = (
     Break(
         "every epoch has the same order",
         "runners/batches.py",
-        'stream_seed(self.seed, "order", epoch)',
-        'stream_seed(self.seed, "order")',
+        'stream_seed(seed, "order", epoch)',
+        'stream_seed(seed, "order")',
         f"{DATA}::test_every_epoch_has_its_own_order_and_keeps_its_short_step",
     ),
     Break(
