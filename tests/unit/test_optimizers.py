@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import a_dataset, a_tiny_base
+from support.tunings import examples_of, mean_loss, plain_result
 from transformers import LlamaForCausalLM, Trainer
 
 from tuneyard.runners import assembly, packages
 from tuneyard.runners.adapter import add_adapter, decaying_names, parameter_groups
 from tuneyard.runners.arguments import FinetuneArguments
-from tuneyard.runners.batches import collate
+from tuneyard.runners.batches import collate, split
 from tuneyard.runners.examples import IGNORED, Example
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.finetune import finetune
@@ -221,11 +222,14 @@ def test_a_resumed_run_ends_in_the_same_bits(tune, told):
     assert whole.metric("loss")[6] < whole.metric("loss")[1]
 
 
-def test_what_schedule_free_measures_is_what_it_leaves(tune, dataset):
+def test_what_schedule_free_measures_is_what_it_leaves(tune, base, dataset):
     told = {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "lora_dropout": 0.0}
     ran = tune(**told, max_steps=4, val_size=2, eval_strategy="steps", eval_steps=1)
     more = tune(**told, max_steps=4, val_size=2)
     assert ran.adapter_sha256 == more.adapter_sha256  # measuring alters nothing
+    _, held = split(examples_of(base, dataset), 2, seed=42)
+    left = mean_loss(plain_result(ran, base), held)
+    assert left == pytest.approx(ran.metric("eval_loss")[4], rel=1e-5)
     assert not ran.of_type("warning")
     (warning,) = tune(optim="schedule_free_adamw", max_steps=1).of_type("warning")
     assert "made for lr_scheduler_type: constant" in warning["message"]

@@ -187,11 +187,12 @@ def test_weight_0_leaves_an_answer_out(chatml):
 
 
 def test_a_row_whose_answer_is_cut_away_is_counted_and_skipped(chatml):
-    kept, gone = conversation("ask", "answer"), conversation("ask", "a", trained=(False,))
-    encoded = encode([kept, gone], chatml, Cutting())
-    assert (len(encoded.examples), encoded.skipped) == (1, 1)
+    kept, gone = conversation("ask", "a"), conversation("ask" * 99, "answer")
+    cutting = Cutting(cutoff_len=8)
+    encoded = encode([kept, gone], chatml, cutting)
+    assert (encoded.kept, encoded.skipped) == ([0], 1)
     with pytest.raises(BadData, match="No row has a token to learn"):
-        encode([gone], chatml, Cutting())
+        encode([gone], chatml, cutting)
 
 
 def test_the_default_system_message_yields_to_a_rows_own(chatml):
