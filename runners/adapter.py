@@ -7,6 +7,7 @@ it is kept in runners/learned.py.
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,12 @@ from peft.utils.constants import (
 )
 
 from tuneyard.runners.arguments import FinetuneArguments
-from tuneyard.runners.beginnings import SCORE_HEAD, begin_by_singular_values, initialise
+from tuneyard.runners.beginnings import (
+    SCORE_HEAD,
+    begin_by_norms,
+    begin_by_singular_values,
+    initialise,
+)
 from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.precision import Precision
@@ -67,11 +73,28 @@ def add_adapter(
         raise BadSpec(str(error), field=_FIELDS.get(kind, "finetuning_type")) from None
     initialise(model, seed)
     widen(model, precision)
+    begin_by_norms(model)
     if arguments.pissa_init:
         begin_by_singular_values(model, seed, iterations=arguments.pissa_iter)
     if kind in ("p_tuning", "prompt_tuning"):
         _hide_virtual_tokens(model, arguments.num_virtual_tokens)
     return model
+
+
+def drop_blocks(model: Any) -> None:
+    """Let oft's module_dropout leave blocks unturned: peft 0.21 makes its layer and never asks it.
+
+    To be called once, however the adapter came here.
+    """
+    for module in model.modules():
+        for name, rotation in getattr(module, "oft_R", {}).items():
+            turn, drop = rotation._cayley_batch, module.oft_dropout[name]
+            rotation._cayley_batch = partial(_turned, turn, drop)
+
+
+def _turned(turn: Any, drop: Any, *asked: Any, **more: Any) -> torch.Tensor:
+    blocks: torch.Tensor = drop(turn(*asked, **more))
+    return blocks
 
 
 _FIELDS = {"lora": "lora_target", "oft": "oft_block_size", "adalora": "lora_target"}

@@ -43,9 +43,11 @@ class RankAllocation:
 
         overflowed: by fp16's scaling; such gradients say nothing of what matters.
         """
-        still_looks = step < self.config.total_step - self.config.tfinal
-        known = self.tuner.rankallocator.exp_avg_ipt or self.config.rank_pattern
-        if known if not still_looks else not overflowed:
+        if step < self.config.total_step - self.config.tfinal:
+            looks = not overflowed
+        else:  # no gradients are looked at any more: ranks are cut by what is known
+            looks = bool(self.tuner.rankallocator.exp_avg_ipt or self.config.rank_pattern)
+        if looks:
             self.tuner.update_and_allocate(step)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -17,12 +17,12 @@ from tuneyard.specs.fields import OF_THE_JOB, WHAT
 from tuneyard.specs.finetune import FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.merge import MergeSpec
+from tuneyard.specs.numbers import Precision
 from tuneyard.specs.prepare import PrepareSpec
 from tuneyard.specs.problems import problems_of
 from tuneyard.specs.sources import Hub
 
 Arguments = TypeVar("Arguments", bound=BaseModel)
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Way = Literal["padded", "segments", "varlen"]
 """How examples stand in rows; runners/attention.py tells them apart."""
 
@@ -52,7 +52,6 @@ class FinetuneArguments(FinetuneSpec):
     reward_model: Any = None
     dataset: Any = None
     seed: int | None = None  # type: ignore[assignment]  # None: the spec's
-    precision: Precision = "auto"
     attention: Way | None = None  # None: the fastest that is known to be right
 
     @property
@@ -82,7 +81,6 @@ class EvaluateArguments(EvaluateSpec):
     model: Any = None
     dataset: Any = None
     seed: int | None = None  # type: ignore[assignment]  # None: the spec's
-    precision: Precision = "auto"
 
 
 class MergeArguments(MergeSpec):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tuneyard.runners.adapter import computes_by_casting, tune
+from tuneyard.runners.adapter import computes_by_casting, drop_blocks, tune
 from tuneyard.runners.allocation import allocation_of
 from tuneyard.runners.answering import answerable, rollouts_of
 from tuneyard.runners.arguments import FinetuneArguments, Way
@@ -239,8 +239,11 @@ def load_model(asked: Asked, precision: Precision, device: str, *, steps: int) -
         # still take no part in the backward pass.
         base.gradient_checkpointing_enable({"use_reentrant": False})
     if asked.adapters:
-        return go_on(base, asked.adapters, arguments, seed=asked.seed, precision=precision)
-    return tune(base, arguments, seed=asked.seed, precision=precision, steps=steps)
+        model = go_on(base, asked.adapters, arguments, seed=asked.seed, precision=precision)
+    else:
+        model = tune(base, arguments, seed=asked.seed, precision=precision, steps=steps)
+    drop_blocks(model)
+    return model
 
 
 def quantisation_of(arguments: FinetuneArguments, field: str, dtype: torch.dtype) -> Any:

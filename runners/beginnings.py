@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from peft import PeftType
+from peft.utils.integrations import dequantize_module_weight
 
+from tuneyard.runners.failures import BadSpec
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.summing import Summand, adapter_state
 
@@ -92,11 +94,26 @@ def _of_a_linear(
     return values.uniform_(-bound, bound, generator=stream)
 
 
+@torch.no_grad()
+def begin_by_norms(model: Any) -> None:
+    """dora's magnitudes are the base's norms, in the format in which they will be divided by them.
+
+    peft takes them in the base's own, from which a bf16 base begins as another one.
+    """
+    for module in model.modules():
+        for name, magnitude in (getattr(module, "lora_magnitude_vector", None) or {}).items():
+            a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            weight = dequantize_module_weight(module.get_base_layer()).to(a.dtype)
+            norms = magnitude.get_weight_norm(weight, b @ a, module.scaling[name])
+            magnitude.weight.copy_(norms)
+
+
 def begin_by_singular_values(model: Any, seed: int, *, iterations: int) -> None:
     """PiSSA: A and B are the base's largest singular values, which the base itself gives up.
 
     What that changed is remembered as a summand, so that the result can stand over the untouched
-    base. iterations: of the randomised decomposition; -1: the whole one.
+    base. iterations: of the randomised decomposition; -1: the whole one. Raises: BadSpec for a rank
+    beyond a layer's.
     Source: Meng et al. 2024, arXiv:2404.02948.
     """
     for name, module in model.named_modules():
@@ -104,8 +121,13 @@ def begin_by_singular_values(model: Any, seed: int, *, iterations: int) -> None:
             continue
         base, scale = module.get_base_layer(), module.scaling["default"]
         weight = base.weight.detach().to("cpu", torch.float32)
+        if (rank := module.r["default"]) > min(weight.shape):
+            most = min(weight.shape)
+            short = name.rpartition(".")[2]
+            message = f"pissa_init: {short} has {most} singular values, not {rank}."
+            raise BadSpec(message, field="lora_rank", hint=f"at most {most}")
         seed_here = stream_seed(seed, "pissa", name)
-        a, b = _principal(weight, module.r["default"], iterations, seed_here)
+        a, b = _principal(weight, rank, iterations, seed_here)
         a, b = a / math.sqrt(scale), b / math.sqrt(scale)
         with torch.no_grad():
             module.lora_A["default"].weight.copy_(a)

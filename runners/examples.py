@@ -18,6 +18,7 @@ from tuneyard.runners.rows import (
     Text,
     Unanswered,
 )
+from tuneyard.specs.rewards import ONLINE
 
 IGNORED = -100
 """The label of a token that is not a target: torch's default for cross entropy."""
@@ -175,10 +176,9 @@ def encode(
     kept = [i for i, item in enumerate(encoded.examples) if item.targets]
     useful = [encoded.examples[i] for i in kept]
     if not useful:
-        raise BadData(
-            "No row has a token to learn.",
-            hint=f"cutoff_len is {cutting.cutoff_len}: does it cut every answer away?",
-        )
+        cut = "no question fits" if stage in ONLINE else "does it cut every answer away?"
+        hint = f"cutoff_len is {cutting.cutoff_len}: {cut}"
+        raise BadData("No row has a token to learn.", field="cutoff_len", hint=hint)
     skipped = len(encoded.examples) - len(useful)
     return Encoded(useful, skipped, encoded.last_turn_only, kept)
 

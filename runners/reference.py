@@ -54,6 +54,17 @@ def _put_in(model: Any, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
             parameter.data = now[name]
 
 
+def _as_it_learns(frozen: Any, model: Any) -> None:
+    """Give a copy of the base the formats that norms and embedding have where they learn.
+
+    They decide about the format of what layers hand on. Matrices are rounded alike for products.
+    """
+    learning, embedding = trained_parameters(model), frozen.get_input_embeddings().weight
+    for name, parameter in frozen.named_parameters():
+        if name in learning and (parameter.ndim == 1 or parameter is embedding):
+            parameter.data = parameter.data.to(learning[name].dtype)
+
+
 def load_reference(
     asked: Asked, attempt: Attempt, model: Any, *, dtype: Any, quantisation: Any
 ) -> Reference:
@@ -70,6 +81,8 @@ def load_reference(
         frozen = load_weights(
             folder, read_config(folder), dtype=dtype, device=device, quantisation=quantisation
         )
+        if not other:
+            _as_it_learns(frozen, model)
         if over:
             frozen = load_adapter(frozen, attempt.input("ref_model_adapters"))
         names = [ids.get(n, n) for n in ("ref_model", "ref_model_adapters") if n in named]

@@ -83,9 +83,8 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _results(trainer: "Trainer") -> dict[str, dict[str, Any]]:
     """train and eval -> their measures; the last of each kind counts."""
     at, held_out = trainer.at, len(trainer.data.held_out)
-    epoch = at.step / trainer.plan.steps_per_epoch
     train = {
-        "epoch": epoch,
+        "epoch": trainer.epoch,
         "num_input_tokens_seen": at.tokens,
         "train_loss": at.loss_sum / max(1, at.step),
         "train_samples": len(trainer.data.examples),
@@ -93,7 +92,7 @@ def _results(trainer: "Trainer") -> dict[str, dict[str, Any]]:
     measured: Line = next((line for line in reversed(at.log) if "eval_loss" in line), {})
     evaluated = {name: value for name, value in measured.items() if name.startswith("eval_")}
     if evaluated:
-        evaluated |= {"epoch": epoch, "eval_samples": held_out}
+        evaluated |= {"epoch": trainer.epoch, "eval_samples": held_out}
     return {"train": train, "eval": evaluated}
 
 
@@ -104,7 +103,7 @@ def trainer_state(asked: Asked, trainer: "Trainer") -> dict[str, Any]:
         "best_global_step": at.best_step,
         "best_metric": at.best_metric,
         "best_model_checkpoint": None,
-        "epoch": at.step / plan.steps_per_epoch,
+        "epoch": trainer.epoch,
         "eval_steps": plan.eval_every,
         "global_step": at.step,
         "is_hyper_param_search": False,

@@ -59,6 +59,12 @@ class Plan:
     log_every: int
     keep: int | None
 
+    def epoch(self, consumed: int, count: int) -> float:
+        """How many epochs of ``count`` examples so many are, by whole batches as transformers."""
+        batch = min(self.rows_per_batch, self.rows_per_step)
+        whole, rest = divmod(consumed, count)
+        return whole + math.ceil(rest / batch) / math.ceil(count / batch)
+
     def eval_due(self, step: int) -> bool:
         """Before the first step, after the last, and as often as was asked in between."""
         return self.eval_every is not None and (
@@ -154,6 +160,11 @@ class Trainer:
         self.saved_at = time.monotonic()
         self._remember()
         self.loaded_step: int | None = None  # whose model was taken at the end, if not the last
+
+    @property
+    def epoch(self) -> float:
+        """How often the examples were seen, all in all."""
+        return self.plan.epoch(self.at.examples, len(self.data.examples))
 
     def train(self) -> None:
         """Take all steps that are left.
@@ -306,7 +317,7 @@ class Trainer:
             "loss": step.loss,
             "lr": step.learning_rate,
             "grad_norm": step.grad_norm,
-            "epoch": self.at.step / self.plan.steps_per_epoch,
+            "epoch": self.epoch,
             "tokens": self.at.tokens,
             "tokens_per_s": step.tokens / step.seconds,
         }
@@ -330,7 +341,7 @@ class Trainer:
             "percentage": round(100 * done / total, 2),
             "total_tokens": self.at.tokens,
         }
-        line |= {"epoch": round(done / self.plan.steps_per_epoch, 4)}
+        line |= {"epoch": round(self.epoch, 4)}
         line |= {name: value for name, value in values.items() if math.isfinite(value)}
         self.at.log.append(line)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -15,7 +15,7 @@ from tuneyard.specs.optimizers import optimizer_clashes
 from tuneyard.specs.optimizing import schedule_clashes, smoothing_clashes
 from tuneyard.specs.predicting import predicting_clashes
 from tuneyard.specs.preferences import preference_clashes
-from tuneyard.specs.problems import exclude, nearest, problem
+from tuneyard.specs.problems import exclude, format_clashes, nearest, problem
 from tuneyard.specs.rewards import reward_clashes
 from tuneyard.specs.sources import read_source
 from tuneyard.specs.tracking import tracking_clashes
@@ -114,8 +114,6 @@ def _downloading(spec: DownloadSpec) -> Iterator[InputError]:
 def _pairs(spec: FinetuneSpec) -> Iterator[InputError]:
     rules = [
         (spec.val_size > 0 and spec.eval_dataset is not None, "val_size", "eval_dataset"),
-        (spec.bf16 and spec.fp16, "bf16", "fp16"),
-        (spec.pure_bf16 and spec.fp16, "pure_bf16", "fp16"),
         (
             spec.gradient_checkpointing and spec.disable_gradient_checkpointing,
             "gradient_checkpointing",
@@ -123,6 +121,7 @@ def _pairs(spec: FinetuneSpec) -> Iterator[InputError]:
         ),
     ]
     yield from (exclude(a, b) for clash, a, b in rules if clash)
+    yield from format_clashes(spec)
 
 
 def _devices(spec: MergeSpec) -> Iterator[InputError]:

@@ -8,9 +8,9 @@ from pydantic import Field
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import AdapterRef, FileRef
 from tuneyard.specs.finetune import RowsSpec, Stage
-from tuneyard.specs.numbers import CountOrShare
+from tuneyard.specs.numbers import PRECISION, CountOrShare, Precision
 from tuneyard.specs.predicting import PredictingFields, predicting_clashes
-from tuneyard.specs.problems import exclude, problem
+from tuneyard.specs.problems import exclude, format_clashes, problem
 
 
 class EvaluateSpec(PredictingFields, RowsSpec):
@@ -30,6 +30,7 @@ class EvaluateSpec(PredictingFields, RowsSpec):
     do_train: bool = Field(False, description="kind: finetune trains.")
     seed: int = Field(42, ge=0, le=2**32 - 1, description="What is drawn follows from it.")
     per_device_eval_batch_size: int = Field(8, ge=1, le=4096, description="Rows at a time.")
+    precision: Precision = PRECISION
     bf16: bool = Field(False, description="Weights in bfloat16.")
     fp16: bool = Field(False, description="Weights in half precision.")
     pure_bf16: bool = Field(False, description="As bf16.")
@@ -62,5 +63,4 @@ def evaluate_clashes(spec: EvaluateSpec, *, held_out: bool, separate: bool) -> I
         yield problem("conflicting_fields", message, "do_train", "kind: finetune")
     if spec.val_size and separate:
         yield exclude("val_size", "eval_dataset")
-    if spec.fp16 and (spec.bf16 or spec.pure_bf16):
-        yield exclude("bf16" if spec.bf16 else "pure_bf16", "fp16")
+    yield from format_clashes(spec)

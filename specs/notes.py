@@ -62,7 +62,8 @@ def _what_learns(spec: FinetuneSpec) -> Iterator[Note]:
             yield _note(name, f"{name} has no effect: the adapter goes on as it was made")
     named = spec.ref_model or spec.ref_model_adapters
     if spec.goes_on and spec.compares and not named and spec.reference == "base":
-        message = "answers are compared with the bare base, not with the adapter as it was: "
+        base = "base with the adapters before the last" if len(spec.adapters) > 1 else "bare base"
+        message = f"answers are compared with the {base}, not with the adapter as it was: "
         yield _note("adapter", message + "create_new_adapter: true compares with that")
     if spec.pissa_init and not spec.pissa_convert:
         message = "pissa_init: the result is a LoRA of twice the rank over the untouched base"
@@ -96,8 +97,9 @@ def _held_out(spec: FinetuneSpec) -> Iterator[Note]:
             message = f"{name} has no effect: a fine-tune answers rows where do_predict asks for it"
             yield _note(name, message)
     used = spec.measures or spec.generates
-    if spec.compute_accuracy and not used:
-        message = "compute_accuracy has no effect: nothing is evaluated"
+    if spec.compute_accuracy and not (used and spec.stage in ("pt", "sft")):
+        why = f"stage {spec.stage} has measures of its own" if used else "nothing is evaluated"
+        message = f"compute_accuracy has no effect: {why}"
         yield _note("compute_accuracy", message)
     if (spec.val_size or spec.eval_dataset) and not used:
         message = "rows are held out, and eval_strategy: no never looks at them"

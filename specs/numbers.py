@@ -1,6 +1,6 @@
-"""Numbers as specs say them: counts, shares, and what may be either."""
+"""Numbers as specs say them: counts, shares, what may be either; and their formats."""
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -18,4 +18,10 @@ def _whole_from_one(number: float) -> float:
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 CountOrShare = Annotated[float, Field(ge=0, le=MOST), AfterValidator(_whole_from_one)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+PRECISION: Any = Field(
+    "auto",
+    description="Format of frozen weights and products; auto: bf16 and fp16 say, else the"
+    " base's own.",
+)
 StepsOrShare = Annotated[float, Field(gt=0, le=MOST), AfterValidator(_whole_from_one)]

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import AdapterRef, Spec, Words, given, refusal, words_in
-from tuneyard.specs.numbers import Share
+from tuneyard.specs.numbers import PRECISION, Precision, Share
 from tuneyard.specs.problems import exclude, problem
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ class TuningFields(Spec):
     quantization_type: Literal["nf4", "fp4"] = Field("nf4", description="Of 4 bits.")
     double_quantization: bool = Field(True, description="Quantise the scales of 4 bits as well.")
 
+    precision: Precision = PRECISION
     bf16: bool = Field(False, description="Weights in bfloat16, what learns in fp32.")
     fp16: bool = Field(False, description="Weights in half precision.")
     pure_bf16: bool = Field(False, description="Weights and what learns in bfloat16.")
@@ -175,7 +176,7 @@ class TuningFields(Spec):
 
 SHAPING = TuningFields.model_fields.keys() - Spec.model_fields.keys() - {
     "lora_dropout", "module_dropout", "loraplus_lr_ratio", "loraplus_lr_embedding",
-    "pissa_convert", "bf16", "fp16", "pure_bf16",
+    "pissa_convert", "precision", "bf16", "fp16", "pure_bf16",
     "gradient_checkpointing", "disable_gradient_checkpointing", "full_determinism",
 }  # fmt: skip
 """Fields that what learns, its shape or its beginning follows from."""
@@ -317,6 +318,9 @@ def _quantised(spec: TuningFields) -> Iterator[InputError]:
         if getattr(spec, name):
             message = f"{name} changes the base's weights, and a quantised base keeps its own."
             yield problem("conflicting_fields", message, name, "leave quantization_bit out")
+    if spec.quantization_bit == 8 and spec.use_dora:
+        message = "use_dora takes the norms of weights, which bitsandbytes keeps none of in 8 bits."
+        yield problem("conflicting_fields", message, "use_dora", "quantization_bit: 4")
     if len(spec.adapters) > 1:
         message = "A quantised base takes one adapter: others would have to be merged into it."
         hint = "merge the others first (`tuneyard merge JOB`), and name the merged model as model"

@@ -474,6 +474,23 @@ def test_dpo_begins_exactly_where_the_reference_stands(tune, loss) -> None:
     assert ran.metric("rewards/margins")[1] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"finetuning_type": "full"},
+        {"finetuning_type": "freeze", "freeze_trainable_layers": 1,
+         "freeze_extra_modules": "embed_tokens,norm"},
+        {"use_dora": True},
+        {"pure_bf16": True, "finetuning_type": "full"},
+    ],
+    ids=lambda way: "-".join(map(str, way.values())),
+)  # fmt: skip
+def test_a_start_in_bf16_is_as_exact_whatever_learns_in_fp32(tune, way) -> None:
+    ran = tune("dpo", max_steps=1, **{"bf16": True} | way)
+    assert ran.metric("loss")[1] == pytest.approx(math.log(2), abs=1e-6)
+    assert ran.metric("rewards/margins")[1] == 0
+
+
 def test_kto_begins_with_a_half_a_row(tune) -> None:
     assert tune("kto").metric("loss")[1] == pytest.approx(0.5, abs=1e-5)
 

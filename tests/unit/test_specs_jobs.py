@@ -698,7 +698,7 @@ def test_of_every_field_of_a_fine_tune_it_is_decided_whether_a_checkpoint_surviv
         gradient_accumulation_steps
         gradient_checkpointing learning_rate logging_steps lora_dropout lr_scheduler_kwargs
         lr_scheduler_type max_grad_norm max_steps neftune_noise_alpha num_train_epochs
-        loraplus_lr_embedding loraplus_lr_ratio module_dropout per_device_eval_batch_size
+        loraplus_lr_embedding loraplus_lr_ratio module_dropout precision per_device_eval_batch_size
         per_device_train_batch_size pissa_convert pure_bf16 save_steps save_strategy
         do_eval do_predict predict_with_generate compute_accuracy do_sample temperature top_p top_k
         repetition_penalty max_new_tokens watch_prompts watch_max_new_tokens
