@@ -21,7 +21,7 @@ from tuneyard.models.keys import Caller
 from tuneyard.specs.download import DownloadSpec, implied_download
 from tuneyard.specs.errors import InputError, SpecRejected
 from tuneyard.specs.ids import new_id
-from tuneyard.specs.jobs import KINDS, JobSpec, Note, read_spec
+from tuneyard.specs.jobs import KINDS, JobSpec, Note, as_written, read_spec
 from tuneyard.specs.pipelines import Step, in_step, read_pipeline
 from tuneyard.specs.states import JobState
 from tuneyard.specs.views import JobList, JobView, PipelineView
@@ -39,7 +39,19 @@ def submit(
     Once this answers 201 it is on disk and will run. Asked again with the same Idempotency-Key
     and body it answers the same job, with the header `Idempotency-Replayed: true`.
     """
-    request = _request_key(key, body)
+    try:
+        return _accept(body, caller, yard, response, _request_key(key, body))
+    except InputError as error:
+        raise as_written(body, error) from None
+
+
+def _accept(
+    body: Mapping[str, Any],
+    caller: Caller,
+    yard: Yard,
+    response: Response,
+    request: jobs.RequestKey | None,
+) -> JobView | PipelineView:
     # Hubs are not asked again of what was accepted: their answer may be another by now.
     replayed = _is_replayed(yard, caller, request)
     if "pipeline" in body:

@@ -266,5 +266,7 @@ def _report_success(client: Client, job: Mapping[str, Any]) -> None:
         for entry in client.artifact_files(job["id"], artifact["id"]):
             if entry["path"].endswith(".safetensors"):
                 say(f"    {entry['path']}  sha256 {entry['sha256']}")
-    if job.get("model"):
+    if job.get("model") and job["spec"].get("stage") == "rm":
+        say(f"  let it judge: reward_model: {job['model']} in a fine-tune of stage grpo or rloo")
+    elif job.get("model"):
         say(f"  ask it: tuneyard infer {job['model']} --prompts FILE")

@@ -116,16 +116,18 @@ def begin_by_singular_values(model: Any, seed: int, *, iterations: int) -> None:
     beyond a layer's.
     Source: Meng et al. 2024, arXiv:2404.02948.
     """
-    for name, module in model.named_modules():
-        if "default" not in (getattr(module, "lora_A", None) or {}):
-            continue
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if "default" in (getattr(module, "lora_A", None) or {})
+    }
+    most = min(min(layer.get_base_layer().weight.shape) for layer in layers.values())
+    for name, module in layers.items():
+        if (rank := module.r["default"]) > most:
+            message = f"pissa_init takes {rank} singular values, and a layer has {most}."
+            raise BadSpec(message, field="lora_rank", hint=f"at most {most}")
         base, scale = module.get_base_layer(), module.scaling["default"]
         weight = base.weight.detach().to("cpu", torch.float32)
-        if (rank := module.r["default"]) > min(weight.shape):
-            most = min(weight.shape)
-            short = name.rpartition(".")[2]
-            message = f"pissa_init: {short} has {most} singular values, not {rank}."
-            raise BadSpec(message, field="lora_rank", hint=f"at most {most}")
         seed_here = stream_seed(seed, "pissa", name)
         a, b = _principal(weight, rank, iterations, seed_here)
         a, b = a / math.sqrt(scale), b / math.sqrt(scale)

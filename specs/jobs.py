@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from tuneyard.specs.base_models import WITHOUT_ITS_CODE, RemoteCode
+from tuneyard.specs.base_models import RemoteCode
 from tuneyard.specs.clashes import clashes_of
 from tuneyard.specs.conversations import UNSTORABLE, all_within
 from tuneyard.specs.download import DownloadSpec
@@ -81,6 +81,13 @@ def read_spec(
     document: Mapping[str, Any], *, remote_code: RemoteCode = "refused"
 ) -> tuple[JobSpec, list[Note]]:
     """Check a document. Raises: SpecRejected with all problems, each with its field and mend."""
+    try:
+        return _read_spec(document, remote_code)
+    except SpecRejected as error:
+        raise as_written(document, error) from None
+
+
+def _read_spec(document: Mapping[str, Any], remote_code: RemoteCode) -> tuple[JobSpec, list[Note]]:
     kind = _kind(document)
     reading = _Reading(KINDS[kind], remote_code)
     for written, value in document.items():
@@ -99,6 +106,20 @@ def read_spec(
     if problems:
         raise rejected(problems)
     return spec, reading.notes + notes_on(spec)  # type: ignore[return-value]  # one of KINDS
+
+
+def as_written(document: Mapping[str, Any], error: InputError) -> InputError:
+    """The same error, with fields as the document calls them: LLaMA-Factory's names for ours."""
+    names = {SAME_AS[name]: name for name in document if name in SAME_AS}
+    each = [error, *(error.problems if isinstance(error, SpecRejected) else [])]
+    for problem_ in each:
+        ours = re.match(r"\w+", problem_.field or "")
+        if ours is None or ours[0] in document or ours[0] not in names:
+            continue
+        rename = re.compile(rf"^{ours[0]}\b")
+        problem_.field = rename.sub(names[ours[0]], problem_.field or "")
+        problem_.message = rename.sub(names[ours[0]], problem_.message)
+    return error
 
 
 def rejected(problems: list[InputError]) -> SpecRejected:
@@ -234,10 +255,7 @@ class _Reading:
             self._note(written, f"{written} has no effect: code of a model's own is never run")
         elif written == "trust_remote_code":
             message = "Code of a model's own is not run here."
-            hint = (
-                "leave it out, or say false: families that transformers has itself need none; "
-                f"{WITHOUT_ITS_CODE}"
-            )
+            hint = "leave it out, or say false: families that transformers has itself need none"
             refused = Forbidden(message, code="remote_code_forbidden", field=written, hint=hint)
             self.problems.append(refused)
         elif written in PATHS and isinstance(value, str) and re.search(r"[/\\~]", value):

@@ -111,6 +111,8 @@ def problems(**told) -> dict[str, tuple[str, str]]:
         ({"use_apollo": True, "apollo_layerwise": True, "fp16": True}, "fp16", "bf16: true"),
         ({"label_smoothing_factor": 0.1, "stage": "dpo"}, "label_smoothing_factor", "dpo_label"),
         ({"fp16": True, "pure_bf16": True}, "pure_bf16", "give one of them"),
+        ({"precision": "fp32", "bf16": True}, "bf16", "give one of them"),
+        ({"precision": "bf16", "fp16": True}, "fp16", "give one of them"),
         ({"use_muon": True, "loraplus_lr_ratio": 16.0}, "loraplus_lr_ratio", "give one of them"),
     ],
 )

@@ -1,6 +1,7 @@
 """Training is the plain recipe: its gradients, its losses, its ends. Tiny models, fp32, CPU."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,12 @@ def test_the_last_short_step_of_an_epoch_is_kept(tune):
     assert ran.metric("epoch")[6] == 2.0
 
 
+def test_an_epoch_is_a_share_of_its_batches_as_in_transformers(tune):
+    several = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    ran = tune(**several, max_steps=-1, num_train_epochs=2)  # 8 rows: batches of 3, 3 and 2
+    assert [ran.metric("epoch")[i] for i in (1, 2, 3, 4)] == [2 / 3, 1, 1 + 2 / 3, 2]
+
+
 def test_the_same_run_leaves_the_same_bytes(tune):
     first, second = tune(lora_dropout=0.1), tune(lora_dropout=0.1)
     one, two = (verify_folder(ran.workdir / "output") for ran in (first, second))
@@ -272,6 +279,16 @@ def test_unknown_arguments_are_named_in_a_warning(tune):
 def test_a_template_that_the_base_brings_itself_is_said_to_be_used(tune):
     (warning,) = tune(template="baichuan").of_type("warning")
     assert "its own chat template" in warning["message"]
+
+
+def test_a_template_of_another_family_is_told(base, tune, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(base, bare)
+    (bare / "chat_template.jinja").unlink()
+    (warning,) = tune(model=bare, template="llama3").of_type("warning")
+    assert warning["code"] == "foreign_template"
+    assert "<|eot_id|>" in warning["message"]
+    assert tune(model=bare, template="chatml").of_type("warning") == []
 
 
 def test_a_bad_row_ends_with_65_and_its_line(tune, tmp_path):

@@ -140,6 +140,11 @@ def test_lora_plus_lets_b_learn_faster_and_norms_do_not_decay(base):
             "one of 1, 2",
         ),
         ({"finetuning_type": "oft", "oft_target": "q_prj"}, "oft_target", "nearest is q_proj"),
+        (
+            {"finetuning_type": "lora", "pissa_init": True, "lora_rank": 65},
+            "lora_rank",
+            "at most 64",
+        ),
     ],
 )
 def test_what_the_base_does_not_have_is_refused_in_a_sentence(base, more, field, said):
@@ -171,6 +176,16 @@ def test_rows_beyond_the_bases_positions_are_told(tmp_path, base):
 def test_blocks_of_another_size_than_asked_are_told(tmp_path, base, sizes, said):
     warned = tune_by(tmp_path, base, "oft", max_steps=1, **sizes).of_type("warning")
     assert [said in each["message"] for each in warned] == [True] * bool(said)
+
+
+def test_blocks_that_are_left_out_take_no_part_in_a_step(tmp_path, base):
+    more = {"module_dropout": 0.5, "max_steps": 4, "disable_shuffling": True}
+    whole = tune_by(tmp_path, base, "oft", **more | {"module_dropout": 0.0})
+    ran = tune_by(tmp_path, base, "oft", **more, save_steps=2)
+    assert ran.metric("loss")[1] == whole.metric("loss")[1]  # nothing is turned yet
+    assert 0 < ran.metric("grad_norm")[1] < whole.metric("grad_norm")[1]
+    again = tune_by(tmp_path, base, "oft", resume=ran.workdir / "checkpoints" / "step-2", **more)
+    assert weights(again.workdir / "output") == weights(ran.workdir / "output")
 
 
 def test_an_evaluation_in_between_changes_nothing_over_a_quantised_base(tmp_path, base):

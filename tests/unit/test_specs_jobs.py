@@ -302,9 +302,20 @@ def test_a_model_name_is_no_path_and_no_option(name: str) -> None:
     assert found == ("out_of_range" if len(name) > 200 else "bad_model_name")
 
 
+def test_errors_name_fields_as_the_document_does() -> None:
+    document = {"model_name_or_path": "a b", "adapter_name_or_path": 5, "dataset": "d"}
+    with pytest.raises(SpecRejected) as refused:
+        read_spec(document)
+    said = {each.field: each.message for each in refused.value.problems}
+    assert said.keys() == {"model_name_or_path", "adapter_name_or_path"}
+    assert all(message.startswith(f"{field} ") for field, message in said.items()), said
+    assert refused.value.field in said
+    assert "model" in problems({"model": "a b", "dataset": "d"})
+
+
 def test_an_adapter_by_path_is_refused_as_one() -> None:
     document = INFERENCE | {"adapter_name_or_path": "../../saves/lora"}
-    assert problems(document)["adapter"][0] == "path_not_allowed"
+    assert problems(document)["adapter_name_or_path"][0] == "path_not_allowed"
     assert problems(INFERENCE | {"adapter": "$(id)"})["adapter"][0] == "bad_model_name"
 
 

@@ -127,6 +127,8 @@ def test_what_is_loras_alone_is_refused_elsewhere(kind: str, field: str) -> None
         ({"finetuning_type": "ia3", "layers_to_transform": [0]}, "layers_to_transform",
          "conflicting_fields", "lora or oft"),
         ({"finetuning_type": "oft", "oft_rank": 4}, "oft_rank", "conflicting_fields", "to 0"),
+        ({"use_dora": True, "quantization_bit": 8}, "use_dora",
+         "conflicting_fields", "quantization_bit: 4"),
         ({"finetuning_type": "prefix", "gradient_checkpointing": True}, "gradient_checkpointing",
          "conflicting_fields", "prompt_tuning"),
         ({"finetuning_type": "prefix", "stage": "dpo"}, "finetuning_type",
