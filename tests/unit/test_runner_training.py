@@ -284,7 +284,9 @@ def test_a_template_that_the_base_brings_itself_is_said_to_be_used(tune):
 def test_a_template_of_another_family_is_told(base, tune, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(base, bare)
-    (bare / "chat_template.jinja").unlink()
+    config = bare / "tokenizer_config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps(said | {"chat_template": None}))
     (warning,) = tune(model=bare, template="llama3").of_type("warning")
     assert warning["code"] == "foreign_template"
     assert "<|eot_id|>" in warning["message"]

@@ -143,7 +143,7 @@ def test_lora_plus_lets_b_learn_faster_and_norms_do_not_decay(base):
         (
             {"finetuning_type": "lora", "pissa_init": True, "lora_rank": 65},
             "lora_rank",
-            "at most 64",
+            "at most 32",
         ),
     ],
 )
