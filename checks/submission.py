@@ -12,7 +12,7 @@ from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.problems import problem
 from tuneyard.specs.rewards import ONLINE
-from tuneyard.specs.rows import NEEDS, STAGE_OF, TRAINABLE
+from tuneyard.specs.rows import ANSWERS, NEEDS, STAGE_OF, TRAINABLE
 from tuneyard.specs.serve import ServeSpec
 from tuneyard.specs.tuning import PROMPTS
 
@@ -96,6 +96,8 @@ def _check_kinds(spec: FinetuneSpec | EvaluateSpec, report: Report, field: str) 
     message = f"Line {line} holds {row}, and stage {spec.stage} needs {NEEDS[spec.stage]}."
     default = "upload it with purpose dataset, as rows that teach something"
     hint = STAGE_OF.get(kind, default)
+    if spec.stage == "kto" and kind in ANSWERS:
+        hint = "give each row kto_tag or label, true or false without quotes"
     return [InputError(message, code="wrong_dataset_kind", field=field, line=line, hint=hint)]
 
 

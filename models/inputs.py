@@ -209,7 +209,8 @@ def _no_file(field: str, name: str) -> NotFound:
     return NotFound(
         f"There is no file {name[:80]!r}.",
         field=field,
-        hint="upload it first (`tuneyard files put FILE`) and name its id",
+        hint="upload it first (`tuneyard files put FILE`) and name its id; names of"
+        " dataset_info.json are not known here: name the file itself, such as data/identity.json",
     )
 
 

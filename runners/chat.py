@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from tuneyard.runners.failures import BadData, BadSpec
 from tuneyard.runners.layouts import LAYOUTS, SEAM, jinja
@@ -54,7 +54,10 @@ class Chat:
         line: int | None = None,
         seams: bool = False,
     ) -> str:
-        """The conversation as text. Raises: BadData when the template refuses it."""
+        """The conversation as text.
+
+        Raises: BadData when the template refuses it, BadSpec when the template is no jinja.
+        """
         template = self.seamed if seams and self.seamed else self.template
         try:
             text = self.tokenizer.apply_chat_template(
@@ -65,6 +68,9 @@ class Chat:
                 tokenize=False,
                 date_string=DATE,
             )
+        except TemplateSyntaxError as error:
+            message = f"The chat template is no jinja: line {error.lineno}: {error.message}"
+            raise BadSpec(message, field="template") from None
         except _OF_A_TEMPLATE as error:
             raise BadData(f"The chat template refuses this: {error}", line=line) from None
         return str(text)

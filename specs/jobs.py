@@ -210,6 +210,10 @@ class _Reading:
 
     def settle(self) -> None:
         """What only the whole document tells."""
+        if self.model is MergeSpec and "adapter" not in self._written:
+            hint = "an id, a name, or {from: a job}; a model that was tuned whole needs no merge: "
+            hint += "`tuneyard fetch JOB --out DIR` brings it"
+            self._refuse("missing_field", "adapter is missing.", "adapter", hint)
         if self.model is DownloadSpec and "model_name" not in self.values:
             self._name_download()
         ratio, steps = self.values.get("warmup_ratio"), self.values.get("warmup_steps")

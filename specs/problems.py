@@ -1,6 +1,7 @@
 """pydantic's findings in our words: field, reason, range, mend."""
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -36,6 +37,8 @@ def format_clashes(spec: Any) -> Iterator[InputError]:
 
 def shown(value: Any) -> str:
     """A value as an error quotes it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # as YAML has them too
     text = value[: SHOWN + 1] if isinstance(value, str) else value
     if isinstance(value, int) and abs(value) >= 10**SHOWN:
         return "a number of very many digits"

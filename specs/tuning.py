@@ -253,7 +253,8 @@ def _of_stage(spec: "FinetuneSpec") -> Iterator[InputError]:
         yield problem("conflicting_fields", message, "finetuning_type", "lora")
     if spec.adapter is not None and stage == "rm":
         message = "A reward model's head is learned with an adapter of its own."
-        hint = "merge the other first (`tuneyard merge JOB`), and name the merged model as model"
+        hint = "merge the other first (`tuneyard merge JOB`), and name the merged model as model; "
+        hint += "one that is a reward model itself is learned anew over its base"
         yield problem("conflicting_fields", message, "adapter", hint)
     if kind in WHOLE and stage == "rm":
         message = "A reward model is an adapter with a head over its base."

@@ -240,6 +240,13 @@ def test_a_template_that_fails_by_itself_is_bad_data(chatml):
             examples_of(Chat(chatml.tokenizer, broken), conversation("a", "b"))
 
 
+def test_a_template_that_is_no_jinja_is_named_with_its_line(chatml):
+    given = chat_of(chatml.tokenizer, template="{% for %}", default_system=None)
+    with pytest.raises(BadSpec, match="no jinja: line 1: ") as refused:
+        given.render([{"role": "user", "content": "hi"}])
+    assert refused.value.field == "template"
+
+
 def test_a_template_that_leaves_the_answer_out_is_refused(chatml):
     asked_alone = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(BadSpec, match="leaves the answer of line") as caught:

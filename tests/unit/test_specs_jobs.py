@@ -406,6 +406,12 @@ def test_llama_factorys_export_is_a_merge_unchanged() -> None:
     assert read_spec(spec.document())[0] == spec
 
 
+def test_an_export_without_an_adapter_says_how_a_whole_model_is_fetched() -> None:
+    code, hint = problems({"model_name_or_path": "saves/full/sft", "export_dir": "out"})["adapter"]
+    assert code == "missing_field"
+    assert "tuneyard fetch JOB --out DIR" in (hint or "")
+
+
 def test_the_example_of_an_export_is_one() -> None:
     example = Path(__file__).parents[2] / "examples" / "identity_merge.yaml"
     spec, _ = read_spec(read_yaml(example.read_bytes()))
