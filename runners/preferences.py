@@ -119,7 +119,8 @@ class LabelLoss:
     """Stage kto (Ethayarajh et al. 2024): the mean over rows, 1 - sigmoid of the reward's distance.
 
     The distance is to an estimate of the KL divergence from the reference, made of the mismatched
-    answers of the group: which rows stand in one group therefore counts.
+    answers of the group: which rows stand in one group therefore counts. ftx: weight of the wanted
+    answers' own loss, as LLaMA-Factory 0.9.5 adds it (train/kto/trainer.py).
     """
 
     beta: float
@@ -150,7 +151,9 @@ class LabelLoss:
         distance = torch.where(wanted, 1.0, -1.0) * (rewards - self.beta * divergence)
         weights = torch.where(wanted, self.wanted_weight, self.unwanted_weight)
         sft = -tokens.sum(1) / (own.targets != IGNORED).sum(1)
-        losses = weights * (1 - torch.sigmoid(distance)) + self.ftx * sft * wanted
+        # LLaMA-Factory adds the wanted rows' mean to the group's, times all rows over wanted ones.
+        share = wanted.sum().clamp(min=1) / len(wanted)
+        losses = weights * (1 - torch.sigmoid(distance)) + self.ftx * sft * wanted / share**2
         measures = {
             "rewards/chosen": mean_of(rewards, wanted),
             "rewards/rejected": mean_of(rewards, ~wanted),

@@ -413,6 +413,19 @@ def test_the_loss_of_a_labelled_answer_is_the_papers(base, tmp_path, size) -> No
     assert int(outcome.measures["rewards/chosen"].over) == size // 2
 
 
+@pytest.mark.parametrize("size", [16, 4, 3])
+def test_what_ftx_adds_to_kto_is_what_llama_factory_adds(base, tmp_path, size) -> None:
+    items, model = items_of(base, tmp_path, "kto")[:size], a_model(base)
+    plain, more = (LabelLoss(0.1, Reference(), ftx=ftx) for ftx in (0.0, 0.3))
+    batch = collate(items, 2)
+    added = float((more.loss(model, batch).loss - plain.loss(model, batch).loss).detach()) / size
+    wanted = [item.example for item in items if item.wanted]
+    with torch.no_grad():
+        means = [-float(plain_logps(model, each).mean()) for each in wanted]
+    expected = 0.3 * sum(means) / len(wanted) * size / len(wanted)
+    assert added == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_score_is_the_heads_at_the_last_token_even_where_that_is_padding_too(
     base, tmp_path
 ) -> None:
