@@ -62,7 +62,7 @@ def test_a_job_resumes_from_a_checkpoint_on_s3_and_its_output_and_log_lie_there(
     a_cluster: Callable[..., Cluster], store: Store, tmp_path: Path
 ) -> None:
     cluster = a_cluster()
-    job = cluster.submit(steps=40, step_s=0.05, save_steps=5)
+    job = cluster.submit(steps=200, step_s=0.05, save_steps=5)
     cluster.wait_checkpoint(job)
     os.kill(cluster.guard_file(job)["runner_pid"], signal.SIGKILL)
     assert cluster.finish(job) == "succeeded"
