@@ -42,7 +42,7 @@ from tuneyard.runners.optimizers import (
 )
 from tuneyard.runners.origin import read_origin
 from tuneyard.runners.packing import packed
-from tuneyard.runners.precision import Precision, choose_precision
+from tuneyard.runners.precision import Precision, choose_precision, has_bf16
 from tuneyard.runners.reference import Reference, load_reference
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
@@ -214,7 +214,7 @@ def pick_precision(asked: Asked, attempt: Attempt) -> Precision:
         pure_bf16=arguments.pure_bf16,
         base=asked.config.get("dtype") or asked.config.get("torch_dtype"),
         device=device,
-        gpu_has_bf16=device == "cpu" or torch.cuda.get_device_capability() >= (8, 0),
+        has_bf16=has_bf16(device),
     )
     if precision.note:
         attempt.events.warn("precision", precision.note)

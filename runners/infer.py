@@ -118,14 +118,14 @@ def load_speaker(asked: Asked, attempt: Attempt, chat: Chat, settings: "Settings
 
     from tuneyard.runners.base_model import load_weights
     from tuneyard.runners.generation import Speaker
-    from tuneyard.runners.precision import choose_precision
+    from tuneyard.runners.precision import choose_precision, has_bf16
 
     device = attempt.device.torch_name
     precision = choose_precision(
         precision=asked.arguments.precision,
         base=asked.config.get("dtype") or asked.config.get("torch_dtype"),
         device=device,
-        gpu_has_bf16=device == "cpu" or torch.cuda.get_device_capability() >= (8, 0),
+        has_bf16=has_bf16(device),
     )
     dtype = getattr(torch, precision.weights)
     model = load_weights(asked.model, asked.config, dtype=dtype, device=device)

@@ -31,11 +31,12 @@ def choose_precision(
     pure_bf16: bool = False,
     base: str | None,
     device: Literal["cpu", "cuda"],
-    gpu_has_bf16: bool = True,
+    has_bf16: bool = True,
 ) -> Precision:
     """Decide from what was asked, what the base is stored in, and what the device can do.
 
-    Nothing asked: the base's own format. bf16 keeps frozen weights in bf16 and the adapter in
+    Nothing asked: the base's own format, but fp32 for one in bf16 where a processor has no bf16
+    (has_bf16). bf16 keeps frozen weights in bf16 and the adapter in
     fp32, without autocast. Raises: BadSpec when two formats are asked for.
     """
     asked = _asked(precision, bf16=bf16 or pure_bf16, fp16=fp16)
@@ -43,14 +44,29 @@ def choose_precision(
     if wanted == "float16" and device == "cpu":
         note = "fp16 does not train on a CPU: computing in fp32." if asked else None
         return Precision("float32", note=note)
-    if wanted == "bfloat16" and device == "cuda" and not gpu_has_bf16:
+    if wanted == "bfloat16" and device == "cpu" and not (asked or has_bf16):
+        return Precision("float32")
+    if wanted == "bfloat16" and device == "cuda" and not has_bf16:
         return Precision("float16", autocast=True, note="This GPU has no bf16: computing in fp16.")
     if wanted == "float16":
-        note = "This GPU has bf16, which needs no loss scaling." if gpu_has_bf16 else None
+        note = "This GPU has bf16, which needs no loss scaling." if has_bf16 else None
         return Precision("float16", autocast=True, note=note)
     if wanted == "bfloat16":
-        return Precision("bfloat16", trained="bfloat16" if pure_bf16 else "float32")
+        note = None if has_bf16 else "This processor has no bf16, and takes many times as long."
+        return Precision("bfloat16", trained="bfloat16" if pure_bf16 else "float32", note=note)
     return Precision("float32")
+
+
+def has_bf16(device: Literal["cpu", "cuda"]) -> bool:
+    """Whether the device multiplies bf16 at speed; a CPU without AVX-512 takes many times longer.
+
+    Imports torch.
+    """
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _asked(precision: str, *, bf16: bool, fp16: bool) -> Format | None:

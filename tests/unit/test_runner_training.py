@@ -459,8 +459,16 @@ def test_fp16_on_a_cpu_says_that_it_is_fp32(tune):
     assert "fp32" in ran.of_type("warning")[0]["message"]
 
 
+def test_a_processor_without_bf16_gets_fp32_unless_bf16_was_asked_for():
+    told = {"precision": "auto", "base": "bfloat16", "device": "cpu", "has_bf16": False}
+    assert choose_precision(**told) == Precision("float32")
+    asked = choose_precision(**told | {"bf16": True})
+    assert asked.weights == "bfloat16"
+    assert "many times as long" in (asked.note or "")
+
+
 def test_a_gpu_without_bf16_gets_fp16_with_scaling():
-    chosen = choose_precision(precision="auto", base="bfloat16", device="cuda", gpu_has_bf16=False)
+    chosen = choose_precision(precision="auto", base="bfloat16", device="cuda", has_bf16=False)
     assert (chosen.weights, chosen.autocast) == ("float16", True)
 
 
