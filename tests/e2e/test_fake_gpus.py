@@ -30,7 +30,6 @@ def a_finetune(yard: LocalYard, file: str, *, steps: int) -> str:
         cutoff_len=64,
         per_device_train_batch_size=2,
         max_steps=steps,
-        bf16=True,
     )
 
 

@@ -99,7 +99,6 @@ def test_a_cancelled_fine_tune_stops_at_a_checkpoint_and_a_retry_goes_on_from_it
         cutoff_len=48,
         per_device_train_batch_size=1,
         max_steps=60,
-        bf16=True,
         device="cpu",
     )
     wait_for(
