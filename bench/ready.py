@@ -4,7 +4,8 @@
 
 Starts a yard in a folder of its own, then, round by round, a second API on a free port until
 /readyz answers 200, and a second node's worker until it says that it is ready. Prints the rounds
-in seconds; the quickest of each must stay below 1.5, as other programs only add to it.
+in seconds; the quickest of each must stay below 1.5, as other programs only add to it, or on a
+slow machine below 4 times what importing the libraries alone takes there.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from pathlib import Path
 from urllib.request import urlopen
 
 TUNEYARD = [sys.executable, "-P", "-m", "tuneyard.cli.main"]
-BOUND_S = 1.5
+BOUND_S, OF_IMPORTS = 1.5, 4.0
+LIBRARIES = [sys.executable, "-P", "-c", "import celery, fastapi, sqlalchemy"]
 GIVE_UP_S = 30.0
 
 
@@ -34,16 +36,20 @@ def main() -> int:
         up = [*TUNEYARD, "up", "--home", str(home), "--port", "0", "--detach", "--json"]
         subprocess.run(up, check=True, stdout=subprocess.DEVNULL)
         try:
-            times = {"api": [], "worker": []}
+            times = {"imports": [], "api": [], "worker": []}
             for number in range(rounds):
+                began = time.monotonic()
+                subprocess.run(LIBRARIES, check=True)
+                times["imports"].append(time.monotonic() - began)
                 times["api"].append(start_api(home))
                 times["worker"].append(start_worker(home, Path(folder, f"node{number}")))
         finally:
             subprocess.run([*TUNEYARD, "down", "--home", str(home)], check=True)
     for name, taken in times.items():
         shown = " ".join(f"{each:.2f}" for each in taken)
-        print(f"{name:6}  ready after {min(taken):.2f} s   ({shown})")
-    return 0 if all(min(taken) < BOUND_S for taken in times.values()) else 1
+        print(f"{name:7}  ready after {min(taken):.2f} s   ({shown})")
+    bound = max(BOUND_S, OF_IMPORTS * min(times.pop("imports")))
+    return 0 if all(min(taken) < bound for taken in times.values()) else 1
 
 
 def start_api(home: Path) -> float:
