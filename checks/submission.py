@@ -173,9 +173,8 @@ def _check_parts(
         return []
     if any(name in path for name in names for path in paths):
         return []
-    known = sorted({path.rpartition(".")[2] for path in paths})
     message = f"{field}: no linear layer is named {', '.join(names)[:60]!r}."
-    hint = f"all-linear, or of: {', '.join(known)}"
+    hint = f"all-linear, or of: {', '.join(facts['linear_modules'])}"
     return [problem("no_module_matches", message, field, hint)]
 
 

@@ -42,12 +42,13 @@ from tuneyard.runners.optimizers import (
 )
 from tuneyard.runners.origin import read_origin
 from tuneyard.runners.packing import packed
-from tuneyard.runners.precision import Precision, choose_precision, has_bf16
+from tuneyard.runners.precision import Precision, precision_of
 from tuneyard.runners.reference import Reference, load_reference
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
 from tuneyard.runners.training import Data, Plan, Trainer
 from tuneyard.specs.evaluating import Strategy
+from tuneyard.specs.numbers import asked_format
 from tuneyard.specs.rewards import ONLINE
 
 log = logging.getLogger(__name__)
@@ -207,14 +208,8 @@ def reference_of(
 def pick_precision(asked: Asked, attempt: Attempt) -> Precision:
     """Choose the number formats, and say so where a person might expect others."""
     arguments, device = asked.arguments, attempt.device.torch_name
-    precision = choose_precision(
-        precision=arguments.precision,
-        bf16=arguments.bf16,
-        fp16=arguments.fp16,
-        pure_bf16=arguments.pure_bf16,
-        base=asked.config.get("dtype") or asked.config.get("torch_dtype"),
-        device=device,
-        has_bf16=has_bf16(device),
+    precision = precision_of(
+        asked.config, device, asked_format(arguments), pure_bf16=arguments.pure_bf16
     )
     if precision.note:
         attempt.events.warn("precision", precision.note)

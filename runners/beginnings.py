@@ -102,6 +102,8 @@ def begin_by_norms(model: Any) -> None:
     """
     for module in model.modules():
         for name, magnitude in (getattr(module, "lora_magnitude_vector", None) or {}).items():
+            if name not in module.lora_A:
+                continue  # an embedding's, whose norms peft takes of its factors
             a, b = module.lora_A[name].weight, module.lora_B[name].weight
             weight = dequantize_module_weight(module.get_base_layer()).to(a.dtype)
             norms = magnitude.get_weight_norm(weight, b @ a, module.scaling[name])
@@ -121,7 +123,7 @@ def begin_by_singular_values(model: Any, seed: int, *, iterations: int) -> None:
         for name, module in model.named_modules()
         if "default" in (getattr(module, "lora_A", None) or {})
     }
-    most = min(min(layer.get_base_layer().weight.shape) for layer in layers.values())
+    most = min((min(each.get_base_layer().weight.shape) for each in layers.values()), default=0)
     for name, module in layers.items():
         if (rank := module.r["default"]) > most:
             message = f"pissa_init takes {rank} singular values, and a layer has {most}."

@@ -1,5 +1,6 @@
 """A chat template at work: conversations as texts, and where an assistant's turn ends."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ _CLOCK = f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro %}}"
 """Before each template: transformers 5.23 hands no functions over, and its own tells the day."""
 
 _MARK = "answer7f3a9c"
+_SPECIAL = re.compile(r"<\|\w+\|>|<(?:start|end)_of_turn>")
 
 _OF_A_TEMPLATE = (
     TemplateError,
@@ -116,6 +118,16 @@ class Chat:
             return _MARK in self.render([asked, answer])
         except BadData:
             return True  # it wants more than this, so it knows of calls
+
+    def foreign_marks(self) -> list[str]:
+        """What one of our layouts writes as one token each, and this tokenizer cuts up."""
+        if self.name not in LAYOUTS:
+            return []
+        said = self.render(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        )
+        marks = dict.fromkeys(_SPECIAL.findall(said))
+        return [m for m in marks if len(self.tokenizer.encode(m, add_special_tokens=False)) > 1]
 
     def stop_ids(self, generation_ends: Sequence[int] = ()) -> list[int]:
         """All ids that end a turn: the configuration's, the tokenizer's, the template's."""

@@ -20,6 +20,7 @@ from tuneyard.runners.rows import Conversation, read_conversations
 from tuneyard.runners.similarity import check_packages
 from tuneyard.specs.evaluate import evaluate_clashes
 from tuneyard.specs.fields import DATA_FILES
+from tuneyard.specs.numbers import asked_format
 from tuneyard.store.folder import publish_folder
 
 if TYPE_CHECKING:
@@ -90,10 +91,11 @@ def read_rows(attempt: Attempt, arguments: EvaluateArguments) -> Sequence[Conver
 
 def _as_inference(arguments: EvaluateArguments) -> InferArguments:
     """What loading a model to speak needs to know."""
-    half = arguments.bf16 or arguments.pure_bf16
-    precision = "bf16" if half else "fp16" if arguments.fp16 else arguments.precision
     return InferArguments(
-        template=arguments.template, seed=arguments.seed, precision=precision, prompts=[]
+        template=arguments.template,
+        seed=arguments.seed,
+        precision=asked_format(arguments),
+        prompts=[],
     )
 
 

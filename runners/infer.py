@@ -118,15 +118,10 @@ def load_speaker(asked: Asked, attempt: Attempt, chat: Chat, settings: "Settings
 
     from tuneyard.runners.base_model import load_weights
     from tuneyard.runners.generation import Speaker
-    from tuneyard.runners.precision import choose_precision, has_bf16
+    from tuneyard.runners.precision import precision_of
 
     device = attempt.device.torch_name
-    precision = choose_precision(
-        precision=asked.arguments.precision,
-        base=asked.config.get("dtype") or asked.config.get("torch_dtype"),
-        device=device,
-        has_bf16=has_bf16(device),
-    )
+    precision = precision_of(asked.config, device, asked.arguments.precision)
     dtype = getattr(torch, precision.weights)
     model = load_weights(asked.model, asked.config, dtype=dtype, device=device)
     if asked.adapter is not None:

@@ -1,11 +1,13 @@
 """Which number formats a run computes in, and why."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from tuneyard.runners.failures import BadSpec
+from tuneyard.specs.numbers import Precision as Asked
 
 Format = Literal["float32", "bfloat16", "float16"]
+Place = Literal["cpu", "cuda"]
 
 _BY_NAME: dict[str, Format] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -23,23 +25,28 @@ class Precision:
     note: str | None = None
 
 
+def precision_of(
+    config: Mapping[str, Any], device: Place, wanted: Asked, *, pure_bf16: bool = False
+) -> Precision:
+    """What to compute a base in, by its configuration, here."""
+    base = config.get("dtype") or config.get("torch_dtype")
+    return choose_precision(wanted, base, device, pure_bf16=pure_bf16, has_bf16=has_bf16(device))
+
+
 def choose_precision(
-    *,
-    precision: str,
-    bf16: bool = False,
-    fp16: bool = False,
-    pure_bf16: bool = False,
+    precision: Asked,
     base: str | None,
-    device: Literal["cpu", "cuda"],
+    device: Place,
+    *,
+    pure_bf16: bool = False,
     has_bf16: bool = True,
 ) -> Precision:
     """Decide from what was asked, what the base is stored in, and what the device can do.
 
-    Nothing asked: the base's own format, but fp32 for one in bf16 where a processor has no bf16
-    (has_bf16). bf16 keeps frozen weights in bf16 and the adapter in
-    fp32, without autocast. Raises: BadSpec when two formats are asked for.
+    auto: the base's own format, but fp32 for one in bf16 where a processor has no bf16 (has_bf16).
+    bf16 keeps frozen weights in bf16 and the adapter in fp32, without autocast.
     """
-    asked = _asked(precision, bf16=bf16 or pure_bf16, fp16=fp16)
+    asked = _BY_NAME.get(precision)
     wanted = asked or (base if base in _BY_NAME.values() else "float32")
     if wanted == "float16" and device == "cpu":
         note = "fp16 does not train on a CPU: computing in fp32." if asked else None
@@ -57,7 +64,7 @@ def choose_precision(
     return Precision("float32")
 
 
-def has_bf16(device: Literal["cpu", "cuda"]) -> bool:
+def has_bf16(device: Place) -> bool:
     """Whether the device multiplies bf16 at speed; a CPU without AVX-512 takes many times longer.
 
     Imports torch.
@@ -66,13 +73,5 @@ def has_bf16(device: Literal["cpu", "cuda"]) -> bool:
 
     if device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _asked(precision: str, *, bf16: bool, fp16: bool) -> Format | None:
-    asked = {_BY_NAME[precision]} if precision != "auto" else set()
-    asked |= {"bfloat16"} if bf16 else set()
-    asked |= {"float16"} if fp16 else set()
-    if len(asked) > 1:
-        raise BadSpec("Two number formats are asked for at once.", field="precision")
-    return next(iter(asked), None)
+    mkldnn: bool = torch.backends.mkldnn.is_available()
+    return mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,7 +1,6 @@
 """From the rows of a fine-tune to its examples: tokenised here, or before by a prepare job."""
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +36,6 @@ class Tokenised:
     digest: str
 
 
-_MARK = re.compile(r"<\|\w+\|>|<(?:start|end)_of_turn>")
-
-
 def load_chat(model: Path, arguments: RowsSpec, attempt: Attempt) -> Chat:
     """The base's tokenizer, speaking through the template that was asked for."""
     wanted = arguments.template
@@ -52,18 +48,11 @@ def load_chat(model: Path, arguments: RowsSpec, attempt: Attempt) -> Chat:
     if wanted and chat.name == "tokenizer":
         note = f"template {wanted!r}: the base brings its own chat template, which is used."
         attempt.events.warn("own_template", note)
-    elif wanted and arguments.stage != "pt" and (foreign := foreign_marks(chat)):
+    elif wanted and arguments.stage != "pt" and (foreign := chat.foreign_marks()):
         said = f"template {chat.name} writes {', '.join(foreign)}, no token of this model: it falls"
         hint = "leave template out, or name the one of the model's family"
         attempt.events.warn("foreign_template", f"{said} into pieces ({hint}).")
     return chat
-
-
-def foreign_marks(chat: Chat) -> list[str]:
-    """What a template puts between messages as one token, which this tokenizer cuts up."""
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    marks = dict.fromkeys(_MARK.findall(chat.render(said)))
-    return [m for m in marks if len(chat.tokenizer.encode(m, add_special_tokens=False)) > 1]
 
 
 def read_rows_of(attempt: Attempt, arguments: RowsSpec) -> Mapping[str, Sequence[StageRow]]:

@@ -11,11 +11,12 @@ from tuneyard.specs.finetune import TEMPLATES, FinetuneSpec, RowsSpec
 from tuneyard.specs.inference import InferenceSpec
 from tuneyard.specs.llamafactory import TEMPLATE_NAMES
 from tuneyard.specs.merge import MergeSpec
+from tuneyard.specs.numbers import format_clashes
 from tuneyard.specs.optimizers import optimizer_clashes
 from tuneyard.specs.optimizing import schedule_clashes, smoothing_clashes
 from tuneyard.specs.predicting import predicting_clashes
 from tuneyard.specs.preferences import preference_clashes
-from tuneyard.specs.problems import exclude, format_clashes, nearest, problem
+from tuneyard.specs.problems import exclude, nearest, problem
 from tuneyard.specs.rewards import reward_clashes
 from tuneyard.specs.sources import read_source
 from tuneyard.specs.tracking import tracking_clashes

@@ -8,9 +8,9 @@ from pydantic import Field
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import AdapterRef, FileRef
 from tuneyard.specs.finetune import RowsSpec, Stage
-from tuneyard.specs.numbers import PRECISION, CountOrShare, Precision
+from tuneyard.specs.numbers import PRECISION, CountOrShare, Precision, format_clashes
 from tuneyard.specs.predicting import PredictingFields, predicting_clashes
-from tuneyard.specs.problems import exclude, format_clashes, problem
+from tuneyard.specs.problems import exclude, problem
 
 
 class EvaluateSpec(PredictingFields, RowsSpec):

@@ -111,14 +111,13 @@ def _read_spec(document: Mapping[str, Any], remote_code: RemoteCode) -> tuple[Jo
 def as_written(document: Mapping[str, Any], error: InputError) -> InputError:
     """The same error, with fields as the document calls them: LLaMA-Factory's names for ours."""
     names = {SAME_AS[name]: name for name in document if name in SAME_AS}
-    each = [error, *(error.problems if isinstance(error, SpecRejected) else [])]
-    for problem_ in each:
-        ours = re.match(r"\w+", problem_.field or "")
-        if ours is None or ours[0] in document or ours[0] not in names:
-            continue
-        rename = re.compile(rf"^{ours[0]}\b")
-        problem_.field = rename.sub(names[ours[0]], problem_.field or "")
-        problem_.message = rename.sub(names[ours[0]], problem_.message)
+    for each in [error, *(error.problems if isinstance(error, SpecRejected) else [])]:
+        field = each.field or ""
+        ours = re.split(r"\W", field, maxsplit=1)[0]
+        if ours in names and ours not in document:
+            rename = re.compile(rf"^{ours}\b")
+            each.field = rename.sub(names[ours], field)
+            each.message = rename.sub(names[ours], each.message)
     return error
 
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.fields import Spec, Text, Words, refusal
-from tuneyard.specs.numbers import MOST, Positive
+from tuneyard.specs.numbers import MOST, Positive, asked_format
 from tuneyard.specs.problems import nearest, problem
 from tuneyard.specs.rewards import ONLINE
 
@@ -285,9 +285,10 @@ def _layerwise(spec: "FinetuneSpec", chosen: list[str]) -> Iterator[InputError]:
     if spec.stage in ONLINE:
         message = f"{field}: layers move within the backward pass, and a question has many answers."
         yield problem("conflicting_fields", message, field, "leave it out")
-    if spec.fp16:
+    if asked_format(spec) == "fp16":
         message = f"{field}: layers move before the scaled gradients of fp16 can be looked at."
-        yield problem("conflicting_fields", message, "fp16", "bf16: true")
+        name = "fp16" if spec.fp16 else "precision"
+        yield problem("conflicting_fields", message, name, "bf16: true")
 
 
 def _options(spec: "FinetuneSpec") -> Iterator[InputError]:

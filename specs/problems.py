@@ -25,16 +25,6 @@ def exclude(a: str, b: str) -> InputError:
     return problem("conflicting_fields", f"{a} and {b} exclude each other.", a, "give one of them")
 
 
-def format_clashes(spec: Any) -> Iterator[InputError]:
-    """Formats of which one at most may be asked for, of a fine-tune or an evaluation."""
-    asked = {"bf16": "bf16", "pure_bf16": "bf16", "fp16": "fp16"}
-    told = [name for name in asked if getattr(spec, name)]
-    if spec.fp16:
-        yield from (exclude(name, "fp16") for name in told if name != "fp16")
-    if spec.precision != "auto":
-        yield from (exclude(n, "precision") for n in told if asked[n] != spec.precision)
-
-
 def shown(value: Any) -> str:
     """A value as an error quotes it."""
     if value is None or isinstance(value, bool):

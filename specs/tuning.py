@@ -157,7 +157,7 @@ class TuningFields(Spec):
     gradient_checkpointing: bool = Field(False, description="Less memory for more time.")
     disable_gradient_checkpointing: bool = Field(False, description="Never do that.")
     full_determinism: bool = Field(
-        False, description="The same bits from run to run on a GPU too, for some time."
+        False, description="The same bits from run to run on a GPU too; takes more time."
     )
 
     @property

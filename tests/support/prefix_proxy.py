@@ -31,11 +31,27 @@ class PrefixProxy:
     proto: str = ""
     url: str = ""
     targets: list[str] = field(default_factory=list)
-    carrying: set[object] = field(default_factory=set)
+    carrying: set[asyncio.Task[None]] = field(default_factory=set)
+    taken: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    def take(self, client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
+        """A connection: its writer is known even where its task is cancelled before it begins."""
+        self.taken.append(answer)
+        task = asyncio.ensure_future(self.serve(client, answer))
+        self.carrying.add(task)  # the loop alone would let it be lost
+        task.add_done_callback(self.carrying.discard)
+
+    async def end(self) -> None:
+        """Cancel all that goes on, and close all connections."""
+        while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in self.taken:
+            await close(writer)
 
     async def serve(self, client: asyncio.StreamReader, answer: asyncio.StreamWriter) -> None:
         """Carry one request there and its answer back."""
-        self.carrying.add(task := asyncio.current_task())  # the loop alone would let it be lost
         try:
             head = await client.readuntil(b"\r\n\r\n")
             rewritten = self._rewrite(head)
@@ -47,7 +63,6 @@ class PrefixProxy:
             pass  # either side may leave when it likes
         finally:
             await close(answer)
-            self.carrying.discard(task)
 
     async def _ask(
         self, head: bytes, client: asyncio.StreamReader, answer: asyncio.StreamWriter
@@ -109,28 +124,14 @@ def prefix_proxy(
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     listening = asyncio.run_coroutine_threadsafe(
-        asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=HEAD_BYTES), loop
+        asyncio.start_server(proxy.take, "127.0.0.1", 0, limit=HEAD_BYTES), loop
     ).result(10)
     proxy.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}{prefix}"
     try:
         yield proxy
     finally:
-        asyncio.run_coroutine_threadsafe(_end(listening), loop).result(10)
+        loop.call_soon_threadsafe(listening.close)
+        asyncio.run_coroutine_threadsafe(proxy.end(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
-
-
-async def _end(listening: asyncio.Server) -> None:
-    listening.close()
-    await _rounds()  # a task that is cancelled before it begins closes nothing
-    carrying = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in carrying:
-        task.cancel()
-    await asyncio.gather(*carrying, return_exceptions=True)
-    await _rounds()  # what was closed lets go of its socket in the next one
-
-
-async def _rounds() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)

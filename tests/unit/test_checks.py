@@ -528,6 +528,12 @@ def test_what_can_work_is_let_through(changes: dict[str, Any], facts: dict[str, 
     assert check_finetune(finetune(changes), GOOD, facts, eval_report=GOOD) == []
 
 
+def test_answers_without_labels_are_told_what_a_label_is() -> None:
+    (found,) = check_finetune(finetune({"stage": "kto"}), GOOD, FACTS)
+    assert (found.code, found.field) == ("wrong_dataset_kind", "dataset")
+    assert "kto_tag or label, true or false" in (found.hint or "")
+
+
 def test_a_model_without_a_scoring_head_is_no_judge() -> None:
     asked = finetune({"stage": "grpo", "reward_model": "m", "max_completion_length": 8})
     (found,) = check_finetune(asked, None, None, judge={"scores": False})

@@ -12,6 +12,7 @@ from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import LLAMA, ROWS, a_dataset, a_tiny_base
 from transformers import LlamaForCausalLM
 
+from tuneyard.runners import precision
 from tuneyard.runners.adapter import add_adapter, trained_parameters
 from tuneyard.runners.arguments import FinetuneArguments, InferArguments
 from tuneyard.runners.base_model import load_tokenizer
@@ -442,10 +443,10 @@ def test_gradient_checkpointing_changes_no_loss(tune):
         ({}, "bfloat16", "cpu", ("bfloat16", "float32")),
         ({}, "float32", "cuda", ("float32", "float32")),
         ({}, None, "cpu", ("float32", "float32")),
-        ({"bf16": True}, "float32", "cpu", ("bfloat16", "float32")),
-        ({"pure_bf16": True}, "float32", "cuda", ("bfloat16", "bfloat16")),
-        ({"fp16": True}, "float32", "cpu", ("float32", "float32")),
-        ({"fp16": True}, "float32", "cuda", ("float16", "float32")),
+        ({"precision": "bf16"}, "float32", "cpu", ("bfloat16", "float32")),
+        ({"precision": "bf16", "pure_bf16": True}, "float32", "cuda", ("bfloat16", "bfloat16")),
+        ({"precision": "fp16"}, "float32", "cpu", ("float32", "float32")),
+        ({"precision": "fp16"}, "float32", "cuda", ("float16", "float32")),
         ({"precision": "fp32"}, "bfloat16", "cuda", ("float32", "float32")),
     ],
 )
@@ -462,9 +463,23 @@ def test_fp16_on_a_cpu_says_that_it_is_fp32(tune):
 def test_a_processor_without_bf16_gets_fp32_unless_bf16_was_asked_for():
     told = {"precision": "auto", "base": "bfloat16", "device": "cpu", "has_bf16": False}
     assert choose_precision(**told) == Precision("float32")
-    asked = choose_precision(**told | {"bf16": True})
+    asked = choose_precision(**told | {"precision": "bf16"})
     assert asked.weights == "bfloat16"
     assert "many times as long" in (asked.note or "")
+
+
+@pytest.mark.parametrize(("has", "weights"), [(True, "bfloat16"), (False, "float32")])
+def test_a_bf16_base_is_tuned_in_what_the_processor_has(
+    tune, tmp_path, monkeypatch, caplog, has, weights
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(precision, "has_bf16", lambda _device: has)
+    bare = a_tiny_base(tmp_path / "half", dtype="bfloat16")
+    for asked, expected in (({}, weights), ({"bf16": True}, "bfloat16")):
+        ran = tune(model=bare, max_steps=1, **asked)
+        assert f"frozen weights in {expected}" in caplog.text
+        caplog.clear()
+        assert len(ran.of_type("warning")) == (expected == "bfloat16" and not has)
 
 
 def test_a_gpu_without_bf16_gets_fp16_with_scaling():
