@@ -5,9 +5,9 @@
 Makes a Llama that has learned the first half of the rows by heart, in bf16, and by a fine-tune in
 fp32 one adapter of the other half that lora, qlora and dpo go on from. For each method it prints:
 
-- the loss of each step of a run in bf16 against the plain recipe's in bf16 (one row at a time,
-  whole logits, the same weights): the greatest relative distance; every tenth step, how far both
-  are from fp32;
+- the loss of each step of a run in bf16 against the plain recipe's in bf16 (the same rows padded
+  to one length, or with --alone one row at a time; whole logits, the same weights): the greatest
+  relative distance; every tenth step, how far both are from fp32;
 - the gradients of eight rows in bf16 against fp32, the least cosine of a tensor, and that of the
   plain recipe in bf16;
 - steps a second, and the most GPU memory that was reserved;
@@ -22,7 +22,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from tuneyard.runners.adapter import trained_parameters
@@ -63,8 +65,8 @@ METHODS: Mapping[str, dict[str, Any]] = {
 }
 
 
-# What a pair's answers differ by before the first step, by the pair's id().
-Margins = Mapping[int, torch.Tensor]
+# What learns, by name, as it was before the first step.
+Began = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,12 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where things lie, and how long runs are."""
+    """Where things lie, how long runs are, and whether the plain recipe reads a row at a time."""
 
     folder: Path
     device: str
     steps: int
+    alone: bool
 
     def run(
         self, work: Callable[[Attempt], None], inputs: Mapping[str, Path], **arguments: Any
@@ -113,10 +116,11 @@ def main() -> int:
     parser.add_argument("--base-steps", type=int, default=600, help="of the base itself")
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--alone", action="store_true", help="the plain recipe reads rows alone")
     asked = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), asked.device, asked.steps)
+        bench = Bench(Path(folder), asked.device, asked.steps, asked.alone)
         learned, rows = halves(asked.rows, Path(folder))
         base = Path(folder, "base")
         write_tiny_llama(base, hidden=asked.hidden, layers=asked.layers, heads=asked.heads)
@@ -178,10 +182,10 @@ def measure(bench: Bench, name: str, base: Path, start: Path, data: Path) -> boo
     gradients, plain = {}, {}
     for precision in ("fp32", "bf16"):
         found: list[dict[str, torch.Tensor]] = []
-        bench.run(look_at(found), inputs, precision=precision, **arguments)
+        bench.run(look_at(found, bench.alone), inputs, precision=precision, **arguments)
         gradients[precision], plain[precision] = found
     losses: list[StepLoss] = []
-    run = bench.run(walk(losses), inputs, precision="bf16", **arguments)
+    run = bench.run(walk(losses, bench.alone), inputs, precision="bf16", **arguments)
     pace = metric(run, "tokens_per_s")
     memory = metric(run, "gpu_bytes" if bench.device == "gpu" else "rss_bytes")
     distance = max(abs(step.ours - step.plain) / step.plain for step in losses)
@@ -213,12 +217,12 @@ def trainer_of(attempt: Attempt, **changed: Any) -> Trainer:
     return trainer
 
 
-def walk(losses: list[StepLoss]) -> Callable[[Attempt], None]:
+def walk(losses: list[StepLoss], alone: bool) -> Callable[[Attempt], None]:
     """Work that takes all steps: each loss, the plain recipe's, and now and then that in fp32."""
 
     def work(attempt: Attempt) -> None:
         trainer, exact = trainer_of(attempt), trainer_of(attempt, precision="fp32")
-        then, exact_then = reference_logps(trainer), reference_logps(exact)
+        began, exact_began = copied(trainer), copied(exact)
         learning = trained_parameters(exact.running.model)
         for number in range(trainer.plan.steps):
             in_fp32 = None
@@ -226,8 +230,8 @@ def walk(losses: list[StepLoss]) -> Callable[[Attempt], None]:
                 with torch.no_grad():
                     for name, parameter in trained_parameters(trainer.running.model).items():
                         learning[name].copy_(parameter)
-                in_fp32 = loss_ahead(exact, trainer.at.examples, exact_then)
-            plain = loss_ahead(trainer, trainer.at.examples, then)
+                in_fp32 = loss_ahead(exact, trainer.at.examples, exact_began, alone)
+            plain = loss_ahead(trainer, trainer.at.examples, began, alone)
             step = trainer._step()
             trainer._finish(step)
             losses.append(StepLoss(step.loss, plain, in_fp32))
@@ -236,44 +240,36 @@ def walk(losses: list[StepLoss]) -> Callable[[Attempt], None]:
 
 
 @torch.no_grad()
-def reference_logps(trainer: Trainer) -> Margins:
-    """log p of the chosen answer less that of the rejected one, of each pair, as things start."""
-    with trainer.running.casting():
-        return {
-            id(item): margin(trainer, item)
-            for item in trainer.data.examples
-            if isinstance(item, Pair)
-        }
-
-
-@torch.no_grad()
-def loss_ahead(trainer: Trainer, consumed: int, then: Margins) -> float:
+def loss_ahead(trainer: Trainer, consumed: int, began: Began, alone: bool) -> float:
     """The loss of the rows that come next, by the plain recipe."""
     rows = trainer.data.order.take(consumed, trainer.plan.rows_per_step)
     items = [trainer.data.examples[i] for i in rows]
-    with trainer.running.casting():
-        total = sum(float(plain_loss(trainer, item, then)) for item in items)
+    groups = groups_of(items, 1 if alone else trainer.plan.rows_per_batch)
+    total = sum(float(plain_loss(trainer, group, began)) for group in groups)
     return total / sum(map(trainer.objective.units, items))
 
 
-def look_at(found: list[dict[str, torch.Tensor]]) -> Callable[[Attempt], None]:
+def look_at(found: list[dict[str, torch.Tensor]], alone: bool) -> Callable[[Attempt], None]:
     """Work that takes the gradients of eight rows, by the engine and by the plain recipe."""
 
     def work(attempt: Attempt) -> None:
         trainer = trainer_of(attempt)
         items = list(trainer.data.examples[:8])
         units = sum(map(trainer.objective.units, items))
-        then = reference_logps(trainer)
-        for start in (0, 4):
-            trainer._backward(collate(items[start : start + 4], trainer.data.pad_id), units)
+        began = copied(trainer)
+        for group in groups_of(items, 4):
+            trainer._backward(collate(group, trainer.data.pad_id), units)
         found.append(taken_gradients(trainer))
-        for item in items:
-            with trainer.running.casting():
-                loss = plain_loss(trainer, item, then)
-            (loss / units).backward()
+        for group in groups_of(items, 1 if alone else 4):
+            (plain_loss(trainer, group, began) / units).backward()
         found.append(taken_gradients(trainer))
 
     return work
+
+
+def groups_of(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Items in groups of a size."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def taken_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -284,26 +280,51 @@ def taken_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return found
 
 
-def plain_loss(trainer: Trainer, item: Item, then: Margins) -> torch.Tensor:
-    """The summed loss of an item as a textbook has it."""
-    if isinstance(item, Example):
-        return -logps(trainer.running.model, item, trainer.running.device).sum()
-    assert isinstance(item, Pair)
-    return -logsigmoid(trainer.objective.beta * (margin(trainer, item) - then[id(item)]))
+def plain_loss(trainer: Trainer, items: Sequence[Item], began: Began) -> torch.Tensor:
+    """The summed loss of items as a textbook has it."""
+    pairs = [item for item in items if isinstance(item, Pair)]
+    rows = [item for item in items if isinstance(item, Example)]
+    rows += [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    with trainer.running.casting():
+        if not pairs:
+            return -logps(trainer, rows).sum()
+        with torch.no_grad(), put_in(began, trainer):
+            before = logps(trainer, rows)
+        chosen, rejected = (logps(trainer, rows) - before).chunk(2)
+    return -logsigmoid(trainer.objective.beta * (chosen - rejected)).sum()
 
 
-def margin(trainer: Trainer, pair: Pair) -> torch.Tensor:
-    """log p of the chosen answer less that of the rejected one."""
-    model, device = trainer.running.model, trainer.running.device
-    return logps(model, pair.chosen, device).sum() - logps(model, pair.rejected, device).sum()
+def logps(trainer: Trainer, rows: Sequence[Example]) -> torch.Tensor:
+    """log p of the targets of each row; rows are padded on the right."""
+    padded = pad_sequence([torch.tensor(row.ids) for row in rows], True, trainer.data.pad_id)
+    labels = pad_sequence([torch.tensor(row.labels) for row in rows], True, -100)
+    mask = pad_sequence([torch.ones(len(row.ids), dtype=torch.long) for row in rows], True)
+    device = trainer.running.device
+    asked = {"input_ids": padded.to(device)}
+    if len(rows) > 1:
+        asked["attention_mask"] = mask.to(device)
+    logits = trainer.running.model(**asked).logits[:, :-1].float()
+    losses = cross_entropy(logits.mT, labels[:, 1:].to(device), reduction="none")
+    return -losses.sum(1)
 
 
-def logps(model: Any, example: Example, device: str) -> torch.Tensor:
-    """log p of each target of one row."""
-    logits = model(input_ids=torch.tensor([example.ids], device=device)).logits[0, :-1].float()
-    labels = torch.tensor(example.labels[1:], device=device)
-    kept = labels != -100
-    return -cross_entropy(logits[kept], labels[kept], reduction="none")
+def copied(trainer: Trainer) -> Began:
+    """What learns, as it is now."""
+    learning = trained_parameters(trainer.running.model)
+    return {name: parameter.detach().clone() for name, parameter in learning.items()}
+
+
+@contextmanager
+def put_in(began: Began, trainer: Trainer) -> Iterator[None]:
+    """Put what learns back to how it was, for a while."""
+    learning, now = trained_parameters(trainer.running.model), copied(trainer)
+    try:
+        for name, parameter in learning.items():
+            parameter.data.copy_(began[name])
+        yield
+    finally:
+        for name, parameter in learning.items():
+            parameter.data.copy_(now[name])
 
 
 def least_cosine(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:
