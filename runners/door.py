@@ -103,8 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
         """/chat and /drain."""
         self.close_connection = True
         try:
+            document = self._document()  # of each: an answer is lost where its request lies unread
             if self.path == "/chat":
-                self._chat()
+                self._chat(document)
             elif self.path == "/drain":
                 self.server.drain()
                 self._answer(202, {"state": "draining"})
@@ -113,8 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         except TuneyardError as error:
             self._answer(error.http_status, {"error": error.as_dict()})
 
-    def _chat(self) -> None:
-        question, ahead = self.server.ask(self._document())
+    def _chat(self, document: Mapping[str, Any]) -> None:
+        question, ahead = self.server.ask(document)
         try:
             self._begin()
             if ahead:

@@ -8,18 +8,24 @@ from pathlib import Path
 from typing import Any
 
 
+def connected(workdir: Path) -> socket.socket:
+    """A connection to the runner of a work folder."""
+    folder = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(30)
+        connection.connect(f"/proc/self/fd/{folder}/serve.sock")
+        return connection
+    finally:
+        os.close(folder)
+
+
 class Asking:
     """A question that was sent; its lines come one by one."""
 
     def __init__(self, workdir: Path, path: str, body: Mapping[str, Any] | bytes) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        folder = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            self._socket = socket.socket(socket.AF_UNIX)
-            self._socket.settimeout(30)
-            self._socket.connect(f"/proc/self/fd/{folder}/serve.sock")
-        finally:
-            os.close(folder)
+        self._socket = connected(workdir)
         head = f"POST {path} HTTP/1.1\r\nContent-Length: {len(content)}\r\n\r\n"
         self._socket.sendall(head.encode() + content)
         self._file = self._socket.makefile("rb")

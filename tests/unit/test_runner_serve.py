@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.attempts_by_hand import read_events, run_here, write_spec
-from support.sockets import Asking, ask, text_of
+from support.sockets import Asking, ask, connected, text_of
 from support.tiny_models import a_tiny_base
 from support.yards import wait_for
 
@@ -258,6 +258,18 @@ def test_a_drain_answers_what_waits_and_takes_nothing_more(served: Served) -> No
     assert list(second.pieces())[-1]["done"]
     assert served.end() is None
     assert served.of_type("result")[0]["values"]["ended_by"] == "drained"
+
+
+def test_a_drain_is_answered_once_its_body_has_been_read(served: Served) -> None:
+    with connected(served.workdir) as slow:
+        slow.sendall(b"POST /drain HTTP/1.1\r\nContent-Length: 2\r\n\r\n")
+        with pytest.raises(TimeoutError):
+            slow.settimeout(0.3)
+            slow.recv(1)
+        slow.settimeout(10)
+        slow.sendall(b"{}")
+        assert slow.recv(100).startswith(b"HTTP/1.1 202 ")
+    assert served.end() is None
 
 
 def test_it_ends_when_nobody_asks_any_more(tmp_path: Path, base: Path) -> None:
