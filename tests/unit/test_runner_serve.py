@@ -263,8 +263,8 @@ def test_a_drain_answers_what_waits_and_takes_nothing_more(served: Served) -> No
 def test_a_drain_is_answered_once_its_body_has_been_read(served: Served) -> None:
     with connected(served.workdir) as slow:
         slow.sendall(b"POST /drain HTTP/1.1\r\nContent-Length: 2\r\n\r\n")
+        slow.settimeout(0.3)
         with pytest.raises(TimeoutError):
-            slow.settimeout(0.3)
             slow.recv(1)
         slow.settimeout(10)
         slow.sendall(b"{}")
