@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tuneyard.specs.errors import InputError
-from tuneyard.specs.rows import each_once
+from tuneyard.specs.rows import each_once, looks_like_json
 
 MAX_LINE_BYTES = 16 * 1024**2
 PIECE_BYTES = 1024**2
@@ -83,7 +83,8 @@ def file_format(path: Path, *, purpose: str, plain: bool = False) -> str:
         raise InputError("The file is empty.", code="dataset_empty", hint="one JSON object a line")
     if purpose == "prompts":
         return _format_of_prompts(head)
-    if head[:1] in (b"[", b"{"):
+    text = plain and not looks_like_json(head.decode("utf-8", "replace"))
+    if head[:1] in (b"[", b"{") and not text:
         return "json" if head[:1] == b"[" else "jsonl"
     if plain:
         return "txt"

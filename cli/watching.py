@@ -1,10 +1,13 @@
 """Watching a job to its end: a live line on a terminal, one line per change elsewhere."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Group
@@ -201,22 +204,31 @@ def said_lines(client: Client, job: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"    {quoted(said)}" for said in point["answers"])
 
 
+ALL_RESULTS = "all_results.json"
 MEASURED = (
     "eval_loss", "eval_accuracy",
     *(f"{what}_{name}" for what in ("predict", "eval")
       for name in ("bleu-4", "rouge-1", "rouge-2", "rouge-l")),
 )  # fmt: skip
-"""Metrics of held-out rows, in the order that they are told."""
+"""What is measured of held-out rows, in the order that it is told."""
 
 
-def measured_line(client: Client, job: Mapping[str, Any]) -> str:
-    """What was measured on held-out rows at last; empty where nothing was."""
-    asked = ("do_eval", "do_predict", "predict_with_generate")
-    if not any(job["spec"].get(name) for name in asked):
+def measured_line(
+    client: Client, job: str, artifact: str, entries: Sequence[Mapping[str, Any]]
+) -> str:
+    """What the result came to on held-out rows; empty where nothing was measured.
+
+    Metrics do not tell: the last of them need not be of the model that was taken.
+    """
+    entry = next((each for each in entries if each["path"] == ALL_RESULTS), None)
+    if entry is None:
         return ""
-    points = client.metrics(job["id"], *MEASURED)
-    values = points[-1]["values"] if points else {}
-    return "  ".join(f"{name} {values[name]:.4g}" for name in MEASURED if name in values)
+    with TemporaryDirectory() as folder, suppress(TuneyardError):
+        path = Path(folder, ALL_RESULTS)
+        client.fetch_artifact_file(job, artifact, entry, path)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return "  ".join(f"{name} {values[name]:.4g}" for name in MEASURED if name in values)
+    return ""
 
 
 def report_end(client: Client, job: str, *, quiet: bool = False) -> int:
@@ -257,13 +269,14 @@ def _mend(job: Mapping[str, Any]) -> str:
 
 def _report_success(client: Client, job: Mapping[str, Any]) -> None:
     say(f"{job['name']} succeeded")
-    if line := measured_line(client, job):
-        say(f"  {line}")
     for artifact in client.artifacts(job["id"]):
         if artifact["kind"] == "checkpoint":
             continue
+        entries = client.artifact_files(job["id"], artifact["id"])
+        if line := measured_line(client, job["id"], artifact["id"], entries):
+            say(f"  {line}")
         say(f"  {artifact['kind']} {artifact['id']}  {size(artifact['bytes'])}")
-        for entry in client.artifact_files(job["id"], artifact["id"]):
+        for entry in entries:
             if entry["path"].endswith(".safetensors"):
                 say(f"    {entry['path']}  sha256 {entry['sha256']}")
     if job.get("model") and job["spec"].get("stage") == "rm":

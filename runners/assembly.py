@@ -1,11 +1,14 @@
 """Putting a run together: weights, adapter, plan, and where to begin."""
 
+import hashlib
 import importlib.util
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -31,6 +34,7 @@ from tuneyard.runners.continuing import go_on
 from tuneyard.runners.examples import Item, sequences_of
 from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
+from tuneyard.runners.losses import Objective
 from tuneyard.runners.mover import Mover
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.objectives import objective_of
@@ -46,6 +50,7 @@ from tuneyard.runners.precision import Precision, precision_of
 from tuneyard.runners.reference import Reference, load_reference
 from tuneyard.runners.seeds import stream_seed
 from tuneyard.runners.tokenising import Tokenised
+from tuneyard.runners.tokens import digest_of
 from tuneyard.runners.training import Data, Plan, Trainer
 from tuneyard.specs.evaluating import Strategy
 from tuneyard.specs.numbers import asked_format
@@ -92,7 +97,9 @@ def build_trainer(
     if at.schedule:
         schedule.restore(at.schedule)
     resumed = Path(attempt.spec.resume) if attempt.spec.resume else None
-    look_for_best(at, ranking, attempt, resumed)
+    objective = objective_of(arguments, reference, at.baseline)
+    measure = measure_of(ranking, objective, asked, attempt, tokenised.held_out)
+    look_for_best(at, ranking, attempt, resumed, measure=measure)
     rollouts = None
     if arguments.stage in ONLINE:
         dtype = getattr(torch, precision.weights)
@@ -101,7 +108,7 @@ def build_trainer(
         running=running,
         data=Data(examples, order, held_out, chat.tokenizer.pad_token_id),
         plan=plan,
-        objective=objective_of(arguments, reference, at.baseline),
+        objective=objective,
         schedule=schedule,
         at=at,
         events=attempt.events,
@@ -183,11 +190,35 @@ def pick_attention(
     return choice.way
 
 
-def look_for_best(at: Position, ranking: Ranking, attempt: Attempt, resumed: Path | None) -> None:
-    """The best so far is one by the same measure, and its checkpoint is at hand if it is needed."""
-    if at.compared_by != ranking.compares_by:
+def measure_of(
+    ranking: Ranking, objective: Objective, asked: Asked, attempt: Attempt, held_out: Sequence[Item]
+) -> str:
+    """What tells evaluations apart that cannot be compared: metric, loss, rows, who judges."""
+    values = ((each.name, getattr(objective, each.name)) for each in fields(cast(Any, objective)))
+    numbers = {name: value for name, value in values if type(value) in (int, float, str)}
+    ids = attempt.spec.input_ids
+    judges = [ids.get(name) for name in ("reward_model", "ref_model", "ref_model_adapters")]
+    arguments = asked.arguments
+    if arguments.stage in ONLINE:
+        judges += [repr(arguments.reward_funcs), repr(arguments.reward_weights)]
+    said = json.dumps([numbers, judges, digest_of(held_out)], sort_keys=True)
+    return f"{ranking.compares_by} {hashlib.sha256(said.encode()).hexdigest()[:16]}"
+
+
+def look_for_best(
+    at: Position, ranking: Ranking, attempt: Attempt, resumed: Path | None, *, measure: str
+) -> None:
+    """The best so far is one by the same measure, and its checkpoint is at hand if it is needed.
+
+    By another measure the step at hand has not been evaluated yet.
+    """
+    if at.compared_by != measure:
+        if at.best_step is not None:
+            said = f"Evaluations measure something else now: that of step {at.best_step}, the best"
+            attempt.events.warn("best_by_another_measure", f"{said} so far, no longer counts.")
         forget_best(at)
-    at.compared_by = ranking.compares_by
+        at.evaluated_step, at.eval_loss, at.eval_metric = -1, None, None
+    at.compared_by = measure
     if ranking.load and at.best_step and best_folder(at, attempt.workdir, resumed) is None:
         said = f"The checkpoint of step {at.best_step}, the best so far, is gone; the best of those"
         attempt.events.warn("best_gone", f"{said} that follow is taken.")

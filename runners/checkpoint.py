@@ -48,7 +48,7 @@ class Position:
     best_loss: float | None = None  # of the evaluation that was best
     best_step: int | None = None
     best_metric: float | None = None  # what was compared: the loss, or what was asked for
-    compared_by: str = "loss"  # its name, with a - where more is better
+    compared_by: str = ""  # what it was measured by: another measure's values mean nothing
     bad_evaluations: int = 0  # in a row that were no better
     schedule: dict[str, Any] = field(default_factory=dict)  # of one that goes by evaluations
     loss_sum: float = 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tuneyard.runners.failures import BadData
-from tuneyard.specs.rows import each_once
+from tuneyard.specs.rows import each_once, looks_like_json
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -25,10 +25,19 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise BadData("This is not UTF-8.", line=line, hint="save the file as UTF-8") from None
     if path.suffix.lower() == ".csv":
         return _csv(text)
-    first = text.lstrip()[:1]
-    if first and first not in "[{":
-        return ((n, {"text": line}) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-    return _array(text) if first == "[" else _lines(text)
+    if (
+        text.strip()
+        and not looks_like_json(text)
+        and path.suffix.lower() not in (".json", ".jsonl")
+    ):
+        return _texts(text)
+    return _array(text) if text.lstrip()[:1] == "[" else _lines(text)
+
+
+def _texts(text: str) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, {"text": line.removesuffix("\r")}
 
 
 def _csv(text: str) -> Iterator[tuple[int, Any]]:

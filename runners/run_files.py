@@ -1,7 +1,7 @@
 """What a fine-tune leaves for people beside its weights, under LLaMA-Factory's names.
 
 trainer_state.json                          as transformers reads it
-train_results.json  eval_results.json       the last measures; all_results.json has them all
+train_results.json  eval_results.json       measures of the result; all_results.json has them all
 predict_results.json                        of held-out rows that were answered
 training_args.yaml                          the arguments that applied, to be submitted again
 training_loss.png                           where plot_loss asks for it
@@ -81,7 +81,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _results(trainer: "Trainer") -> dict[str, dict[str, Any]]:
-    """train and eval -> their measures; the last of each kind counts."""
+    """train and eval -> their measures: of the whole run, and of the model that is its result."""
     at, held_out = trainer.at, len(trainer.data.held_out)
     train = {
         "epoch": trainer.epoch,
@@ -89,7 +89,9 @@ def _results(trainer: "Trainer") -> dict[str, dict[str, Any]]:
         "train_loss": at.loss_sum / max(1, at.step),
         "train_samples": len(trainer.data.examples),
     }
-    measured: Line = next((line for line in reversed(at.log) if "eval_loss" in line), {})
+    evaluations = (line for line in reversed(at.log) if "eval_loss" in line)
+    kept = trainer.loaded_step
+    measured: Line = next((e for e in evaluations if kept in (None, e["current_steps"])), {})
     evaluated = {name: value for name, value in measured.items() if name.startswith("eval_")}
     if evaluated:
         evaluated |= {"epoch": trainer.epoch, "eval_samples": held_out}

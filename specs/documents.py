@@ -9,7 +9,7 @@ from typing import Any
 from tuneyard.specs.conversations import UNSTORABLE, all_within
 from tuneyard.specs.errors import InputError
 from tuneyard.specs.jobs import TEXT_FIELDS
-from tuneyard.specs.yaml_documents import read_yaml_text
+from tuneyard.specs.yaml_documents import NULL, read_yaml_text
 
 __all__ = ["MalformedDocument", "apply_overrides", "read_json", "read_yaml"]
 
@@ -82,7 +82,7 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[
 
 
 def _override(name: str, text: str) -> Any:
-    if name in TEXT_FIELDS and text and text[0] not in "[{\"'":
+    if name in TEXT_FIELDS and text not in NULL and text[0] not in "[{\"'":
         return text
     try:
         read = read_yaml_text(f"{_VALUE}: {text}")

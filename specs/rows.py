@@ -6,6 +6,7 @@ for other stages are known so that a submission can say so.
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -108,6 +109,15 @@ class MissingColumn(InputError):
         return EXPECTED
 
 
+def looks_like_json(text: str) -> bool:
+    """Whether a file that may be plain text is JSON: ``[INST] …`` and ``{curly} …`` are not.
+
+    >>> [looks_like_json(text) for text in ('{"a": 1}', '[{', '[Chapter 1]', '{curly}')]
+    [True, True, False, False]
+    """
+    return re.match(r"\s*(?:\[\s*(?:[{\]]|$)|\{\s*(?:[\"}]|$))", text) is not None
+
+
 class Judged(NamedTuple):
     """A row in order. teaches: it holds an answer that is not empty."""
 
@@ -119,10 +129,19 @@ def check_row(row: Any) -> Judged:
     """The form of a row. Raises: InputError with its field, without a line."""
     if not isinstance(row, Mapping):
         raise InputError("A row must be an object.", code="wrong_type", hint=EXPECTED)
+    _check_media(row)
     for column, check in _FORMS.items():
         if column in row:
             return check(row)
     raise MissingColumn(row, "instruction")
+
+
+def _check_media(row: Row) -> None:
+    """Text alone is learned: nobody shall believe that a picture was."""
+    held = next((name for name in MEDIA if row.get(name)), None)
+    if held is not None:
+        message = f"The row has {held}, and text alone can be learned."
+        raise InputError(message, code="not_text", field=held, hint="leave such rows out")
 
 
 def _preference(row: Row) -> Judged:
@@ -138,6 +157,7 @@ def _preference(row: Row) -> Judged:
             message, code="bad_turns", field="rejected", hint="one question, two answers"
         )
     _check_question(row, asked + before[0])
+    _check_tools(row.get("tools"))
     return Judged("preference", any(text.strip() for _, text in answers))
 
 
@@ -231,6 +251,9 @@ def _text_of(content: Any) -> str:
     return "".join(parts)
 
 
+MEDIA = ("images", "videos", "audios")
+"""Columns of data sets that are not of text alone."""
+
 TOOLS = 'a list as OpenAI has it: [{"type": "function", "function": {…}}]'
 
 
@@ -241,8 +264,9 @@ def _check_tools(tools: Any) -> None:
         except ValueError:
             message = "tools is a text that is not JSON."
             raise InputError(message, code="wrong_type", field="tools", hint=TOOLS) from None
-    if tools and not isinstance(tools, list):
-        raise InputError("tools must be a list.", code="wrong_type", field="tools", hint=TOOLS)
+    if tools and not (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
+        message = "tools must be a list of objects."
+        raise InputError(message, code="wrong_type", field="tools", hint=TOOLS)
 
 
 def _conversations(row: Row) -> Judged:
@@ -387,6 +411,7 @@ def _completion(row: Row) -> Judged:
     asked = _roles_asked(row)
     before, text = _answer(row["completion"], "completion")
     _check_question(row, asked + before)
+    _check_tools(row.get("tools"))
     return Judged("kto" if _labelled(row) else "alpaca", bool(text.strip()))
 
 

@@ -28,7 +28,7 @@ _FLOAT = re.compile(
 )
 _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_NULL = frozenset({"", "~", "null", "Null", "NULL"})
+NULL = frozenset({"", "~", "null", "Null", "NULL"})
 
 
 def read_yaml_text(text: str, *, texts: Collection[str] = ()) -> Any:
@@ -131,7 +131,7 @@ class _Values:
 def _scalar(node: yaml.ScalarNode, field: str | None, *, as_text: bool) -> Any:
     text = node.value
     if node.style is None:  # plain, without a tag
-        kind = "str" if as_text and text not in _NULL else _kind(text)
+        kind = "str" if as_text and text not in NULL else _kind(text)
     else:
         kind = node.tag.removeprefix(_TAG)
     if kind not in _READ:
@@ -147,7 +147,7 @@ def _scalar(node: yaml.ScalarNode, field: str | None, *, as_text: bool) -> Any:
 
 
 def _kind(text: str) -> str:
-    if text in _NULL:
+    if text in NULL:
         return "null"
     if text in _BOOL:
         return "bool"

@@ -12,7 +12,6 @@ from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import ANIMALS, a_dataset, a_tiny_base
 
 from tuneyard.models.artifacts import KeptCheckpoint
-from tuneyard.runners.assembly import look_for_best
 from tuneyard.runners.best_model import Ranking
 from tuneyard.runners.checkpoint import Position
 from tuneyard.runners.finetune import finetune
@@ -60,8 +59,8 @@ def others(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tune(tmp_path, base, dataset, others):
-    def run(*, resume: Path | None = None, **arguments) -> Ran:
-        inputs = {"model": base, "dataset": dataset, "eval_dataset": others}
+    def run(*, resume: Path | None = None, eval_rows: Path = others, **arguments) -> Ran:
+        inputs = {"model": base, "dataset": dataset, "eval_dataset": eval_rows}
         return run_here(
             tmp_path,
             finetune,
@@ -81,6 +80,10 @@ def result(ran: Ran) -> dict:
 def best_of(ran: Ran) -> int:
     losses = {step: loss for step, loss in ran.metric("eval_loss").items() if step}
     return min(losses, key=losses.__getitem__)
+
+
+def newest(checkpoints: Path) -> Path:
+    return max(checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def same_adapter(ran: Ran, checkpoint: Path) -> bool:
@@ -163,13 +166,29 @@ def test_a_best_checkpoint_that_is_gone_is_said_at_the_beginning_and_the_next_be
     assert result(resumed)["best_step"] == min(losses, key=losses.__getitem__) > step + 2
 
 
-def test_evaluations_by_another_measure_use_up_no_patience():
-    at = Position(step=4, best_step=1, best_metric=2.0, bad_evaluations=3, compared_by="loss")
-    ranking = Ranking("accuracy", greater=True, patience=3)
-    assert ranking.is_over(at)
-    look_for_best(at, ranking, None, None)
-    assert (at.best_step, at.bad_evaluations) == (None, 0)
-    assert not ranking.is_over(at)
+@pytest.mark.parametrize("changed", ["rows", "loss"])
+def test_evaluations_by_another_measure_are_not_compared(tune, tmp_path, dataset, changed):
+    told = {"load_best_model_at_end": True, "early_stopping_steps": 2, "save_total_limit": 9}
+    first = tune(**told)
+    last = newest(first.workdir / "checkpoints")
+    assert result(first)["loaded_step"] < result(first)["steps"] < 10
+    rows = a_dataset(tmp_path / "harder.jsonl", [{"instruction": "x", "output": "zq" * 9}])
+    other = {"rows": {"eval_rows": rows}, "loss": {"label_smoothing_factor": 0.3}}[changed]
+    again = tune(**told, resume=last, **other)
+    (warning,) = again.of_type("warning")[:1]
+    assert warning["code"] == "best_by_another_measure"
+    step = int(last.name.removeprefix("step-"))
+    losses = again.metric("eval_loss")
+    assert min(losses) == step  # measured anew, as the new measure has it
+    assert result(again)["best_step"] >= step
+    assert result(again)["steps"] > step
+
+
+def test_the_files_say_what_the_model_that_was_taken_came_to(tune):
+    ran = tune(load_best_model_at_end=True)
+    told = json.loads((ran.workdir / "output" / "all_results.json").read_text())
+    assert ran.metric("eval_loss")[best_of(ran)] == told["eval_loss"] == result(ran)["eval_loss"]
+    assert told["eval_loss"] < ran.metric("eval_loss")[10]
 
 
 def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(tune):

@@ -127,6 +127,11 @@ def test_what_the_field_uses_is_accepted(
          b' "weight": 2}]}', "out_of_range", 1),
         (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],'
          b' "tools": "{"}', "wrong_type", 1),
+        (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],'
+         b' "tools": [1]}', "wrong_type", 1),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "tools": "no JSON"}', "wrong_type", 1),
+        (b'{"prompt": "a", "completion": "b", "label": true, "tools": "{bad"}', "wrong_type", 1),
+        (b'{"instruction": "<image>a", "output": "b", "images": ["a.png"]}', "not_text", 1),
         (b'{"conversations": [{"from": "bot", "value": "a"}]}', "unknown_role", 1),
         (b'{"messages": [{"role": "bot", "content": "a"}]}', "unknown_role", 1),
         (b'{"messages": [{"role": "system", "content": "a"}]}', "no_trainable_tokens", 1),
@@ -245,6 +250,26 @@ def test_plain_text_is_rows_of_text_where_the_name_says_so(tmp_path: Path) -> No
     assert [row.text for row in read_stage(path, "pt")] == ["One text.", "  Another, with a comma."]
     with pytest.raises(BadData, match="needs answers"):
         read_stage(path, "sft")
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b"\xef\xbb\xbfone\r\n\r\ntwo\r\n", ["one", "two"]),
+        (b"[Chapter 1] It was dark.\n{so} it was.", ["[Chapter 1] It was dark.", "{so} it was."]),
+        (b"{curly} first\n[1]", ["{curly} first", "[1]"]),
+        (b'{"text": "one"}\n{"text": "two"}', ["one", "two"]),
+        (b'[{"text": "one"},\n{"text": "two"}]', ["one", "two"]),
+    ],
+)
+def test_plain_text_is_told_from_json_as_the_runner_tells_it(
+    tmp_path: Path, content: bytes, texts: list[str]
+) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(content)
+    assert [row.text for row in read_stage(path, "pt")] == texts
+    found = check_file(path, plain=True)
+    assert (found["ok"], found["kinds"]["text"]["rows"]) == (True, 2), found
 
 
 @pytest.mark.parametrize(

@@ -913,10 +913,17 @@ def test_the_end_of_a_job_that_predicted_tells_its_measures(
 ) -> None:
     spec = {"do_predict": True, "predict_with_generate": True}
     api.on("GET", f"/jobs/{JOB}", a_job(JOB, state="succeeded", spec=spec))
-    api.on("GET", f"/jobs/{JOB}/artifacts", page())
-    values = {"predict_rouge-1": 41.25, "predict_bleu-4": 32.5}
-    api.on("GET", f"/jobs/{JOB}/metrics", page({"step": 8, "attempt": 1, "values": values}))
-    out = tuneyard("show", JOB).out
-    assert "  predict_bleu-4 32.5  predict_rouge-1 41.25" in out.splitlines()
-    (asked,) = api.requests("GET", f"/jobs/{JOB}/metrics")
-    assert "predict_bleu-4" in asked.query["name"]
+    folder = f"/jobs/{JOB}/artifacts"
+    content = b'{"predict_rouge-1": 41.25, "predict_bleu-4": 32.5}'
+    digest = hashlib.sha256(content).hexdigest()
+    entry = {"path": "all_results.json", "size": len(content), "sha256": digest}
+    api.on("GET", folder, page({"id": ARTIFACT, "kind": "adapter", "bytes": 1}))
+    api.on("GET", f"{folder}/{ARTIFACT}/files", page(entry))
+    api.on("GET", f"{folder}/{ARTIFACT}/files/all_results.json", Answer(content))
+    lines = tuneyard("show", JOB).out.splitlines()
+    assert "  predict_bleu-4 32.5  predict_rouge-1 41.25" in lines
+    gone = Answer({"error": {"code": "not_found", "message": "It is gone."}}, 404)
+    api.on("GET", f"{folder}/{ARTIFACT}/files/all_results.json", gone)
+    left = tuneyard("show", JOB)
+    assert left.code == 0
+    assert left.out.splitlines()[-1].startswith("  adapter ")

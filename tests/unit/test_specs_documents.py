@@ -135,6 +135,7 @@ def test_norway_and_numbers_stay_texts_where_a_text_is_wanted() -> None:
 
 def test_overrides_are_read_as_yaml_reads_them_and_texts_as_they_are() -> None:
     asked = ["a=5e-5", "c=[1, 2]", "d=x=y", "name=no: way", "stop=[a, b]", "template=", "bf16=yes"]
+    asked += ["default_system=null", "eval_dataset=~"]
     assert apply_overrides({"a": 1, "b": 2}, asked) == {
         "a": 5e-5,
         "b": 2,
@@ -144,6 +145,8 @@ def test_overrides_are_read_as_yaml_reads_them_and_texts_as_they_are() -> None:
         "stop": ["a", "b"],
         "template": None,
         "bf16": "yes",
+        "default_system": None,
+        "eval_dataset": None,
     }
 
 
