@@ -81,6 +81,9 @@ def _steps(spec: FinetuneSpec) -> Iterator[Note]:
     if "save_steps" in spec.model_fields_set and 0 < spec.max_steps < spec.save_steps:
         message = f"save_steps = {spec.save_steps:g} is never reached in {spec.max_steps} steps"
         yield _note("save_steps", message)
+    if spec.stage == "kto" and spec.per_device_train_batch_size < 2:
+        message = "the KL divergence is estimated over the rows of a batch: set 2 or more"
+        yield _note("per_device_train_batch_size", message)
 
 
 def _held_out(spec: FinetuneSpec) -> Iterator[Note]:
@@ -88,6 +91,10 @@ def _held_out(spec: FinetuneSpec) -> Iterator[Note]:
     if 0.5 < spec.val_size < 1:
         message = f"val_size = {spec.val_size:g} holds out more rows than are learned"
         yield _note("val_size", message)
+    if spec.eval_steps is not None and spec.eval_strategy != "steps":
+        yield _note(
+            "eval_steps", f"eval_steps has no effect: eval_strategy is {spec.eval_strategy}"
+        )
     if spec.predict_with_generate and spec.eval_strategy != "no":
         message = "answers are made and BLEU and ROUGE measured at last; eval_loss is in between"
         yield _note("predict_with_generate", message)

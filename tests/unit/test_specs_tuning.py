@@ -194,6 +194,11 @@ def test_fields_that_a_way_to_tune_does_not_read_are_noted() -> None:
 
 def test_fields_that_a_stage_does_not_look_at_are_noted() -> None:
     assert notes(pref_beta=0.2)["pref_beta"] == "pref_beta has no effect in stage sft"
+    assert notes(eval_steps=2)["eval_steps"] == "eval_steps has no effect: eval_strategy is no"
+    assert "eval_steps" not in notes(eval_steps=2, eval_strategy="steps", val_size=2)
+    alone = "per_device_train_batch_size"
+    assert "set 2 or more" in notes(stage="kto", per_device_train_batch_size=1)[alone]
+    assert alone not in notes(stage="kto", per_device_train_batch_size=2)
     assert set(notes(stage="kto", pref_loss="ipo", kto_chosen_weight=2.0)) == {"pref_loss"}
     assert notes(stage="dpo", pref_loss="simpo", simpo_gamma=1.0) == {}
     assert notes(adapter_name_or_path="a") == {}
