@@ -1,14 +1,11 @@
 """Putting a run together: weights, adapter, plan, and where to begin."""
 
-import hashlib
 import importlib.util
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -21,7 +18,7 @@ from tuneyard.runners.attempt import Attempt
 from tuneyard.runners.attention import attend_by, choose_way
 from tuneyard.runners.base_model import load_weights
 from tuneyard.runners.batches import Order, split, steps_of
-from tuneyard.runners.best_model import Ranking, best_folder, forget_best, ranking_of
+from tuneyard.runners.best_model import look_for_best, measure_of, ranking_of
 from tuneyard.runners.chat import Chat
 from tuneyard.runners.checkpoint import (
     Position,
@@ -34,7 +31,6 @@ from tuneyard.runners.continuing import go_on
 from tuneyard.runners.examples import Item, sequences_of
 from tuneyard.runners.experts import experts_of
 from tuneyard.runners.failures import BadSpec
-from tuneyard.runners.losses import Objective
 from tuneyard.runners.mover import Mover
 from tuneyard.runners.noise import EmbeddingNoise
 from tuneyard.runners.objectives import objective_of
@@ -98,7 +94,7 @@ def build_trainer(
         schedule.restore(at.schedule)
     resumed = Path(attempt.spec.resume) if attempt.spec.resume else None
     objective = objective_of(arguments, reference, at.baseline)
-    measure = measure_of(ranking, objective, asked, attempt, tokenised.held_out)
+    measure = measure_of(ranking, objective, asked, attempt, digest_of(tokenised.held_out))
     look_for_best(at, ranking, attempt, resumed, measure=measure)
     rollouts = None
     if arguments.stage in ONLINE:
@@ -188,41 +184,6 @@ def pick_attention(
     for each in models:
         attend_by(each, choice.way)
     return choice.way
-
-
-def measure_of(
-    ranking: Ranking, objective: Objective, asked: Asked, attempt: Attempt, held_out: Sequence[Item]
-) -> str:
-    """What tells evaluations apart that cannot be compared: metric, loss, rows, who judges."""
-    values = ((each.name, getattr(objective, each.name)) for each in fields(cast(Any, objective)))
-    numbers = {name: value for name, value in values if type(value) in (int, float, str)}
-    ids = attempt.spec.input_ids
-    judges = [ids.get(name) for name in ("reward_model", "ref_model", "ref_model_adapters")]
-    arguments = asked.arguments
-    if arguments.stage in ONLINE:
-        judges += [repr(arguments.reward_funcs), repr(arguments.reward_weights)]
-    said = json.dumps([numbers, judges, digest_of(held_out)], sort_keys=True)
-    return f"{ranking.compares_by} {hashlib.sha256(said.encode()).hexdigest()[:16]}"
-
-
-def look_for_best(
-    at: Position, ranking: Ranking, attempt: Attempt, resumed: Path | None, *, measure: str
-) -> None:
-    """The best so far is one by the same measure, and its checkpoint is at hand if it is needed.
-
-    By another measure the step at hand has not been evaluated yet.
-    """
-    if at.compared_by != measure:
-        if at.best_step is not None:
-            said = f"Evaluations measure something else now: that of step {at.best_step}, the best"
-            attempt.events.warn("best_by_another_measure", f"{said} so far, no longer counts.")
-        forget_best(at)
-        at.evaluated_step, at.eval_loss, at.eval_metric = -1, None, None
-    at.compared_by = measure
-    if ranking.load and at.best_step and best_folder(at, attempt.workdir, resumed) is None:
-        said = f"The checkpoint of step {at.best_step}, the best so far, is gone; the best of those"
-        attempt.events.warn("best_gone", f"{said} that follow is taken.")
-        forget_best(at)
 
 
 def reference_of(

@@ -25,19 +25,15 @@ def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise BadData("This is not UTF-8.", line=line, hint="save the file as UTF-8") from None
     if path.suffix.lower() == ".csv":
         return _csv(text)
-    if (
-        text.strip()
-        and not looks_like_json(text)
-        and path.suffix.lower() not in (".json", ".jsonl")
-    ):
+    named_json = path.suffix.lower() in (".json", ".jsonl")
+    if text.strip() and not named_json and not looks_like_json(text):
         return _texts(text)
     return _array(text) if text.lstrip()[:1] == "[" else _lines(text)
 
 
 def _texts(text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, {"text": line.removesuffix("\r")}
+    for number, line in _numbered(text):
+        yield number, {"text": line.removesuffix("\r")}
 
 
 def _csv(text: str) -> Iterator[tuple[int, Any]]:
@@ -70,10 +66,14 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _lines(text: str) -> Iterator[tuple[int, Any]]:
-    # Not splitlines(): it also splits at U+2028, which JSON texts may contain.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, _parse(line, first_line=number)
+    for number, line in _numbered(text):
+        yield number, _parse(line, first_line=number)
+
+
+def _numbered(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank."""
+    # Not splitlines(): it also splits at U+2028, which texts may contain.
+    return ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def _array(text: str) -> Iterator[tuple[int, Any]]:

@@ -166,14 +166,19 @@ def test_a_best_checkpoint_that_is_gone_is_said_at_the_beginning_and_the_next_be
     assert result(resumed)["best_step"] == min(losses, key=losses.__getitem__) > step + 2
 
 
-@pytest.mark.parametrize("changed", ["rows", "loss"])
+@pytest.mark.parametrize("changed", ["rows", "loss", "metric"])
 def test_evaluations_by_another_measure_are_not_compared(tune, tmp_path, dataset, changed):
     told = {"load_best_model_at_end": True, "early_stopping_steps": 2, "save_total_limit": 9}
     first = tune(**told)
     last = newest(first.workdir / "checkpoints")
     assert result(first)["loaded_step"] < result(first)["steps"] < 10
     rows = a_dataset(tmp_path / "harder.jsonl", [{"instruction": "x", "output": "zq" * 9}])
-    other = {"rows": {"eval_rows": rows}, "loss": {"label_smoothing_factor": 0.3}}[changed]
+    accuracy = {"compute_accuracy": True, "metric_for_best_model": "eval_accuracy"}
+    other = {
+        "rows": {"eval_rows": rows},
+        "loss": {"label_smoothing_factor": 0.3},
+        "metric": accuracy,
+    }[changed]
     again = tune(**told, resume=last, **other)
     (warning,) = again.of_type("warning")[:1]
     assert warning["code"] == "best_by_another_measure"
