@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -12,13 +13,16 @@ from support.attempts_by_hand import Ran, run_here
 from support.tiny_models import ANIMALS, a_dataset, a_tiny_base
 
 from tuneyard.models.artifacts import KeptCheckpoint
-from tuneyard.runners.best_model import Ranking
+from tuneyard.runners.best_model import Ranking, measure_of
 from tuneyard.runners.checkpoint import Position
 from tuneyard.runners.finetune import finetune
+from tuneyard.runners.preferences import PairLoss
+from tuneyard.runners.reference import Reference
 from tuneyard.runners.retention import checkpoint_meta
 from tuneyard.specs.errors import SpecRejected
 from tuneyard.specs.exits import ExitCode
 from tuneyard.specs.jobs import read_spec
+from tuneyard.specs.runner import RunnerSpec
 from tuneyard.store.disk import DiskStore
 from tuneyard.store.folder import manifest_digest, publish_folder, read_manifest
 from tuneyard.workers.staging import lay_checkpoints
@@ -187,6 +191,20 @@ def test_evaluations_by_another_measure_are_not_compared(tune, tmp_path, dataset
     assert min(losses) == step  # measured anew, as the new measure has it
     assert result(again)["best_step"] >= step
     assert result(again)["steps"] > step
+
+
+def test_who_judges_is_part_of_the_measure():
+    def measured(*, reference: str = "base", reward_model: str = "a") -> str:
+        objective = PairLoss("sigmoid", 0.1, Reference(said=reference))
+        asked = SimpleNamespace(arguments=SimpleNamespace(stage="dpo"))
+        attempt = SimpleNamespace(
+            spec=RunnerSpec(kind="finetune", input_ids={"reward_model": reward_model})
+        )
+        return measure_of(Ranking(), objective, asked, attempt, "rows")
+
+    assert measured() == measured()
+    others = measured(reference="adapter as it began"), measured(reward_model="b")
+    assert len({measured(), *others}) == 3
 
 
 def test_the_files_say_what_the_model_that_was_taken_came_to(tune):
